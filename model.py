@@ -1,0 +1,419 @@
+"""A LLaMA/Mistral decoder whose layers may filter tokens, and the ragged KV cache that turns filtering into a saving.
+
+Shapes: B sequences, T new tokens, S cache slots, L layers, H query heads, KVH key/value heads (H is a multiple of KVH),
+D head size, C width, N tokens gathered out of a (B, T) chunk. A token's *position* counts from the start of its own
+sequence; its *slot* is where a layer's cache keeps it. Filtering makes the two differ: masks compare positions only.
+
+The masks that decide shapes (which tokens are real, kept, attending) live on the host as (B, T) bool tensors, so that a
+filtered layer waits for the device once, when token_filter's decisions come back, and an unfiltered one never.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from token_filter import FilterConfig, FilterState, layer_ratios, running_average, token_filter
+
+BLOCK = 32  # a cache grows by this many slots
+FAR = 2**62  # position of an empty slot: in everyone's future, so nobody sees it
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int
+    width: int  # C
+    n_layers: int  # L
+    heads: int  # H
+    kv_heads: int  # KVH
+    head_dim: int  # D
+    mlp_width: int
+    rope_theta: float
+    norm_eps: float
+    max_positions: int  # the context: longest text the model was made for, in tokens
+    tied: bool  # the output projection shares the embedding's weights
+    window: int | None = None  # sliding window (Mistral v0.1): token t sees positions > t - window
+    rope_scaling: dict | None = None  # Llama 3.1's four numbers, see rope_frequencies
+
+
+# ------------------------------------------------------------------------------------------------ rotary positions
+
+
+def rope_frequencies(config: ModelConfig) -> torch.Tensor:
+    """Radians per position of each channel pair, theta^(-2i/D), (D/2,) float32; with rope_scaling, as in Llama 3.1:
+    pairs that turn seldom within the original context are slowed by `factor`, fast ones are not, between is a blend.
+    """
+    freq = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    if config.rope_scaling:
+        scaling = config.rope_scaling
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
+        fast = ((turns - low) / (high - low)).clamp(0, 1)
+        freq = fast * freq + (1 - fast) * freq / scaling["factor"]
+    return freq
+
+
+def rotate(x, cos, sin):
+    """RoPE in Hugging Face's layout: channel i pairs with i + D/2. x (..., heads, D), cos and sin (..., 1, D/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+# ------------------------------------------------------------------------------------------------------- the cache
+
+
+@dataclass
+class Chunk:
+    """Where the new tokens of a call stand in their sequences. Padding is on the right."""
+
+    n_new: torch.Tensor  # (B,) how many of the T tokens are real; host
+    position: torch.Tensor  # (B, T) host
+    real: torch.Tensor  # (B, T) bool, host
+    cos: torch.Tensor  # (B*T, 1, D/2) device
+    sin: torch.Tensor
+
+
+class LayerCache:
+    """What one layer remembers of B sequences: K, V and their positions, the filter's state, the anchor output.
+
+    The first `ring` slots hold redundant tokens in their grace period, at position mod ring. Each row's kept tokens
+    follow in order, length[b] of them. A key is visible to a query of age = query position - key position when
+    0 <= age < reach, where reach is the sliding window for kept tokens and grace + 1 for redundant ones.
+    """
+
+    def __init__(self, config: ModelConfig, B, layer, ratio, filter: FilterConfig | None, dtype, device):
+        stats = torch.float64 if dtype == torch.float64 else torch.float32
+        self.filter, self.ratio = filter, ratio
+        # ratio 1: past the warm-up no token queries or is stored, so none is projected or scored either
+        self.closed = filter is not None and ratio == 1 and filter.mode == "attention"
+        self.filters = filter is not None and ratio > 0 and not self.closed
+        self.window = config.window or FAR
+        self.reach = min(filter.grace + 1, self.window) if filter is not None else 1  # of a redundant token
+        self.ring = 0
+        if self.filters:
+            self.ring = filter.grace + (filter.mode == "cache")  # there a redundant token must find itself
+        self.k = torch.zeros(B, config.kv_heads, 0, config.head_dim, dtype=dtype, device=device)  # (B, KVH, S, D)
+        self.v = torch.zeros_like(self.k)
+        self.position = torch.full((B, 0), FAR, device=device)  # (B, S)
+        self.length = torch.zeros(B, dtype=torch.int64)  # host
+        self.kept = torch.zeros(B, dtype=torch.int64)  # tokens ever kept: length and what the window has dropped; host
+        self.state = self.anchor_output = None
+        if self.filters:
+            self.state = FilterState.new(B, config.kv_heads, config.head_dim, filter, layer, stats, device)
+        if (self.filters or self.closed) and filter.fill == "anchor":
+            self.anchor_output = torch.zeros(B, config.width, dtype=stats, device=device)
+        self.grow(self.ring)
+        self.redundant = self.score = None  # the latest decisions, (B, T), for whoever wants to look
+
+    def grow(self, slots):
+        missing = math.ceil((slots - self.k.shape[2]) / BLOCK) * BLOCK
+        if missing > 0:
+            self.k, self.v = F.pad(self.k, (0, 0, 0, missing)), F.pad(self.v, (0, 0, 0, missing))
+            self.position = F.pad(self.position, (0, missing), value=FAR)
+
+    def expire(self, seen):
+        """Drop the kept tokens that the window hides from position seen[b] on, and close the gap they leave."""
+        k, v, position = self.k[:, :, self.ring :], self.v[:, :, self.ring :], self.position[:, self.ring :]  # views
+        gone = (position <= (seen - self.window).to(position.device)[:, None]).sum(1)  # (B,), the oldest come first
+        source = gone[:, None] + torch.arange(position.shape[1], device=position.device)
+        beyond = source >= position.shape[1]
+        source = source.masked_fill(beyond, 0)
+        for kv in (k, v):
+            kv.copy_(kv.gather(2, source[:, None, :, None].expand_as(kv)))
+        position.copy_(position.gather(1, source).masked_fill(beyond, FAR))
+        self.length = self.length - gone.cpu()
+
+    def store(self, k, v, chunk: Chunk, keep):
+        """Put a chunk's k, v (B, T, KVH, D) in place: kept tokens (keep (B, T)) in the next slots, others in the ring."""
+        if self.window < FAR and self.ring + int((self.length + keep.sum(1)).max()) > self.k.shape[2]:
+            self.expire(chunk.position[:, 0])
+        self.grow(self.ring + int((self.length + keep.sum(1)).max()))
+        slot, stored = self.ring + self.length[:, None] + keep.cumsum(1) - 1, keep
+        if self.ring:
+            oldest = chunk.position[:, :1] + chunk.n_new[:, None] - self.ring  # the ring has room from here on
+            slot = torch.where(keep, slot, chunk.position % self.ring)
+            stored = chunk.real & (keep | (chunk.position >= oldest))
+        b, t = stored.nonzero(as_tuple=True)
+        b, t, slot, position = torch.stack((b, t, slot[b, t], chunk.position[b, t])).to(k.device)
+        self.k[b, :, slot], self.v[b, :, slot], self.position[b, slot] = k[b, t], v[b, t], position
+        self.length, self.kept = self.length + keep.sum(1), self.kept + keep.sum(1)
+
+    def slots(self, b=slice(None)):
+        """Row b's slots (or all rows', up to the longest) as views: k, v, position, and the reach (S,) of each slot."""
+        S = self.ring + int(self.length[b].max())
+        reach = torch.full((S,), self.window, device=self.k.device)
+        reach[: self.ring] = self.reach
+        return self.k[b, :, :S], self.v[b, :, :S], self.position[b, :S], reach
+
+    def anchor_outputs(self, y, chunk: Chunk, keep):
+        """For fill="anchor": what each token of the chunk adds if it is skipped, (B, T, C).
+
+        The running average of the attention outputs of the tokens kept before it in the sequence, started at the first
+        one's own. y (N, C) are the outputs of the tokens where keep (B, T) is True, in order.
+        """
+        y, rows = y.to(self.anchor_output.dtype), torch.arange(len(keep), device=y.device)
+        before = keep.cumsum(1) - keep.long()  # kept tokens of this chunk before each
+        b, t = keep.nonzero(as_tuple=True)
+        packed = y.new_zeros(len(keep), max(1, int(keep.sum(1).max())), y.shape[1])  # (B, most kept, C)
+        packed[b.to(y.device), before[b, t].to(y.device)] = y
+        first = (chunk.position[:, :1] == 0).to(y.device)  # a sequence's first token is always kept
+        start = torch.where(first, packed[:, 0], self.anchor_output)
+        averages = running_average(packed, start, self.filter.gamma)
+        self.anchor_output = averages[rows, keep.sum(1).to(y.device)]
+        return averages[rows[:, None], before.to(y.device)]
+
+    def select(self, rows):
+        self.length, self.kept = self.length[rows], self.kept[rows]
+        rows = rows.to(self.k.device)
+        S = math.ceil((self.ring + max(self.length.tolist(), default=0)) / BLOCK) * BLOCK
+        self.k, self.v, self.position = self.k[rows, :, :S], self.v[rows, :, :S], self.position[rows, :S]
+        if self.state is not None:
+            self.state.select(rows)
+        if self.anchor_output is not None:
+            self.anchor_output = self.anchor_output[rows]
+        self.redundant = self.score = None
+
+    def fixed_bytes(self) -> int:
+        output = 0 if self.anchor_output is None else self.anchor_output.numel() * self.anchor_output.element_size()
+        return output + (0 if self.state is None else self.state.nbytes())
+
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.k, self.v, self.position)) + self.fixed_bytes()
+
+    def live_bytes(self, seen) -> int:
+        slot = 2 * self.k.shape[1] * self.k.shape[3] * self.k.element_size() + self.position.element_size()
+        age = seen.to(self.position.device)[:, None] - self.position[:, : self.ring]  # to the next token
+        graced = int(((age >= 0) & (age < self.reach)).sum())
+        return (int(self.length.sum()) + graced) * slot + self.fixed_bytes()
+
+
+class KVCache:
+    """All a model remembers of B sequences. Transformer.new_cache makes one, Transformer.forward moves it on."""
+
+    def __init__(self, config: ModelConfig, B, filter: FilterConfig | None, dtype, device):
+        ratios = layer_ratios(filter, config.n_layers) if filter is not None else [0.0] * config.n_layers
+        self.layers = [LayerCache(config, B, i, ratio, filter, dtype, device) for i, ratio in enumerate(ratios)]
+        self.seen = torch.zeros(B, dtype=torch.int64)  # tokens so far, so the position of the next; host
+
+    def select(self, rows):
+        """Keep these rows (a list or int64 tensor), in this order; a row named twice is copied: a forked prefix."""
+        rows = torch.as_tensor(rows, dtype=torch.int64)
+        self.seen = self.seen[rows]
+        for layer in self.layers:
+            layer.select(rows)
+
+    def kept(self):
+        """Of each row's seen * L (token, layer) pairs, how many were not redundant: (B,) int64."""
+        return torch.stack([layer.kept for layer in self.layers]).sum(0)
+
+    def nbytes(self) -> int:
+        """Bytes allocated: K, V, positions, ring, filter state, anchor outputs."""
+        return sum(layer.nbytes() for layer in self.layers)
+
+    def live_bytes(self) -> int:
+        """Bytes in use: the same, but only the slots that hold a visible token."""
+        return sum(layer.live_bytes(self.seen) for layer in self.layers)
+
+
+# ------------------------------------------------------------------------------------------------------- the model
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(config.width)), config.norm_eps
+
+    def forward(self, x):
+        wide = x if x.dtype == torch.float64 else x.float()
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def visible(query, key, reach):
+    """Which keys each query sees: positions query (..., T) and key (..., S), reach (S,) -> (..., T, S) bool."""
+    age = query[..., :, None] - key[..., None, :]
+    return (age >= 0) & (age < reach)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention, for the tokens that remain."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.q = nn.Linear(config.width, config.heads * config.head_dim, bias=False)
+        self.k = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
+        self.v = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
+        self.o = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
+
+    def forward(self, x, chunk: Chunk, cache: LayerCache):
+        """x (B, T, C) -> what attention adds to the residual stream, (B, T, C)."""
+        (B, T, C), filter = x.shape, cache.filter
+        x = x.flatten(0, 1)
+
+        # keys and values: of all real tokens, or in a closed layer of those in the warm-up
+        redundant = torch.zeros(B, T, dtype=torch.bool)
+        if cache.closed:
+            redundant = chunk.real & (chunk.position >= max(filter.warmup, 1))
+        index = flat_index(chunk.real & ~redundant, x.device)  # into B*T
+        k, v = x.new_zeros(2, B * T, self.kv_heads, self.head_dim)
+        if len(index):
+            k[index] = self.k(x[index]).unflatten(1, (self.kv_heads, self.head_dim))
+            v[index] = self.v(x[index]).unflatten(1, (self.kv_heads, self.head_dim))
+        raw_k, k, v = (y.unflatten(0, (B, T)) for y in (k, rotate(k, chunk.cos, chunk.sin), v))  # (B, T, KVH, D)
+
+        # filter
+        cache.score = None
+        if cache.filters:
+            compared = k if filter.keys == "rotated" else raw_k
+            found, cache.score = token_filter(compared, v, chunk.n_new.to(x.device), cache.state, cache.ratio, filter)
+            redundant = found.cpu()
+        cache.redundant = redundant
+        keep = chunk.real & ~redundant
+        attends = keep if filter is not None and filter.mode == "attention" else chunk.real
+
+        # queries, of the tokens that remain
+        out = x.new_zeros(B * T, C)
+        index = flat_index(attends, x.device)
+        if T == 1:
+            cache.store(k, v, chunk, keep)  # a single token finds itself among the slots
+        if len(index):
+            q = self.q(x[index]).unflatten(1, (self.heads, self.head_dim))  # (N, H, D)
+            q = rotate(q, chunk.cos[index], chunk.sin[index])
+            attend = self.attend_decode if T == 1 else self.attend_prefill
+            out[index] = self.o(attend(q, k, v, chunk, cache, attends, keep).flatten(1))
+        if T > 1:
+            cache.store(k, v, chunk, keep)
+
+        # what the others add instead
+        if cache.anchor_output is not None:
+            filled = cache.anchor_outputs(out[index], chunk, keep).to(x.dtype).flatten(0, 1)
+            skipped = flat_index(redundant, x.device)
+            out[skipped] = filled[skipped]
+        return out.unflatten(0, (B, T))
+
+    def attend_prefill(self, q, k, v, chunk, cache, attends, keep):
+        """Row by row, since each has its own tokens left: q (N, H, D) over the row's slots and its chunk -> (N, H, D)."""
+        share, outputs = self.heads // self.kv_heads, []  # query heads to a kv head
+        candidates = chunk.real if cache.ring else keep  # the others can be seen by nobody
+        for b, row_q in enumerate(q.split(attends.sum(1).tolist())):
+            if not len(row_q):
+                continue
+            new = candidates[b].nonzero()[:, 0]
+            old_k, old_v, old_position, old_reach = cache.slots(b)
+            row_k = torch.cat((old_k, k[b, new.to(k.device)].transpose(0, 1)), dim=1)  # (KVH, S, D)
+            row_v = torch.cat((old_v, v[b, new.to(v.device)].transpose(0, 1)), dim=1)
+            mask = None  # nothing cached, nothing graced, no window: plain causal attention among the kept
+            if old_k.shape[1] or cache.ring or chunk.position.shape[1] > cache.window:
+                reach = torch.where(keep[b, new], cache.window, cache.reach)
+                key = torch.cat((old_position, chunk.position[b, new].to(k.device)))
+                query = chunk.position[b, attends[b]].to(k.device)
+                mask = visible(query, key, torch.cat((old_reach, reach.to(k.device))))
+            row_k, row_v = row_k.repeat_interleave(share, 0), row_v.repeat_interleave(share, 0)
+            y = F.scaled_dot_product_attention(
+                row_q.transpose(0, 1)[None], row_k[None], row_v[None], attn_mask=mask, is_causal=mask is None
+            )
+            outputs.append(y[0].transpose(0, 1))
+        return torch.cat(outputs)
+
+    def attend_decode(self, q, k, v, chunk, cache, attends, keep):
+        """One query a row, its token stored already: q (N, H, D) over the slots, all rows at once -> (N, H, D)."""
+        k, v, position, reach = cache.slots()
+        rows = attends[:, 0].nonzero()[:, 0]
+        mask = None
+        if cache.ring or cache.window < FAR or (cache.length[rows] < cache.length.max()).any():
+            mask = visible(chunk.position.to(k.device), position, reach)[:, None]  # (B, 1, 1, S)
+        if len(rows) < len(k):
+            rows = rows.to(k.device)
+            k, v, mask = k[rows], v[rows], mask if mask is None else mask[rows]
+        q = q.unflatten(1, (self.kv_heads, -1))  # (N, KVH, H/KVH, D): heads that share k, v as queries of one head
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1, 2)
+
+
+def flat_index(where, device):
+    """Where a (B, T) host mask is True, as indices into B*T on the device."""
+    return where.flatten().nonzero()[:, 0].to(device)
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate = nn.Linear(config.width, config.mlp_width, bias=False)
+        self.up = nn.Linear(config.width, config.mlp_width, bias=False)
+        self.down = nn.Linear(config.mlp_width, config.width, bias=False)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attn_norm, self.attn = RMSNorm(config), Attention(config)
+        self.mlp_norm, self.mlp = RMSNorm(config), MLP(config)
+
+    def forward(self, x, chunk: Chunk, cache: LayerCache):
+        x = x + self.attn(self.attn_norm(x), chunk, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Transformer(nn.Module):
+    """The whole decoder, for inference: tokens in, logits out, everything remembered in the cache."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
+
+    def new_cache(self, B, filter: FilterConfig | None = None) -> KVCache:
+        """An empty cache for B sequences. The filter, if any, acts on all that is fed with this cache."""
+        return KVCache(self.config, B, filter, self.embed.weight.dtype, self.embed.weight.device)
+
+    @torch.no_grad()
+    def forward(self, tokens, cache: KVCache, n_new=None, last=False):
+        """Feed tokens (B, T) int64, of which row b's first n_new[b] are real (default: all), and move the cache on.
+
+        Returns logits (B, T, vocab), meaningless at padding; with last=True those after each row's last real token
+        only, (B, vocab). Prefill and decode are this same call. Raises ValueError beyond the model's context.
+        """
+        B, T = tokens.shape
+        n_new = torch.full((B,), T) if n_new is None else torch.as_tensor(n_new, dtype=torch.int64, device="cpu")
+        longest = int((cache.seen + n_new).max())
+        if longest > self.config.max_positions:
+            raise ValueError(f"{longest} tokens are more than the model's context of {self.config.max_positions}")
+        x = self.embed(tokens.to(self.embed.weight.device))  # (B, T, C)
+
+        step = torch.arange(T)
+        position = cache.seen[:, None] + step
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        angle = position.flatten().to(x.device, wide)[:, None, None] * rope_frequencies(self.config).to(x.device, wide)
+        chunk = Chunk(n_new, position, step < n_new[:, None], angle.cos().to(x.dtype), angle.sin().to(x.dtype))
+
+        for block, layer in zip(self.blocks, cache.layers):
+            x = block(x, chunk, layer)
+        cache.seen = cache.seen + n_new
+        if last:
+            x = x[torch.arange(B), (n_new - 1).clamp(min=0)]
+        return self.head(self.norm(x))
+
+    def prefill(self, prompts: list[list[int]], cache: KVCache, chunk=512):
+        """Feed one prompt a row, of any lengths, `chunk` tokens at a time: logits (B, vocab) after each one's end."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        if not lengths.all():
+            raise ValueError("a prompt is empty")
+        tokens = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+        logits = None
+        for start in range(0, tokens.shape[1], chunk):
+            n_new = (lengths - start).clamp(0, chunk)
+            latest = self(tokens[:, start : start + chunk], cache, n_new, last=True)
+            ends = (n_new > 0).to(latest.device)[:, None]
+            logits = latest if logits is None else torch.where(ends, latest, logits)
+        return logits
