@@ -373,6 +373,11 @@ class Transformer(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
 
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of the K and V of one token in all layers."""
+        c = self.config
+        return 2 * c.n_layers * c.kv_heads * c.head_dim * self.embed.weight.element_size()
+
     def new_cache(self, B, filter: FilterConfig | None = None) -> KVCache:
         """An empty cache for B sequences. The filter, if any, acts on all that is fed with this cache."""
         return KVCache(self.config, B, filter, self.embed.weight.dtype, self.embed.weight.device)

@@ -1,0 +1,386 @@
+"""What the decoder promises: the same logits as transformers, the same result however a text is fed, real savings."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+import model as model_module
+from load_weights import load, load_model
+from model import ModelConfig, Transformer, rope_frequencies, rotate
+from token_filter import PRESETS, FilterState, layer_ratios, preset, token_filter
+
+LENGTHS = [90, 40, 63]  # of the three rows of most tests
+SHAPES = {"mha": (4, 4), "gqa": (6, 2), "mqa": (4, 1)}  # heads, kv_heads
+
+
+@functools.cache
+def small(shape="gqa", window=None, n_layers=4) -> Transformer:
+    """A random float64 model. Weights are scaled up, so that attention is far from uniform and every bug shows."""
+    torch.manual_seed(1)
+    heads, kv_heads = SHAPES[shape]
+    config = ModelConfig(97, 32, n_layers, heads, kv_heads, 8, 48, 10000.0, 1e-5, 512, tied=False, window=window)
+    model = Transformer(config).double().requires_grad_(False)
+    for name, p in model.named_parameters():
+        p.mul_(3.0 if ".q." in name or ".k." in name else 1.5)
+    return model
+
+
+def texts():
+    torch.manual_seed(2)
+    return torch.randint(0, 97, (3, max(LENGTHS)))
+
+
+def feed(model, filter, sizes, rows=(0, 1, 2)):
+    """The rows' texts in one batch, in chunks of these sizes: logits (B, T, V), decisions (L, B, T), the cache."""
+    cache, logits, redundant, start = model.new_cache(len(rows), filter), [], [], 0
+    for size in sizes:
+        n_new = [min(max(LENGTHS[row] - start, 0), size) for row in rows]
+        logits.append(model(texts()[list(rows), start : start + size], cache, n_new))
+        redundant.append(torch.stack([layer.redundant for layer in cache.layers]))
+        start += size
+    return torch.cat(logits, 1), torch.cat(redundant, 2), cache
+
+
+def same(a, b, row_a, row_b, length):
+    assert torch.equal(a[1][:, row_a, :length], b[1][:, row_b, :length])
+    torch.testing.assert_close(a[0][row_a, :length], b[0][row_b, :length], rtol=0, atol=1e-9)
+
+
+# ------------------------------------------------------------------------------------------- an obvious version
+
+
+def obvious(model, tokens, filter):
+    """One token, one layer, one visible key at a time, no cache object: logits (T, V) of one text."""
+    c, T, ratios = model.config, len(tokens), layer_ratios(filter, model.config.n_layers)
+    x = model.embed(tokens)
+    for l, block in enumerate(model.blocks):
+        state = FilterState.new(1, c.kv_heads, c.head_dim, filter, l, torch.float64, "cpu")
+        past, outputs, anchor = [], [], None  # past: (position, k, v, redundant)
+        normed = block.attn_norm(x)
+        for t in range(T):
+            angle = t * rope_frequencies(c).double()[None]
+            k = rotate(block.attn.k(normed[t]).view(c.kv_heads, c.head_dim), angle.cos(), angle.sin())
+            v = block.attn.v(normed[t]).view(c.kv_heads, c.head_dim)
+            q = rotate(block.attn.q(normed[t]).view(c.heads, c.head_dim), angle.cos(), angle.sin())
+            redundant = bool(token_filter(k[None, None], v[None, None], torch.ones(1).long(), state, ratios[l], filter)[0])
+            if redundant and filter.mode == "attention":
+                past.append((t, k, v, True))
+                outputs.append(anchor if filter.fill == "anchor" else torch.zeros(c.width).double())
+                continue
+            past.append((t, k, v, redundant))
+            heads = []
+            for h in range(c.heads):
+                kv, seen = h * c.kv_heads // c.heads, []
+                for j, k_j, v_j, redundant_j in past:
+                    if t - j < (c.window or T) and (j == t or not redundant_j or t - j <= filter.grace):
+                        seen.append((q[h] @ k_j[kv] / c.head_dim**0.5, v_j[kv]))
+                weights = torch.stack([s for s, _ in seen]).softmax(0)
+                heads.append(weights @ torch.stack([v_j for _, v_j in seen]))
+            outputs.append(block.attn.o(torch.cat(heads)))
+            anchor = outputs[-1] if anchor is None else filter.gamma * anchor + (1 - filter.gamma) * outputs[-1]
+        x = x + torch.stack(outputs)
+        x = x + block.mlp(block.mlp_norm(x))
+    return model.head(model.norm(x))
+
+
+@pytest.mark.parametrize("window", [None, 13])
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("prune", [0.3, 0.8])
+def test_equals_the_obvious_version(name, prune, window):
+    model, filter = small("gqa", window), preset(name, prune=prune, warmup=4, **({} if name == "paper" else {"grace": 5}))
+    logits, redundant, _ = feed(model, filter, [90], rows=[0])
+    assert redundant.any()
+    torch.testing.assert_close(logits[0], obvious(model, texts()[0], filter), rtol=0, atol=1e-9)
+
+
+# ------------------------------------------------------------------------------- chunk-free and batch-invariant
+
+
+@pytest.mark.parametrize("shape, window", [("mha", None), ("gqa", None), ("mqa", None), ("gqa", 20)])
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("prune", [0.0, 0.3, 0.5, 0.8])
+def test_chunks_and_neighbours_change_nothing(shape, window, name, prune):
+    model, filter = small(shape, window), preset(name, prune=prune)
+    whole = feed(model, filter, [90])
+    pairs = sum(LENGTHS) * model.config.n_layers
+    assert int(whole[2].kept().sum()) == pairs - int(whole[1].sum())
+    for sizes in ([1] * 90, [7] * 12 + [6], [64, 26], [1, 40, 1, 48]):
+        other = feed(model, filter, sizes)
+        for row, length in enumerate(LENGTHS):
+            same(whole, other, row, row, length)
+        assert torch.equal(whole[2].kept(), other[2].kept())
+    for row, length in enumerate(LENGTHS):
+        same(whole, feed(model, filter, [length], rows=[row]), row, 0, length)
+    for row, place in ((0, 2), (2, 0)):
+        same(whole, feed(model, filter, [33, 57], rows=[2, 1, 0]), row, place, LENGTHS[row])
+
+
+@pytest.mark.parametrize("changes", [
+    {"fusion": "random"}, {"keys": "unrotated"}, {"schedule": "uniform"}, {"schedule": "head"}, {"schedule": "last"},
+    {"warmup": 0}, {"history": 8}, {"gamma": 0.0}, {"grace": 1}, {"grace": 200}, {"mode": "cache", "grace": 0},
+])  # fmt: skip
+def test_chunks_and_neighbours_change_nothing_with_other_settings(changes):
+    model, filter = small(), preset("paper", prune=0.5, **changes)
+    whole, steps = feed(model, filter, [90]), feed(model, filter, [16, 1, 1, 30, 42])
+    assert whole[1].any()
+    for row, length in enumerate(LENGTHS):
+        same(whole, steps, row, row, length)
+        same(whole, feed(model, filter, [length], rows=[row]), row, 0, length)
+
+
+def test_the_future_changes_nothing():
+    model, filter = small(), preset("anchored", prune=0.5)
+    tokens = texts()[:1]
+    changed = torch.cat((tokens[:, :60], (tokens[:, 60:] + 1) % 97), 1)
+    a, b = (model(t, model.new_cache(1, filter))[0, :60] for t in (tokens, changed))
+    assert torch.equal(a, b)
+
+
+def test_prefill_of_ragged_prompts_gives_each_ones_last_logits():
+    model, filter = small(), preset("anchored", prune=0.5)
+    prompts = [texts()[row, :length].tolist() for row, length in enumerate(LENGTHS)]
+    for chunk in (7, 512):
+        logits = model.prefill(prompts, model.new_cache(3, filter), chunk)
+        for row, prompt in enumerate(prompts):
+            alone = model.prefill([prompt], model.new_cache(1, filter))
+            torch.testing.assert_close(logits[row], alone[0], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_rows_leave_and_fork(name):
+    """select() drops and copies whole rows: each goes on as if nothing had happened to the others."""
+    model, filter = small("gqa", 30), preset(name, prune=0.5)
+    _, _, cache = feed(model, filter, [50])
+    cache.select([2, 0, 2])
+    ends = [[50, 51, 52], [60, 61, 62], [70, 71, 72]]
+    logits = [model(torch.tensor([end[i] for end in ends])[:, None], cache) for i in range(3)]
+    for row, (origin, end) in enumerate(zip([2, 0, 2], ends)):
+        alone = model.new_cache(1, filter)
+        tokens = torch.cat((texts()[origin, : min(50, LENGTHS[origin])], torch.tensor(end)))
+        expected = model(tokens[None], alone)[0, -3:]
+        torch.testing.assert_close(torch.cat(logits, 1)[row], expected, rtol=0, atol=1e-9)
+    size = cache.nbytes()
+    cache.select([])
+    assert cache.nbytes() == 0 < size
+
+
+# ------------------------------------------------------------------------------------------------- off means off
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("window", [None, 20])
+def test_a_filter_that_keeps_everything_equals_dense(name, window):
+    model = small("gqa", window)
+    dense = feed(model, None, [90])
+    for sizes in ([90], [30, 60], [1] * 90):
+        filtered = feed(model, preset(name, prune=0.7, warmup=1000), sizes)
+        assert not filtered[1].any()
+        for row, length in enumerate(LENGTHS):
+            same(dense, filtered, row, row, length)
+
+
+@pytest.mark.parametrize("filter", [None, preset("cache", prune=0.0), preset("anchored", prune=0.0)])
+def test_off_means_no_filter_work(filter, monkeypatch):
+    def refuse(*args):
+        raise AssertionError("token_filter was called")
+
+    monkeypatch.setattr(model_module, "token_filter", refuse)
+    _, _, cache = feed(small(), filter, [50, 40])
+    assert all(layer.state is None and layer.ring == 0 for layer in cache.layers)
+
+
+# --------------------------------------------------------------------------------------------------- real savings
+
+
+class Rows:
+    """Counts the rows that go through each projection, and the queries and keys that go into attention."""
+
+    def __init__(self, model, monkeypatch):
+        self.counts = {}
+        self.hooks = [
+            module.register_forward_pre_hook(lambda _, args, name=name: self.add(name, args[0].shape[0]))
+            for name, module in model.named_modules()
+            if ".attn." in name
+        ]
+        attention = F.scaled_dot_product_attention
+
+        def counting(q, k, v, **options):
+            self.add("queries", q.shape[0] * q.shape[1] * q.shape[2])  # times query heads, however they are folded
+            return attention(q, k, v, **options)
+
+        monkeypatch.setattr(F, "scaled_dot_product_attention", counting)
+
+    def add(self, name, rows):
+        self.counts[name] = self.counts.get(name, 0) + rows
+
+
+@pytest.mark.parametrize("sizes", [[90], [20, 1, 1, 38, 30]])
+@pytest.mark.parametrize("name", PRESETS)
+def test_skipped_tokens_run_no_projection_and_no_attention(name, sizes, monkeypatch):
+    model, filter = small("gqa"), preset(name, prune=0.5)
+    rows = Rows(model, monkeypatch)
+    try:
+        _, redundant, cache = feed(model, filter, sizes)
+    finally:
+        for hook in rows.hooks:
+            hook.remove()
+    total = sum(LENGTHS)
+    queries = 0
+    for i, layer in enumerate(cache.layers):
+        attending = total - (int(redundant[i].sum()) if filter.mode == "attention" else 0)
+        queries += attending
+        assert rows.counts[f"blocks.{i}.attn.q"] == rows.counts[f"blocks.{i}.attn.o"] == attending
+        cached = 3 * 16 if layer.closed else total  # past the warm-up a closed layer does not even project K and V
+        assert rows.counts[f"blocks.{i}.attn.k"] == rows.counts[f"blocks.{i}.attn.v"] == cached
+    assert rows.counts["queries"] == queries * model.config.heads
+    assert cache.layers[-1].closed == (name != "cache")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("prune", [0.3, 0.5, 0.8])
+def test_cache_bytes_shrink_as_the_skip_ratio_says(name, prune):
+    model, filter = small("gqa", n_layers=6), preset(name, prune=prune)
+    tokens = torch.randint(0, 97, (2, 400))
+    cache = model.new_cache(2, filter)
+    model(tokens, cache)
+    c, pairs = model.config, 800 * model.config.n_layers
+    slot = 2 * c.kv_heads * c.head_dim * 8 + 8  # float64 K and V, int64 position
+    graced = sum(
+        int(layer.redundant[:, -filter.grace :].sum()) for layer in cache.layers if filter.grace and not layer.closed
+    )
+    fixed = sum(layer.fixed_bytes() for layer in cache.layers)
+    kept = pairs - sum(int(layer.redundant.sum()) for layer in cache.layers)
+    assert abs(kept / pairs - (1 - prune)) < 0.06  # the realised ratio is near the one asked for
+    assert cache.live_bytes() == (kept + graced) * slot + fixed
+    # allocated: live, rounded up to blocks of 32 and to the longest row
+    longest = sum(2 * (layer.ring + 32 + int(layer.length.max())) for layer in cache.layers)
+    assert cache.live_bytes() <= cache.nbytes() <= longest * slot + fixed
+
+
+def test_nbytes_is_what_the_tensors_take():
+    _, _, cache = feed(small(), preset("anchored", prune=0.5), [60])
+    tensors = set()
+    for layer in cache.layers:
+        held = {**vars(layer), **(vars(layer.state) if layer.state else {})}
+        held = {k: t for k, t in held.items() if k not in ("length", "kept", "redundant", "score", "state")}
+        tensors |= {t for t in held.values() if isinstance(t, torch.Tensor)}
+    assert cache.nbytes() == sum(t.untyped_storage().nbytes() for t in tensors)
+
+
+@pytest.mark.parametrize("name", [None, *PRESETS])
+def test_a_sliding_window_bounds_the_cache(name):
+    model = small("gqa", 20)
+    cache = model.new_cache(1, name and preset(name, prune=0.3))
+    tokens = torch.randint(0, 97, (1, 300))
+    for t in range(300):
+        model(tokens[:, t : t + 1], cache)
+    assert all(layer.k.shape[2] <= layer.ring + 20 + 2 * 32 for layer in cache.layers)
+
+
+# ------------------------------------------------------------------------------------------------------- parity
+
+
+def hf_logits(folder, ids, steps):
+    """transformers' logits for a prompt and then `steps` of decode with its own cache."""
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        out = reference(ids[:, :-steps], use_cache=True)
+        logits = [out.logits]
+        for t in range(ids.shape[1] - steps, ids.shape[1]):
+            out = reference(ids[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True)
+            logits.append(out.logits)
+    return torch.cat(logits, 1)
+
+
+def our_logits(model, ids, steps):
+    cache = model.new_cache(len(ids))
+    logits = [model(ids[:, :-steps], cache)]
+    logits += [model(ids[:, t : t + 1], cache) for t in range(ids.shape[1] - steps, ids.shape[1])]
+    return torch.cat(logits, 1)
+
+
+SIZES = dict(vocab_size=131, hidden_size=48, intermediate_size=80, num_hidden_layers=3, max_position_embeddings=256)
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}  # fmt: skip
+FAMILIES = {
+    "llama": transformers.LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=4, rms_norm_eps=1e-5),
+    "llama-gqa-tied": transformers.LlamaConfig(
+        **SIZES, num_attention_heads=4, num_key_value_heads=1, tie_word_embeddings=True
+    ),
+    "llama3-scaling": transformers.LlamaConfig(
+        **SIZES, num_attention_heads=6, num_key_value_heads=2, head_dim=16, rope_parameters=LLAMA3
+    ),
+    "mistral": transformers.MistralConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, sliding_window=None),
+    "mistral-window": transformers.MistralConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, sliding_window=24),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(family, tmp_path):
+    reference = transformers.AutoModelForCausalLM.from_config(FAMILIES[family])
+    for p in reference.parameters():
+        torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.15)
+    reference.save_pretrained(tmp_path, max_shard_size="100KB" if family == "llama" else "5GB")
+    assert (tmp_path / "model.safetensors.index.json").exists() == (family == "llama")
+    ids = torch.randint(0, 131, (2, 100))
+    ours, theirs = our_logits(load_model(tmp_path, "cpu"), ids, 40), hf_logits(tmp_path, ids, 40)
+    assert theirs.std() > 0.3
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+PROSE = """The lighthouse keeper kept a careful record of every ship that passed the point: its name, if he could read it,
+the colour of its funnel, and the hour. On foggy nights he wrote down only the sound of the engines."""
+
+
+def test_demo_logits_equal_transformers(demo):
+    model, tokenizer = load(demo, "cpu")
+    ids = torch.tensor([tokenizer.encode(PROSE) + tokenizer.chat([{"role": "user", "content": PROSE}])])
+    ours, theirs = our_logits(model, ids, 20), hf_logits(demo, ids, 20)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_demo_is_chunk_free_and_batch_invariant(demo, name):
+    """The small models' promise on real weights: float64, a prompt's decisions and logits, whole, in pieces, in company."""
+    model, tokenizer = load(demo, "cpu", "float64")
+    long, short = tokenizer.encode(PROSE * 2), tokenizer.encode(PROSE[:90])
+    filter = preset(name, prune=0.5)
+    whole = model.new_cache(1, filter)
+    expected = model(torch.tensor([long]), whole)[0]
+    assert 0.2 < 1 - int(whole.kept()) / (len(long) * 30) < 0.6
+    tokens = torch.tensor([short + [0] * (len(long) - len(short)), long])
+    cache, logits, start = model.new_cache(2, filter), [], 0
+    for size in (40, 1, 1, len(long) - 42):
+        n_new = [min(max(len(short) - start, 0), size), size]
+        logits.append(model(tokens[:, start : start + size], cache, n_new)[1])
+        start += size
+    assert int(cache.kept()[1]) == int(whole.kept())
+    torch.testing.assert_close(torch.cat(logits), expected, rtol=0, atol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------- the rest
+
+
+def test_beyond_the_context_is_refused():
+    model = small()
+    cache = model.new_cache(1)
+    model(torch.zeros(1, 512, dtype=torch.int64), cache)
+    with pytest.raises(ValueError, match="513 tokens are more than the model's context of 512"):
+        model(torch.zeros(1, 1, dtype=torch.int64), cache)
+    with pytest.raises(ValueError, match="empty"):
+        model.prefill([[1], []], model.new_cache(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_runs_and_keeps_its_statistics_in_float32(dtype):
+    config = dataclasses.replace(small().config)
+    model = Transformer(config).to(dtype).requires_grad_(False)
+    cache = model.new_cache(3, preset("anchored", prune=0.5))
+    assert model(texts(), cache, LENGTHS).dtype == dtype
+    state = cache.layers[1].state
+    assert state.anchor.dtype == state.history.dtype == cache.layers[1].anchor_output.dtype == torch.float32
+    assert cache.layers[1].k.dtype == dtype
