@@ -158,22 +158,21 @@ def add_model_arguments(parser):
     parser.add_argument("--dtype", default="auto", choices=dtypes, help="auto: the checkpoint's on cuda, float32 on cpu")
 
 
-def add_filter_arguments(parser):
-    """--preset, and a flag for every field of FilterConfig but prune and seed."""
+def add_filter_arguments(parser, several=False):
+    """--preset (one name, or several), and a flag for every field of FilterConfig but prune and seed."""
     group = parser.add_argument_group("token filtering")
-    group.add_argument("--preset", choices=PRESETS, help="default: paper")
+    group.add_argument("--preset", choices=PRESETS, nargs="+" if several else None, help="default: paper")
     for f in fields(FilterConfig):
         if f.name not in ("prune", "seed"):
             group.add_argument(f"--{f.name}", type=type(f.default), choices=CHOICES.get(f.name), help="overrides the preset")
 
 
-def filter_from(args, name=None, prune=None) -> FilterConfig | None:
-    """The filter that the flags ask for, or None for prune 0. Exits with one line when they make no sense."""
-    prune = args.prune if prune is None else prune
+def filter_from(args, name, prune) -> FilterConfig | None:
+    """The named preset with what the flags override, or None for prune 0. Exits with one line if that makes no sense."""
     chosen = {f.name: getattr(args, f.name) for f in fields(FilterConfig) if f.name not in ("prune", "seed")}
     overrides = {key: value for key, value in chosen.items() if value is not None}
     try:
-        config = preset(name or args.preset or "paper", prune=prune, seed=args.seed, **overrides)
+        config = preset(name, prune=prune, seed=args.seed, **overrides)
     except ValueError as e:
         fail(e)
     return config if prune > 0 else None
@@ -250,12 +249,12 @@ def main(argv=None):
         if set(given) - {"--prune"}:
             fail(f"--compare runs every preset as it is: it cannot be combined with {given[-1]}")
         args.prune = 0.3 if args.prune is None else args.prune
-        settings = [("dense", None)] + [(name, filter_from(args, name)) for name in PRESETS]
+        settings = [("dense", None)] + [(name, filter_from(args, name, args.prune)) for name in PRESETS]
     else:
         if args.prune is None and given:
             fail(f"{given[0]} does nothing without --prune")
-        args.prune = args.prune or 0.0
-        settings = [(args.preset or "paper" if args.prune else "dense", filter_from(args))]
+        filter = filter_from(args, args.preset or "paper", args.prune or 0.0)
+        settings = [(args.preset or "paper" if filter else "dense", filter)]
     texts_in = read_prompts(args)
 
     try:
@@ -291,9 +290,8 @@ def main(argv=None):
         elif not args.json:
             for i, text in enumerate(texts):
                 print(f"[{i + 1}] {texts_in[i]}\n{text}\n")
-        sys.stdout.flush()
-        if not args.json:
-            print(f"{title}: {stats.line()}", file=sys.stderr, flush=True)
+        if not args.json:  # a comparison's figures belong to its texts; otherwise stdout is for the text alone
+            print(f"{title}: {stats.line()}", file=sys.stdout if args.compare else sys.stderr, flush=True)
     if args.json:
         print(json.dumps({"prompts": texts_in, "results": results}, ensure_ascii=False, indent=1))
 

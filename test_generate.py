@@ -1,0 +1,326 @@
+"""Generation equals re-scoring, rows do not disturb each other, the command says what went wrong in one line."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import generate as generate_module
+from eval_ppl import main as eval_main
+from generate import Stats, generate, main, sample
+from load_weights import load
+from test_model import LENGTHS, small, texts
+from token_filter import PRESETS, preset
+
+PROMPTS = [texts()[row, :length].tolist() for row, length in enumerate(LENGTHS)]
+FILTERS = [None] + [preset(name, prune=0.5) for name in PRESETS]
+
+
+def collect(n_rows, steps):
+    rows = [[] for _ in range(n_rows)]
+    for row, token in steps:
+        rows[row].append(token)
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------- from Python
+
+
+@pytest.mark.parametrize("filter", FILTERS, ids=["dense", *PRESETS])
+def test_greedy_generation_equals_rescoring(filter):
+    """Feeding prompt and answer in one go, each token of the answer is the likeliest after what is before it."""
+    model = small()
+    for prompt, answer in zip(PROMPTS, collect(3, generate(model, PROMPTS, 25, filter, chunk=32))):
+        logits = model(torch.tensor([prompt + answer]), model.new_cache(1, filter))[0]
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("filter", FILTERS, ids=["dense", *PRESETS])
+def test_rows_do_not_depend_on_each_other_and_leave_at_eos(filter, temperature):
+    model = small()
+    free = collect(3, generate(model, PROMPTS, 20, filter, temperature=temperature))
+    eos = {free[0][3], free[2][7]}  # ends the rows at different steps
+    ended = collect(3, generate(model, PROMPTS, 20, filter, eos, temperature=temperature))
+    for row, tokens in enumerate(free):
+        stop = next((i for i, token in enumerate(tokens) if token in eos), len(tokens))
+        assert ended[row] == tokens[:stop]
+        alone = collect(1, generate(model, [PROMPTS[row]], 20, filter, eos, temperature=temperature, seed=row))
+        assert alone[0] == ended[row]
+    assert len(ended[0]) <= 3 and len(ended[2]) <= 7
+
+
+def test_rows_that_ended_are_no_longer_fed(monkeypatch):
+    model, sizes = small(), []
+    forward = type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda self, t, *a, **k: sizes.append(len(t)) or forward(self, t, *a, **k))
+    free = collect(3, generate(model, PROMPTS, 10))
+    sizes.clear()
+    ended = collect(3, generate(model, PROMPTS, 10, eos_ids={free[0][2]}))
+    # one prefill of all three; then a row is fed once for every token it gave, but the last one at the limit
+    assert sum(sizes[1:]) == sum(len(row) - (len(row) == 10) for row in ended)
+
+
+def test_stats_add_up():
+    model, filter, stats = small(), preset("paper", prune=0.5), Stats()
+    answers = collect(3, generate(model, PROMPTS, 20, filter, stats=stats))
+    skipped = pairs = live = 0
+    for row, (prompt, answer) in enumerate(zip(PROMPTS, answers)):
+        cache = model.new_cache(1, filter)
+        model(torch.tensor([prompt + answer[:-1]]), cache)
+        redundant = sum(int(layer.redundant.sum()) for layer in cache.layers)
+        assert stats.row_skip_ratio[row] == pytest.approx(redundant / (int(cache.seen) * 4))
+        skipped, pairs, live = skipped + redundant, pairs + int(cache.seen) * 4, live + cache.live_bytes()
+    assert stats.skip_ratio == pytest.approx(skipped / pairs)
+    assert stats.kv_bytes == live
+    assert stats.dense_kv_bytes == pairs * 2 * 2 * 8 * 8  # K and V, 2 heads of 8 float64s
+    assert (stats.prompt_tokens, stats.new_tokens) == (sum(LENGTHS), 60)
+    assert stats.prefill_seconds > 0 and stats.decode_seconds > 0
+
+
+def test_sampling():
+    logits = torch.tensor([2.0, 0.0, 3.0, 1.0])
+    assert sample(logits) == sample(logits, 1.0, top_k=1) == sample(logits, 1.0, top_p=0.1) == 2
+    rng = torch.Generator().manual_seed(0)
+    drawn = torch.bincount(torch.tensor([sample(logits, 0.5, rng=rng) for _ in range(4000)]), minlength=4) / 4000
+    torch.testing.assert_close(drawn, (logits / 0.5).softmax(0), atol=0.03, rtol=0)
+    assert {sample(logits, 2.0, top_k=2, rng=rng) for _ in range(200)} == {0, 2}
+    assert {sample(logits, 1.0, top_p=0.7, rng=rng) for _ in range(200)} == {0, 2}  # 0.64 alone is not enough
+
+
+@pytest.mark.parametrize("prompts, new, message", [
+    ([], 5, "no prompt"), ([[1], []], 5, "prompt 2 is empty"), ([[1] * 500], 13, "longer than the model's context of 512"),
+])  # fmt: skip
+def test_bad_prompts_are_refused_at_once(prompts, new, message):
+    with pytest.raises(ValueError, match=message):
+        generate(small(), prompts, new)
+
+
+# --------------------------------------------------------------------------------------------- the command line
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A small random checkpoint in three shards, with a byte-level tokenizer and a chat template."""
+    folder = tmp_path_factory.mktemp("small") / "checkpoint"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        ["the quick brown fox"], trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"])
+    )
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=200, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="70KB")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert len(list(folder.glob("*.safetensors"))) == 3
+    return folder
+
+
+LONG = "the quick brown fox " * 3
+RUN = ["--max-new-tokens", "12", "--ignore-eos", "--device", "cpu"]
+
+
+def test_one_prompt_streams_what_json_reports(checkpoint, capsys):
+    main([str(checkpoint), "--prompt", LONG, "--prune", "0.5", *RUN])
+    streamed, figures = capsys.readouterr()
+    main([str(checkpoint), "--prompt", LONG, "--prune", "0.5", "--json", *RUN])
+    result = json.loads(capsys.readouterr().out)["results"][0]
+    assert streamed == result["texts"][0] + "\n"
+    assert f"skipped {result['skip_ratio']:.1%} of (token, layer) pairs" in figures and 0.1 < result["skip_ratio"] < 0.6
+    assert "note: models below a billion parameters" in figures
+    assert result["filter"]["prune"] == 0.5 and result["new_tokens"] == 12
+    model, tokenizer = load(checkpoint, "cpu")
+    ids = [token for _, token in generate(model, [tokenizer.encode(LONG)], 12, preset("paper", prune=0.5))]
+    assert tokenizer.decode(ids) == result["texts"][0]
+
+
+def test_a_batch_gives_each_prompts_own_text(checkpoint, capsys, tmp_path):
+    (tmp_path / "prompts.txt").write_text(f"{LONG}\n\nfox\n", encoding="utf-8")
+    flags = ["--preset", "cache", "--prune", "0.4", "--json", *RUN]
+    main([str(checkpoint), "--prompt", "a", "--prompts-file", str(tmp_path / "prompts.txt"), *flags])
+    batch = json.loads(capsys.readouterr().out)
+    assert batch["prompts"] == ["a", LONG, "fox"]
+    for prompt, text in zip(batch["prompts"], batch["results"][0]["texts"]):
+        main([str(checkpoint), "--prompt", prompt, *flags])
+        assert json.loads(capsys.readouterr().out)["results"][0]["texts"] == [text]
+    main([str(checkpoint), "--prompt", "a", "--prompt", "fox", "--prune", "0.4", "--preset", "cache", *RUN])
+    out = capsys.readouterr().out
+    assert f"[2] fox\n{batch['results'][0]['texts'][2]}\n" in out
+
+
+def test_chat_puts_the_prompt_in_the_template(checkpoint, capsys):
+    main([str(checkpoint), "--prompt", "fox", "--chat", "--json", *RUN])
+    chat = json.loads(capsys.readouterr().out)["results"][0]
+    _, tokenizer = load(checkpoint, "cpu")
+    assert chat["prompt_tokens"] == len(tokenizer.encode("<s>user: fox</s>", parse_special=True))
+    assert chat["filter"] is None and chat["skip_ratio"] == 0
+
+
+def test_compare_runs_dense_and_every_preset(checkpoint, capsys):
+    main([str(checkpoint), "--prompt", LONG, "--prune", "0.5", "--compare", *RUN])
+    out = capsys.readouterr().out
+    assert [line[4:] for line in out.splitlines() if line.startswith("===")] == [
+        "dense", *(f"{name}, prune 0.5" for name in PRESETS)
+    ]  # fmt: skip
+    for name in PRESETS:
+        main([str(checkpoint), "--prompt", LONG, "--prune", "0.5", "--preset", name, *RUN])
+        assert capsys.readouterr().out in out
+
+
+def test_every_filter_field_can_be_overridden(checkpoint, capsys):
+    flags = "--mode cache --grace 3 --schedule head --gamma 0.8 --warmup 5 --history 9 --fusion key --keys unrotated --seed 7"
+    main([str(checkpoint), "--prompt", LONG, "--prune", "0.5", "--json", *flags.split(), *RUN])
+    used = json.loads(capsys.readouterr().out)["results"][0]["filter"]
+    assert used == {"prune": 0.5, "mode": "cache", "fill": "zero", "grace": 3, "schedule": "head", "gamma": 0.8, "warmup": 5,
+                    "history": 9, "fusion": "key", "keys": "unrotated", "seed": 7}  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------- bad input
+
+
+def refused(capsys, *flags, command=main):
+    """Runs the command, which must print one line on stderr, nothing on stdout, and exit with code 2."""
+    with pytest.raises(SystemExit) as caught:
+        command([*map(str, flags)])
+    out, err = capsys.readouterr()
+    err = err.replace("\r", "\n").split("\n")
+    errors = [line for line in err if line.startswith("error: ")]
+    assert caught.value.code == 2 and out == "" and len(errors) == 1, (caught.value.code, out, err)
+    assert not any("Traceback" in line for line in err)
+    return errors[0]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--prompt", "a", "--prune", "1.5"], "prune=1.5 is not a number in [0, 1)"),
+    (["--prompt", "a", "--prune", "nan"], "prune=nan is not a number in [0, 1)"),
+    (["--prompt", "a", "--prune", "half"], "--prune: invalid float value: 'half'"),
+    (["--prompt", "a", "--prune", "0.5", "--gamma", "1"], "gamma=1.0 is not a number in [0, 1)"),
+    (["--prompt", "a", "--prune", "0.5", "--preset", "cache", "--fill", "anchor"], "fill='anchor' has no meaning"),
+    (["--prompt", "a", "--preset", "cache"], "--preset does nothing without --prune"),
+    (["--prompt", "a", "--grace", "3"], "--grace does nothing without --prune"),
+    (["--prompt", "a", "--compare", "--grace", "3"], "cannot be combined with --grace"),
+    (["--prompt", ""], "prompt 1 is empty"),
+    ([], "no prompt"),
+    (["--prompts-file", "no/such/file"], "no/such/file: cannot be read"),
+    (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0 is not at least 1"),
+    (["--prompt", "a", "--top-p", "0"], "--top-p in (0, 1]"),
+    (["--prompt", "a", "--temperature", "nan"], "--temperature"),
+    (["--prompt", LONG, "--max-new-tokens", "190"], "longer than the model's context of 200"),
+    (["--prompt", "a", "--device", "abacus"], "abacus"),
+    (["--prompt", "a", "--nonsense"], "--nonsense"),
+])  # fmt: skip
+def test_bad_flags(checkpoint, capsys, flags, message):
+    assert message in refused(capsys, checkpoint, *flags)
+
+
+def break_json(name, **changes):
+    def edit(folder):
+        values = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**values, **changes}))
+
+    return edit
+
+
+def break_tensors(change):
+    def edit(folder):
+        index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        shard = folder / index["model.norm.weight"]
+        tensors = load_file(shard)
+        change(tensors)
+        save_file(tensors, shard, metadata={"format": "pt"})
+
+    return edit
+
+
+def truncate(folder):
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("damage, message", [
+    (shutil.rmtree, "no such folder"),
+    (truncate, "model-00002-of-00003.safetensors"),
+    (lambda folder: sorted(folder.glob("*.safetensors"))[0].unlink(), "model-00001-of-00003.safetensors: no such file"),
+    (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer.json"),
+    (lambda folder: (folder / "config.json").write_text("[1"), "config.json"),
+    (break_json("config.json", model_type="gpt2"), "model_type 'gpt2' is not supported"),
+    (break_json("config.json", num_hidden_layers=4), "'model.layers.3."),
+    (break_json("config.json", hidden_size=64), "config.json asks for"),
+    (break_tensors(lambda t: t.pop("model.norm.weight")), "'model.norm.weight' is missing"),
+    (break_tensors(lambda t: t.update({"model.extra.weight": torch.ones(2)})), "'model.extra.weight'"),
+    (break_tensors(lambda t: t.update({"model.norm.weight": torch.ones(31)})), "shape [31]"),
+    (break_tensors(lambda t: t["model.norm.weight"].fill_(float("nan"))), "not finite"),
+], ids=["no folder", "truncated", "no shard", "no tokenizer", "bad json", "model type", "missing layer", "width",
+        "missing tensor", "extra tensor", "wrong shape", "nan"])  # fmt: skip
+def test_bad_checkpoints(checkpoint, capsys, tmp_path, damage, message):
+    shutil.copytree(checkpoint, tmp_path / "bad")
+    damage(tmp_path / "bad")
+    error = refused(capsys, tmp_path / "bad", "--prompt", "a", "--prune", "0.5", "--device", "cpu")
+    assert message in error and "bad" in error
+
+
+def test_no_chat_template(checkpoint, capsys, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "base")
+    (tmp_path / "base" / "tokenizer_config.json").unlink()
+    assert "chat template" in refused(capsys, tmp_path / "base", "--prompt", "a", "--chat")
+
+
+def test_the_process_itself_exits_with_2_and_no_traceback(tmp_path):
+    command = [sys.executable, generate_module.__file__, str(tmp_path / "nowhere"), "--prompt", "a"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {tmp_path / 'nowhere'}: no such folder\n"
+
+
+# -------------------------------------------------------------------------------------------------- perplexity
+
+
+@pytest.mark.parametrize("filter", FILTERS, ids=["dense", *PRESETS])
+def test_perplexity_equals_decoding_token_by_token(filter):
+    from eval_ppl import evaluate
+
+    model, nll, kept = small(), 0.0, 0
+    for prompt in PROMPTS:
+        cache = model.new_cache(1, filter)
+        for token, target in zip(prompt, prompt[1:] + [None]):
+            logits = model(torch.tensor([[token]]), cache)[0, 0]
+            nll -= 0.0 if target is None else float(logits.log_softmax(-1)[target])
+        kept += int(cache.kept())
+    *_, score = evaluate(model, PROMPTS, filter, batch=2, chunk=17)
+    assert score.tokens == sum(LENGTHS) - 3
+    assert score.nll == pytest.approx(nll, abs=1e-9)
+    assert (score.kept, score.pairs) == (kept, sum(LENGTHS) * 4)
+
+
+def test_perplexity_command(checkpoint, capsys, tmp_path):
+    (tmp_path / "text.txt").write_text(LONG * 8, encoding="utf-8")
+    flags = ["--text", str(tmp_path / "text.txt"), "--window", "64", "--device", "cpu"]
+    eval_main([str(checkpoint), *flags, "--prune", "0", "0.5", "--preset", "paper", "cache"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[:2] for row in rows[2:]] == [["dense", "0.00"], ["paper", "0.50"], ["cache", "0.50"]]
+    assert rows[2][3] == "1.000" and 0.2 < float(rows[3][4]) < 0.6
+
+
+@pytest.mark.parametrize("content, flags, message", [
+    (None, [], "cannot be read"), (b"", ["--window", "64"], "too few"), (b"\xff\xfe\x00binary", [], "cannot be read as UTF-8"),
+    (b"the fox the fox", ["--window", "500"], "context of 200"), (b"the fox the fox", ["--window", "64", "--offsets", "99999"], "--offsets"),
+    (b"the fox the fox", ["--prune", "2"], "prune=2.0"), (b"the fox", ["--window", "1"], "--window"),
+])  # fmt: skip
+def test_perplexity_of_bad_text(checkpoint, capsys, tmp_path, content, flags, message):
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    assert message in refused(capsys, checkpoint, "--text", path, *flags, command=eval_main)
