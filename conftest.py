@@ -10,11 +10,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers, which the tests co
 
 @pytest.fixture(scope="session")
 def demo():
-    """The demo checkpoint's folder."""
-    folder = demo_checkpoint.FOLDER
-    if not (folder / "config.json").exists():
-        pytest.fail(f"{folder} is missing: `make test` sets it up")
-    return folder
+    """The demo checkpoint's folder, written first if need be."""
+    if demo_checkpoint.main([]) != 0:
+        pytest.fail("there is no demo checkpoint and it cannot be written: `make test` sets it up")
+    return demo_checkpoint.FOLDER
 
 
 @pytest.fixture(autouse=True)

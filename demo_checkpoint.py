@@ -171,7 +171,7 @@ def tokenizer(reader: GGUFReader) -> Tokenizer:
     out.decoder = decoders.ByteLevel()
     types = metadata(reader, "tokenizer.ggml.token_type")
     special = [token for token, type_ in zip(tokens, types, strict=True) if type_ == TokenType.CONTROL]
-    out.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    out.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     return out
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from generate import Parser, add_filter_arguments, add_model_arguments, fail, filter_from
 from load_weights import CheckpointError, load
 from model import Transformer
-from token_filter import PRESETS, FilterConfig
+from token_filter import FilterConfig
 
 
 @dataclass

@@ -14,6 +14,7 @@ tensor or key.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ class JsonObject:
     @classmethod
     def read(cls, path: Path, optional: bool = False) -> JsonObject:
         """The object in a file; if `optional`, an empty one where there is no file."""
-        if optional and not path.exists():
+        if optional and not os.path.exists(path):
             return cls(path, {})
         try:
             return cls(path, json.loads(path.read_text(encoding="utf-8")))
@@ -101,7 +102,7 @@ class JsonObject:
 
 def read_config(folder: str | Path) -> ModelConfig:
     """config.json as a ModelConfig. Raises CheckpointError, also for settings that our model does not compute."""
-    if not Path(folder).is_dir():
+    if not os.path.isdir(folder):  # os.path's tests are false, not an error, for a path out of reach
         raise CheckpointError(Path(folder), "no such folder")
     config = JsonObject.read(Path(folder) / "config.json")
     family = config.get("model_type", str)
@@ -203,14 +204,14 @@ def _stored_tensors(folder: Path) -> tuple[Path, dict[str, Stored]]:
     index = folder / "model.safetensors.index.json"
     weight_map: dict[str, str] | None = None
     files = ["model.safetensors"]
-    if not source.exists() and index.exists():
+    if not os.path.exists(source) and os.path.exists(index):
         source, weight_map = index, JsonObject.read(index).get("weight_map", dict)
         for name, file in weight_map.items():
             if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", file):
                 raise CheckpointError(index, f"the tensor {name!r} is put in {file!r}, not a safetensors file here")
         files = sorted(set(weight_map.values()))
-    elif not source.exists():
-        pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pth", ".pt")]
+    elif not os.path.exists(source):
+        pickles = [path.name for path in sorted(folder.glob("*")) if path.suffix in (".bin", ".pth", ".pt")]
         if pickles:
             raise CheckpointError(folder / pickles[0], "pickles are not read; convert the weights to safetensors")
         raise CheckpointError(source, "no such file, nor model.safetensors.index.json")
@@ -273,10 +274,10 @@ def load_model(
             raise CheckpointError(stored.file, f"the tensor {name!r} is not part of the model in config.json")
     embedding = stored_name("embed.weight")
     if config.tied and "lm_head.weight" in tensors:
-        ours, other = tensors[embedding], tensors["lm_head.weight"]
-        if ours.dtype != other.dtype or not torch.equal(_read(ours, embedding), _read(other, "lm_head.weight")):
-            problem = f"'lm_head.weight' differs from {embedding!r}, but config.json says tie_word_embeddings"
-            raise CheckpointError(other.file, f"the tensor {problem}")
+        head = tensors["lm_head.weight"]
+        if not torch.equal(_read(tensors[embedding], embedding), _read(head, "lm_head.weight")):
+            problem = f"differs from {embedding!r}, but config.json says tie_word_embeddings"
+            raise CheckpointError(head.file, f"the tensor 'lm_head.weight' {problem}")
 
     device = _device(folder, device)
     known = {str(each).removeprefix("torch."): each for each in DTYPES.values()}
@@ -329,9 +330,8 @@ class _TokenizerJson:
 
     def __init__(self, path: Path):
         values = JsonObject.read(path).values
-        # encode() below gives plain text's tokens: BOS is Tokenizer's business, and nothing is cut off or padded
+        values |= {"truncation": None, "padding": None}  # some files carry their training's
         post = values.get("post_processor") or {}
-        values |= {"post_processor": None, "truncation": None, "padding": None}
         with _tokenizing(path, "be read as a tokenizer"):
             self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(values))
             self.vocab: dict[str, int] = self.tokenizer.get_vocab(with_added_tokens=True)
@@ -370,7 +370,7 @@ class _SentencePiece:
         try:
             described = config.get("added_tokens_decoder", dict, {}).items()
             tokens = {str(t): int(i) for t, i in [*added, *((d["content"], i) for i, d in described)]}
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise CheckpointError(config.path, "or added_tokens.json: not a table of added tokens") from None
         self.special |= {token: i for token, i in tokens.items() if i >= size}
         self.vocab |= self.special
@@ -398,11 +398,11 @@ class Tokenizer:
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         self.path = folder / "tokenizer.json"
-        if self.path.exists():
+        if os.path.exists(self.path):
             self._backend: _TokenizerJson | _SentencePiece = _TokenizerJson(self.path)
         else:
             self.path = folder / "tokenizer.model"
-            if not self.path.exists():
+            if not os.path.exists(self.path):
                 raise CheckpointError(folder, "has no tokenizer.json and no tokenizer.model")
             self._backend = _SentencePiece(self.path)
         tokens = {i: token for token, i in self._backend.vocab.items()}
@@ -425,15 +425,15 @@ class Tokenizer:
         eos = min(named or self.eos_ids, default=-1)
         self._template_tokens = {"bos_token": tokens.get(min(bos, default=-1), ""), "eos_token": tokens.get(eos, "")}
         self._template_path, template = config.path, config.values.get("chat_template")
-        if (folder / "chat_template.jinja").exists():
+        if os.path.exists(folder / "chat_template.jinja"):
             self._template_path = folder / "chat_template.jinja"
             try:
                 template = self._template_path.read_text(encoding="utf-8")
             except (OSError, ValueError) as error:
                 raise CheckpointError(self._template_path, f"cannot be read ({error})") from None
         if isinstance(template, list):  # several, by name
-            named_so = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-            template = named_so.get("default")
+            default = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+            template = default[0].get("template") if default else None
         if template is not None and not isinstance(template, str):
             raise config.error("chat_template", "is neither a string nor a list of named templates")
         self._template = template

@@ -28,14 +28,6 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="session")
-def demo():
-    """The demo checkpoint's folder, written first if need be."""
-    if demo_checkpoint.main([]) != 0:
-        pytest.fail("there is no demo checkpoint and it cannot be written: `make test` sets it up")
-    return FOLDER
-
-
 # ------------------------------------------------------------------------------------------------- the real checkpoint
 
 
@@ -113,9 +105,9 @@ VALUES = {  # what a small file says about itself: C 64, 4 heads, 2 KV heads, D 
     "tokenizer.ggml.pre": "smollm",
     "tokenizer.ggml.add_space_prefix": False,
     "tokenizer.ggml.add_bos_token": True,
-    "tokenizer.ggml.tokens": ["<e>", "<b>", "<u>", "<p>", *sorted("abcĠ0123"), "ab", "Ġc"],
-    "tokenizer.ggml.token_type": [3, 3, 3, 3] + 10 * [1],
-    "tokenizer.ggml.merges": ["a b", "Ġ c"],
+    "tokenizer.ggml.tokens": ["<e>", "<b>", "<u>", "<p>", *sorted("abcĠ0123"), "ab", "Ġc", "12"],
+    "tokenizer.ggml.token_type": [3, 3, 3, 3] + 11 * [1],
+    "tokenizer.ggml.merges": ["a b", "Ġ c", "1 2"],  # digits are split, so the last one never applies
     "tokenizer.ggml.bos_token_id": 1,
     "tokenizer.ggml.eos_token_id": 0,
     "tokenizer.ggml.unknown_token_id": 2,
@@ -142,8 +134,8 @@ def write_gguf(path, tied=False, values=None, tensors=None, spoilt=None):
             kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
             kinds |= {str: writer.add_string, list: writer.add_array}
             kinds[type(value)](key, value)
-    shapes = {"token_embd.weight": (14, 64), "output_norm.weight": (64,)}
-    shapes |= {} if tied else {"output.weight": (14, 64)}
+    shapes = {"token_embd.weight": (15, 64), "output_norm.weight": (64,)}
+    shapes |= {} if tied else {"output.weight": (15, 64)}
     shapes |= {f"blk.{layer}.{name}.weight": shape for layer in range(2) for name, shape in SHAPES.items()}
     expected = {}
     for name, shape in (shapes | (tensors or {})).items():
@@ -175,7 +167,7 @@ def test_a_small_file_is_converted_exactly(tmp_path, tied):
         assert np.abs(tensors[name] - weight).max() < 0.02, name  # 8-bit rounding; neighbours differ by about 1
 
     config = read_config(folder)
-    assert (config.n_layers, config.width, config.mlp_width, config.vocab_size) == (2, 64, 96, 14)
+    assert (config.n_layers, config.width, config.mlp_width, config.vocab_size) == (2, 64, 96, 15)
     assert (config.heads, config.kv_heads, config.head_dim, config.tied) == (4, 2, 16, tied)
     assert (config.rope_theta, config.norm_eps, config.max_positions) == (12345.0, 1e-6, 77)
     _, tokenizer = load(folder, device="cpu")

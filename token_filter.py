@@ -1,16 +1,17 @@
 """Token Filtering: decide, while the model runs, which tokens a layer can do without (arXiv 2512.07090).
 
 A token is redundant in a layer when its key and value look like the running averages (anchors) of those before it.
-The method needs no calibration and changes no weight; `token_filter` at the end of this file is all of it.
+Nothing is calibrated and no weight changes; the function `token_filter` at the end of this file is all there is to it.
 
-Shapes: B sequences, T new tokens, KVH key/value heads, D head size, W scores remembered (`history`), L layers.
+Shapes: B sequences, T new tokens, KVH key/value heads, D head size, W scores remembered, L layers.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
+EPS = 1e-6  # keeps w_k defined, and at 1/2, when the heads agree perfectly on both sides
 CHOICES = {
     "mode": ("attention", "cache"),
     "fill": ("zero", "anchor"),
@@ -18,26 +19,22 @@ CHOICES = {
     "fusion": ("variance", "equal", "key", "value", "random"),
     "keys": ("rotated", "unrotated"),
 }
-EPS = 1e-6  # keeps w_k defined (and 1/2) when the heads agree perfectly on both sides
 
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """How to filter. The defaults are the paper's method; `mode="cache"`, `fill="anchor"` and `grace` are ours.
+    """How to filter; the defaults are the paper's. A value out of range raises ValueError, naming the field."""
 
-    Raises ValueError, naming the field, when a value is out of range.
-    """
-
-    prune: float = 0.5  # p, the share of (token, layer) pairs to make redundant, in [0, 1)
-    mode: str = "attention"  # a redundant token skips attention and is not cached | "cache": it is only not cached
-    fill: str = "zero"  # what a skipped attention adds: nothing | "anchor": the average output of the tokens kept
+    prune: float = 0.5  # p in [0, 1): the share of (token, layer) pairs to find redundant
+    mode: str = "attention"  # redundant tokens skip attention and are not cached | "cache": they are only not cached
+    fill: str = "zero"  # a skipped attention adds nothing | "anchor": the average output of the tokens kept before
     grace: int = 0  # a redundant token's k, v stay visible to tokens at most this many positions younger
     schedule: str = "tail"  # how p is spread over the layers, see layer_ratios
     gamma: float = 0.9  # decay of the running averages, in [0, 1)
     warmup: int = 16  # the first max(warmup, 1) tokens of a sequence are always kept
-    history: int = 256  # W, how many past scores a new score is ranked against
-    fusion: str = "variance"  # how key and value similarity become one score; the others are for ablation
-    keys: str = "rotated"  # compare keys with RoPE applied, as the cache holds them | "unrotated": before RoPE
+    history: int = 256  # W: how many past scores a new score is ranked among
+    fusion: str = "variance"  # how key and value similarity become one score; the others are ablations
+    keys: str = "rotated"  # keys are compared as the cache holds them, after RoPE | "unrotated": before it
     seed: int = 0  # of fusion="random"
 
     def __post_init__(self):
@@ -64,19 +61,16 @@ PRESETS: dict[str, dict] = {
 
 
 def preset(name, **overrides) -> FilterConfig:
-    """The named preset with some fields changed: preset("cache", prune=0.3). Raises ValueError for unknown names."""
+    """The named preset with some fields changed, preset("cache", prune=0.3); ValueError for an unknown name."""
     if name not in PRESETS:
         raise ValueError(f"preset {name!r} is not one of {', '.join(PRESETS)}")
-    unknown = overrides.keys() - {field.name for field in fields(FilterConfig)}
-    if unknown:
-        raise ValueError(f"FilterConfig has no field {', '.join(sorted(unknown))}")
     return FilterConfig(**{**PRESETS[name], **overrides})
 
 
 def layer_ratios(config: FilterConfig, n_layers: int) -> list[float]:
-    """Each layer's target ratio r_l in [0, 1]; their mean is p.
+    """Each layer's target ratio r_l in [0, 1]; their mean is p exactly.
 
-    tail: r_l = min(1, a*l/(L-1)), growing towards the later layers.  head: tail reversed.  uniform: r_l = p.
+    tail: r_l = min(1, a*l/(L-1)), a such that the mean is p; head: tail reversed; uniform: r_l = p;
     last: max(0.9, p) in the last layers only, the layer before them taking the remainder.
     """
     p, L = config.prune, n_layers
@@ -84,10 +78,10 @@ def layer_ratios(config: FilterConfig, n_layers: int) -> list[float]:
         return [p] * L
     if config.schedule == "last":
         top = max(0.9, p)
-        full = math.floor(p * L / top + 1e-9)
+        full = int(p * L / top)
         return ([0.0] * (L - full - 1) + [max(0.0, p * L - full * top)] + [top] * full)[-L:]
-    for full in range(L - 1):  # how many layers the min() holds at 1: the fewest that leave the next one at most 1
-        ramp = L - 1 - full  # the last layer below them
+    for full in range(L - 1):  # how many layers the min() holds at 1: as few as leave the last below them at most 1
+        ramp = L - 1 - full  # that layer
         a = (p * L - full) * (L - 1) / (ramp * (ramp + 1) / 2)
         if a * ramp <= L - 1:
             ratios = [a * l / (L - 1) for l in range(ramp + 1)] + [1.0] * full
@@ -103,113 +97,104 @@ class FilterState:
 
     anchor: torch.Tensor  # (B, 2, KVH, D) running averages of keys [:, 0] and of values [:, 1]
     history: torch.Tensor  # (B, W) the latest scores, newest last; NaN where there is none yet
-    count: torch.Tensor  # (B,) int64, tokens seen so far = position of the next one
-    layer: int  # only for fusion="random"
+    count: torch.Tensor  # (B,) int64, tokens seen = position of the next
+    layer: int  # for fusion="random"
 
     @staticmethod
     def new(B, kv_heads, head_dim, config: FilterConfig, layer, dtype, device) -> "FilterState":
-        """The state of B sequences of which nothing has been seen."""
-        return FilterState(
-            anchor=torch.zeros(B, 2, kv_heads, head_dim, dtype=dtype, device=device),
-            history=torch.full((B, config.history), math.nan, dtype=dtype, device=device),
-            count=torch.zeros(B, dtype=torch.int64, device=device),
-            layer=layer,
-        )
+        anchor = torch.zeros(B, 2, kv_heads, head_dim, dtype=dtype, device=device)
+        history = torch.full((B, config.history), math.nan, dtype=dtype, device=device)
+        return FilterState(anchor, history, torch.zeros(B, dtype=torch.int64, device=device), layer)
 
     def select(self, rows):
-        """Keep these rows (B',) int64, in this order."""
+        """Keep these rows, an int64 tensor, in this order."""
         self.anchor, self.history, self.count = self.anchor[rows], self.history[rows], self.count[rows]
 
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.anchor, self.history, self.count))
 
 
-def running_average(x, start, gamma, block=128):
-    """A_0 = start, A_{t+1} = gamma*A_t + (1-gamma)*x_t for a whole chunk: x (B, T, ...) -> A_0..A_T (B, T+1, ...).
+def running_average(x, start, gamma):
+    """A_0 = start (B, ...), A_{t+1} = gamma A_t + (1-gamma) x_t: all of A_0..A_T, (B, T+1, ...), for x (B, T, ...).
 
-    Closed form, A_t = gamma^t A_0 + (1-gamma) sum_{s<t} gamma^(t-1-s) x_s: a product with a small triangular matrix
-    per block of tokens, so that time and memory grow linearly with T.
+    Unrolled, A_t = gamma^t A_0 + (1-gamma) sum_{s<t} gamma^(t-1-s) x_s. The sums are built by doubling: log2(T) passes
+    over the whole chunk instead of T steps, none of which lets a token reach back to an earlier one.
     """
-    averages = [start[:, None]]
-    for part in x.split(block, dim=1):
-        t = torch.arange(part.shape[1] + 1, device=x.device, dtype=torch.float64)
-        decay = torch.tril(gamma ** (t[:, None] - t).clamp(min=0))
-        decay[:, 1:] *= 1 - gamma
-        terms = torch.cat((averages[-1][:, -1:], part), dim=1).flatten(2)
-        averages.append((decay[1:].to(x.dtype) @ terms).unflatten(2, x.shape[2:]))
-    return torch.cat(averages, dim=1)
+    average, span = torch.cat((start[:, None], (1 - gamma) * x), dim=1), 1
+    while span < average.shape[1]:  # each entry sums the `span` terms up to its own; after this pass, twice as many
+        average = torch.cat((average[:, :span], average[:, span:] + gamma**span * average[:, :-span]), dim=1)
+        span *= 2
+    return average
 
 
 def above_threshold(score, history, count, ratio):
-    """Which scores lie above the (1-ratio) quantile of the n <= W scores before them: (B, T) bool.
+    """Which scores are above the (1-ratio) quantile of the n <= W scores before them: (B, T) bool.
 
-    With c of those n strictly below a score, it is above when n > 0 and c >= ceil((1-ratio)*n - 1e-9). Strictly, so
-    that ties keep the token. NaN is below nothing and above nothing. score (B, T), history (B, W), count (B,) as in
-    FilterState, ratio a float or (B,) tensor, one for each sequence; 0 is above nothing.
+    That is n > 0 and c >= ceil((1-ratio) n - 1e-9), c of the n being strictly below, so ties are not above. NaN is
+    neither above nor below anything; nothing is above at ratio 0. score (B, T); history (B, W) and count (B,) as in
+    FilterState; ratio: a float or (B,) tensor.
     """
     W, T = history.shape[1], score.shape[1]
-    recent = torch.cat((history, score), dim=1)[:, :-1].unfold(1, W, 1)  # (B, T, W), a view: the W scores before each
-    below = (recent < score[..., None]).sum(-1)  # (B, T)
+    before = torch.cat((history, score), dim=1)[:, :-1].unfold(1, W, 1)  # (B, T, W), a view: the W scores before each
+    below = (before < score[..., None]).sum(-1)  # c
     n = (count[:, None] + torch.arange(T, device=score.device)).clamp(max=W)
-    ratio = torch.as_tensor(ratio, dtype=torch.float64, device=score.device).reshape(-1, 1)
-    needed = torch.ceil((1 - ratio) * n - 1e-9)
-    return (ratio > 0) & (n > 0) & (below >= needed) & ~score.isnan()
+    if isinstance(ratio, torch.Tensor):
+        ratio = ratio.double()[:, None]
+    return (n > 0) & (ratio > 0) & (below >= torch.ceil((1 - ratio) * n.double() - 1e-9)) & ~score.isnan()
 
 
 def pseudo_random(position, layer, seed):
-    """Uniform numbers in [0, 1), float64, that depend on (seed, layer, position) alone: an integer hash."""
-    x = (position + 0x9E3779B1 * (layer + 1) + 0x85EBCA6B * seed) & 0xFFFFFFFF
+    """Numbers in [0, 1) that depend on (seed, layer, position) alone: an integer hash."""
+    x = (position + (0x9E3779B1 * (layer + 1) + 0x85EBCA6B * seed) % 2**32) & 0xFFFFFFFF
     for _ in range(3):
         x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
     return (x ^ (x >> 16)).double() / 2**32
 
 
 def token_filter(k, v, n_new, state: FilterState, ratio, config: FilterConfig):
-    """Score a chunk of new tokens of one layer and say which are redundant; `state` moves on past the chunk.
+    """Score a chunk of one layer's new tokens, say which are redundant, and move `state` past them.
 
-    For token t, with anchors A before t is averaged in, means and population variances over the KVH heads:
-        c_k[h] = cos(k_t[h], A_K[h]),  c_v[h] = cos(v_t[h], A_V[h]);  0 where either vector is 0
+    For token t, with A_K and A_V as they are before t, means and population variances over the KVH heads:
+        c_k[h] = cos(k_t[h], A_K[h]),  c_v[h] = cos(v_t[h], A_V[h]);  0 where a norm is 0
         w_k    = (var(c_v) + eps) / (var(c_k) + var(c_v) + 2 eps);    the side whose heads agree counts more
         s_t    = w_k mean(c_k) + (1 - w_k) mean(c_v)
-        t is redundant when past the warm-up and s_t is above the (1 - ratio) quantile of the W scores before it
+        t is redundant if past the warm-up and s_t is above the (1 - ratio) quantile of the W scores before it
         A     <- gamma A + (1-gamma) (k_t, v_t);                      started at the first token's own k, v
 
-    k, v (B, T, KVH, D); n_new (B,) int64: row b's first n_new[b] tokens are real, the rest padding; ratio: the layer's
-    r_l, a float or (B,) tensor. Returns redundant (B, T) bool and score (B, T), where padding is False and NaN.
+    k, v (B, T, KVH, D); n_new (B,) int64: row b's first n_new[b] tokens are real, the rest is padding; ratio: r_l, a
+    float or (B,) tensor. Returns redundant (B, T) bool and score (B, T); padding is False and NaN.
     """
     B, T = k.shape[:2]
     step = torch.arange(T, device=k.device)
-    real = step < n_new[:, None]  # (B, T)
-    position = state.count[:, None] + step
+    real, position = step < n_new[:, None], state.count[:, None] + step  # (B, T) both
 
-    # anchors, before each token and after the chunk
+    # anchors: before each token, and after the last real one
     x = torch.stack((k, v), dim=2).to(state.anchor.dtype)  # (B, T, 2, KVH, D)
     start = torch.where(state.count.view(B, 1, 1, 1) == 0, x[:, 0], state.anchor)
     anchors = running_average(x, start, config.gamma)  # (B, T+1, 2, KVH, D)
     before, after = anchors[:, :-1], anchors[torch.arange(B, device=k.device), n_new]
 
-    # cosine similarity, 0 where a norm is 0
+    # similarity
     norms = x.norm(dim=-1) * before.norm(dim=-1)
-    similarity = torch.where(norms > 0, (x * before).sum(-1) / norms, 0)  # (B, T, 2, KVH)
+    cosine = torch.where(norms > 0, (x * before).sum(-1) / norms, 0)  # (B, T, 2, KVH)
 
-    # fusion over heads
-    mean_k, mean_v = similarity.mean(-1).unbind(-1)  # (B, T) each
-    var_k, var_v = similarity.var(-1, correction=0).unbind(-1)
-    if config.fusion == "variance":
-        w_k = (var_v + EPS) / (var_k + var_v + 2 * EPS)
-    else:
+    # fusion
+    mean_k, mean_v = cosine.mean(-1).unbind(-1)  # (B, T) each
+    var_k, var_v = cosine.var(-1, correction=0).unbind(-1)
+    w_k = (var_v + EPS) / (var_k + var_v + 2 * EPS)
+    if config.fusion != "variance":
         w_k = {"equal": 0.5, "key": 1.0, "value": 0.0, "random": 0.5}[config.fusion]
     score = w_k * mean_k + (1 - w_k) * mean_v
     if config.fusion == "random":
         score = pseudo_random(position, state.layer, config.seed).to(score.dtype)
     score = score.masked_fill(~real, math.nan)
 
-    # threshold, warm-up
+    # threshold
     redundant = above_threshold(score, state.history, state.count, ratio)
     redundant &= real & (position >= max(config.warmup, 1))
 
-    # the state after the chunk
-    newest = n_new[:, None] + torch.arange(config.history, device=k.device)  # the W scores that end at the last real one
-    state.history = torch.cat((state.history, score), dim=1).gather(1, newest)
+    # state
+    latest = n_new[:, None] + torch.arange(config.history, device=k.device)
+    state.history = torch.cat((state.history, score), dim=1).gather(1, latest)
     state.anchor, state.count = after, state.count + n_new
     return redundant, score
