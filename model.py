@@ -64,14 +64,40 @@ def rotate(x, cos, sin):
 # ------------------------------------------------------------------------------------------------------- the cache
 
 
+class Tokens:
+    """Some of the tokens of a (B, T) chunk: `mask` on the host, and the means to pick them out of B*T on the device."""
+
+    def __init__(self, mask, device):
+        self.mask, self.counts = mask, mask.sum(1)  # (B, T), (B,)
+        self.row, self.step = mask.nonzero(as_tuple=True)  # (N,) each, row by row
+        self.all = len(self.row) == mask.numel()
+        self.index = None if self.all else (self.row * mask.shape[1] + self.step).to(device)
+
+    def __len__(self):
+        return len(self.row)
+
+    def pick(self, x):
+        """x (B*T, ...) -> (N, ...)"""
+        return x if self.all else x[self.index]
+
+    def put(self, y):
+        """y (N, ...) -> (B*T, ...), 0 elsewhere"""
+        if self.all:
+            return y
+        x = y.new_zeros(self.mask.numel(), *y.shape[1:])
+        x[self.index] = y
+        return x
+
+
 @dataclass
 class Chunk:
     """Where the new tokens of a call stand in their sequences. Padding is on the right."""
 
-    n_new: torch.Tensor  # (B,) how many of the T tokens are real; host
+    n_new: torch.Tensor  # (B,) how many of the T tokens are real
     position: torch.Tensor  # (B, T) host
-    real: torch.Tensor  # (B, T) bool, host
-    cos: torch.Tensor  # (B*T, 1, D/2) device
+    real: Tokens
+    warm: Tokens  # those of them in the warm-up
+    cos: torch.Tensor  # (B*T, 1, D/2)
     sin: torch.Tensor
 
 
@@ -97,7 +123,7 @@ class LayerCache:
         self.k = torch.zeros(B, config.kv_heads, 0, config.head_dim, dtype=dtype, device=device)  # (B, KVH, S, D)
         self.v = torch.zeros_like(self.k)
         self.position = torch.full((B, 0), FAR, device=device)  # (B, S)
-        self.length = torch.zeros(B, dtype=torch.int64)  # host
+        self.length = torch.zeros(B, dtype=torch.int64)  # kept slots in use; host
         self.kept = torch.zeros(B, dtype=torch.int64)  # tokens ever kept: length and what the window has dropped; host
         self.state = self.anchor_output = None
         if self.filters:
@@ -125,43 +151,46 @@ class LayerCache:
         position.copy_(position.gather(1, source).masked_fill(beyond, FAR))
         self.length = self.length - gone.cpu()
 
-    def store(self, k, v, chunk: Chunk, keep):
-        """Put a chunk's k, v (B, T, KVH, D) in place: kept tokens (keep (B, T)) in the next slots, others in the ring."""
-        if self.window < FAR and self.ring + int((self.length + keep.sum(1)).max()) > self.k.shape[2]:
+    def store(self, k, v, chunk: Chunk, keep: Tokens):
+        """Put a chunk's k, v (B, T, KVH, D) in place: kept tokens in the next slots, redundant ones in the ring."""
+        length = self.length + keep.counts
+        if self.window < FAR and self.ring + int(length.max()) > self.k.shape[2]:
             self.expire(chunk.position[:, 0])
-        self.grow(self.ring + int((self.length + keep.sum(1)).max()))
-        slot, stored = self.ring + self.length[:, None] + keep.cumsum(1) - 1, keep
+            length = self.length + keep.counts
+        self.grow(self.ring + int(length.max()))
+        nth = keep.mask.cumsum(1)[keep.row, keep.step] - 1
+        self.write(k, v, chunk, keep.row, keep.step, self.ring + self.length[keep.row] + nth)
         if self.ring:
-            oldest = chunk.position[:, :1] + chunk.n_new[:, None] - self.ring  # the ring has room from here on
-            slot = torch.where(keep, slot, chunk.position % self.ring)
-            stored = chunk.real & (keep | (chunk.position >= oldest))
-        b, t = stored.nonzero(as_tuple=True)
-        b, t, slot, position = torch.stack((b, t, slot[b, t], chunk.position[b, t])).to(k.device)
-        self.k[b, :, slot], self.v[b, :, slot], self.position[b, slot] = k[b, t], v[b, t], position
-        self.length, self.kept = self.length + keep.sum(1), self.kept + keep.sum(1)
+            oldest = chunk.position[:, :1] + chunk.real.counts[:, None] - self.ring  # the ring has room from here on
+            row, step = (chunk.real.mask & ~keep.mask & (chunk.position >= oldest)).nonzero(as_tuple=True)
+            self.write(k, v, chunk, row, step, chunk.position[row, step] % self.ring)
+        self.length, self.kept = length, self.kept + keep.counts
+
+    def write(self, k, v, chunk, row, step, slot):
+        row, step, slot, position = torch.stack((row, step, slot, chunk.position[row, step])).to(k.device)
+        self.k[row, :, slot], self.v[row, :, slot], self.position[row, slot] = k[row, step], v[row, step], position
 
     def slots(self, b=slice(None)):
-        """Row b's slots (or all rows', up to the longest) as views: k, v, position, and the reach (S,) of each slot."""
+        """The slots of row b (or of all rows, up to the longest): k, v, position, views, and each one's reach (S,)."""
         S = self.ring + int(self.length[b].max())
         reach = torch.full((S,), self.window, device=self.k.device)
         reach[: self.ring] = self.reach
         return self.k[b, :, :S], self.v[b, :, :S], self.position[b, :S], reach
 
-    def anchor_outputs(self, y, chunk: Chunk, keep):
+    def anchor_outputs(self, y, chunk: Chunk, keep: Tokens):
         """For fill="anchor": what each token of the chunk adds if it is skipped, (B, T, C).
 
         The running average of the attention outputs of the tokens kept before it in the sequence, started at the first
-        one's own. y (N, C) are the outputs of the tokens where keep (B, T) is True, in order.
+        one's own. y (N, C): the outputs of this chunk's kept tokens.
         """
-        y, rows = y.to(self.anchor_output.dtype), torch.arange(len(keep), device=y.device)
-        before = keep.cumsum(1) - keep.long()  # kept tokens of this chunk before each
-        b, t = keep.nonzero(as_tuple=True)
-        packed = y.new_zeros(len(keep), max(1, int(keep.sum(1).max())), y.shape[1])  # (B, most kept, C)
-        packed[b.to(y.device), before[b, t].to(y.device)] = y
+        y, rows = y.to(self.anchor_output.dtype), torch.arange(len(keep.counts), device=y.device)
+        before = keep.mask.cumsum(1) - keep.mask.long()  # how many of this chunk were kept before each
+        packed = y.new_zeros(len(rows), max(1, int(keep.counts.max())), y.shape[1])  # (B, most kept in a row, C)
+        packed[keep.row.to(y.device), before[keep.row, keep.step].to(y.device)] = y
         first = (chunk.position[:, :1] == 0).to(y.device)  # a sequence's first token is always kept
         start = torch.where(first, packed[:, 0], self.anchor_output)
         averages = running_average(packed, start, self.filter.gamma)
-        self.anchor_output = averages[rows, keep.sum(1).to(y.device)]
+        self.anchor_output = averages[rows, keep.counts.to(y.device)]
         return averages[rows[:, None], before.to(y.device)]
 
     def select(self, rows):
@@ -196,6 +225,7 @@ class KVCache:
         ratios = layer_ratios(filter, config.n_layers) if filter is not None else [0.0] * config.n_layers
         self.layers = [LayerCache(config, B, i, ratio, filter, dtype, device) for i, ratio in enumerate(ratios)]
         self.seen = torch.zeros(B, dtype=torch.int64)  # tokens so far, so the position of the next; host
+        self.warmup = max(filter.warmup, 1) if filter is not None else 0
 
     def select(self, rows):
         """Keep these rows (a list or int64 tensor), in this order; a row named twice is copied: a forked prefix."""
@@ -226,8 +256,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(config.width)), config.norm_eps
 
     def forward(self, x):
-        wide = x if x.dtype == torch.float64 else x.float()
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def visible(query, key, reach):
@@ -250,65 +279,63 @@ class Attention(nn.Module):
     def forward(self, x, chunk: Chunk, cache: LayerCache):
         """x (B, T, C) -> what attention adds to the residual stream, (B, T, C)."""
         (B, T, C), filter = x.shape, cache.filter
-        x = x.flatten(0, 1)
-
-        # keys and values: of all real tokens, or in a closed layer of those in the warm-up
-        redundant = torch.zeros(B, T, dtype=torch.bool)
+        x = x.flatten(0, 1)  # (B*T, C)
+        keep, redundant = chunk.real, torch.zeros_like(chunk.real.mask)
         if cache.closed:
-            redundant = chunk.real & (chunk.position >= max(filter.warmup, 1))
-        index = flat_index(chunk.real & ~redundant, x.device)  # into B*T
-        k, v = x.new_zeros(2, B * T, self.kv_heads, self.head_dim)
-        if len(index):
-            k[index] = self.k(x[index]).unflatten(1, (self.kv_heads, self.head_dim))
-            v[index] = self.v(x[index]).unflatten(1, (self.kv_heads, self.head_dim))
-        raw_k, k, v = (y.unflatten(0, (B, T)) for y in (k, rotate(k, chunk.cos, chunk.sin), v))  # (B, T, KVH, D)
-
-        # filter
-        cache.score = None
-        if cache.filters:
-            compared = k if filter.keys == "rotated" else raw_k
-            found, cache.score = token_filter(compared, v, chunk.n_new.to(x.device), cache.state, cache.ratio, filter)
-            redundant = found.cpu()
-        cache.redundant = redundant
-        keep = chunk.real & ~redundant
-        attends = keep if filter is not None and filter.mode == "attention" else chunk.real
-
-        # queries, of the tokens that remain
+            keep, redundant = chunk.warm, chunk.real.mask & ~chunk.warm.mask
         out = x.new_zeros(B * T, C)
-        index = flat_index(attends, x.device)
-        if T == 1:
-            cache.store(k, v, chunk, keep)  # a single token finds itself among the slots
-        if len(index):
-            q = self.q(x[index]).unflatten(1, (self.heads, self.head_dim))  # (N, H, D)
-            q = rotate(q, chunk.cos[index], chunk.sin[index])
-            attend = self.attend_decode if T == 1 else self.attend_prefill
-            out[index] = self.o(attend(q, k, v, chunk, cache, attends, keep).flatten(1))
-        if T > 1:
-            cache.store(k, v, chunk, keep)
+
+        if len(keep):
+            # keys and values
+            k = keep.put(self.k(keep.pick(x))).view(B * T, self.kv_heads, self.head_dim)
+            v = keep.put(self.v(keep.pick(x))).view(B, T, self.kv_heads, self.head_dim)
+            raw_k, k = k.view_as(v), rotate(k, chunk.cos, chunk.sin).view_as(v)
+
+            # filter
+            if cache.filters:
+                compared = k if filter.keys == "rotated" else raw_k
+                found, cache.score = token_filter(compared, v, chunk.n_new, cache.state, cache.ratio, filter)
+                redundant = found.cpu()
+                keep = Tokens(chunk.real.mask & ~redundant, x.device)
+            attends = keep if filter is not None and filter.mode == "attention" else chunk.real
+
+            # queries, attention and output, of the tokens that remain
+            if T == 1:
+                cache.store(k, v, chunk, keep)  # a single token is to find itself among the slots
+            y = x[:0]
+            if len(attends):
+                q = self.q(attends.pick(x)).unflatten(1, (self.heads, self.head_dim))  # (N, H, D)
+                q = rotate(q, attends.pick(chunk.cos), attends.pick(chunk.sin))
+                attend = self.attend_decode if T == 1 else self.attend_prefill
+                y = self.o(attend(q, k, v, chunk, cache, attends, keep).flatten(1))  # (N, C)
+                out = attends.put(y)
+            if T > 1:
+                cache.store(k, v, chunk, keep)
 
         # what the others add instead
         if cache.anchor_output is not None:
-            filled = cache.anchor_outputs(out[index], chunk, keep).to(x.dtype).flatten(0, 1)
-            skipped = flat_index(redundant, x.device)
-            out[skipped] = filled[skipped]
-        return out.unflatten(0, (B, T))
+            skipped = Tokens(redundant, x.device)
+            filled = cache.anchor_outputs(keep.pick(out), chunk, keep).to(x.dtype)
+            out[skipped.index] = skipped.pick(filled.flatten(0, 1))
+        cache.redundant = redundant
+        return out.view(B, T, C)
 
     def attend_prefill(self, q, k, v, chunk, cache, attends, keep):
-        """Row by row, since each has its own tokens left: q (N, H, D) over the row's slots and its chunk -> (N, H, D)."""
+        """Row by row, as each has its own tokens left: q (N, H, D) over the row's slots and its chunk -> (N, H, D)."""
         share, outputs = self.heads // self.kv_heads, []  # query heads to a kv head
         candidates = chunk.real if cache.ring else keep  # the others can be seen by nobody
-        for b, row_q in enumerate(q.split(attends.sum(1).tolist())):
+        for b, row_q in enumerate(q.split(attends.counts.tolist())):
             if not len(row_q):
                 continue
-            new = candidates[b].nonzero()[:, 0]
+            new = candidates.mask[b].nonzero()[:, 0]
             old_k, old_v, old_position, old_reach = cache.slots(b)
             row_k = torch.cat((old_k, k[b, new.to(k.device)].transpose(0, 1)), dim=1)  # (KVH, S, D)
             row_v = torch.cat((old_v, v[b, new.to(v.device)].transpose(0, 1)), dim=1)
             mask = None  # nothing cached, nothing graced, no window: plain causal attention among the kept
             if old_k.shape[1] or cache.ring or chunk.position.shape[1] > cache.window:
-                reach = torch.where(keep[b, new], cache.window, cache.reach)
+                reach = torch.where(keep.mask[b, new], cache.window, cache.reach)
                 key = torch.cat((old_position, chunk.position[b, new].to(k.device)))
-                query = chunk.position[b, attends[b]].to(k.device)
+                query = chunk.position[b, attends.mask[b]].to(k.device)
                 mask = visible(query, key, torch.cat((old_reach, reach.to(k.device))))
             row_k, row_v = row_k.repeat_interleave(share, 0), row_v.repeat_interleave(share, 0)
             y = F.scaled_dot_product_attention(
@@ -320,20 +347,13 @@ class Attention(nn.Module):
     def attend_decode(self, q, k, v, chunk, cache, attends, keep):
         """One query a row, its token stored already: q (N, H, D) over the slots, all rows at once -> (N, H, D)."""
         k, v, position, reach = cache.slots()
-        rows = attends[:, 0].nonzero()[:, 0]
         mask = None
-        if cache.ring or cache.window < FAR or (cache.length[rows] < cache.length.max()).any():
+        if cache.ring or cache.window < FAR or (cache.length[attends.row] < cache.length.max()).any():
             mask = visible(chunk.position.to(k.device), position, reach)[:, None]  # (B, 1, 1, S)
-        if len(rows) < len(k):
-            rows = rows.to(k.device)
-            k, v, mask = k[rows], v[rows], mask if mask is None else mask[rows]
+        if not attends.all:
+            k, v, mask = k[attends.index], v[attends.index], mask if mask is None else mask[attends.index]
         q = q.unflatten(1, (self.kv_heads, -1))  # (N, KVH, H/KVH, D): heads that share k, v as queries of one head
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1, 2)
-
-
-def flat_index(where, device):
-    """Where a (B, T) host mask is True, as indices into B*T on the device."""
-    return where.flatten().nonzero()[:, 0].to(device)
 
 
 class MLP(nn.Module):
@@ -396,11 +416,19 @@ class Transformer(nn.Module):
             raise ValueError(f"{longest} tokens are more than the model's context of {self.config.max_positions}")
         x = self.embed(tokens.to(self.embed.weight.device))  # (B, T, C)
 
-        step = torch.arange(T)
-        position = cache.seen[:, None] + step
+        position = cache.seen[:, None] + torch.arange(T)
+        real = torch.arange(T) < n_new[:, None]
+        warm = real & (position < cache.warmup)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         angle = position.flatten().to(x.device, wide)[:, None, None] * rope_frequencies(self.config).to(x.device, wide)
-        chunk = Chunk(n_new, position, step < n_new[:, None], angle.cos().to(x.dtype), angle.sin().to(x.dtype))
+        chunk = Chunk(
+            n_new.to(x.device),
+            position,
+            Tokens(real, x.device),
+            Tokens(warm, x.device),
+            angle.cos().to(x.dtype),
+            angle.sin().to(x.dtype),
+        )
 
         for block, layer in zip(self.blocks, cache.layers):
             x = block(x, chunk, layer)

@@ -16,7 +16,7 @@ import transformers
 from safetensors.numpy import load_file
 
 import demo_checkpoint
-from demo_checkpoint import FILES, FOLDER, DemoError, half_rotation, write_checkpoint
+from demo_checkpoint import FILES, DemoError, half_rotation, write_checkpoint
 from load_weights import Tokenizer, load, read_config
 
 HERE = Path(__file__).resolve().parent

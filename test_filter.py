@@ -78,7 +78,7 @@ def filter_loop(k, v, n_new, ratio, config, state=None):
             c_v = [cosine(v[b, t, h], past.A_V[h]) for h in range(KVH)]
             s = score[b, t] = fuse(c_k, c_v, config.fusion)  # (3)
             if len(past.scores) >= max(config.warmup, 1):  # (5)
-                recent = past.scores[-config.history:]
+                recent = past.scores[-config.history :]
                 redundant[b, t] = is_above(s, recent, ratio[b])  # (4)
                 settled[b, t] = is_above(s - 1e-12, recent, ratio[b]) == is_above(s + 1e-12, recent, ratio[b])
             past.scores.append(s)  # warm-up or redundant, every score enters the history
@@ -88,7 +88,7 @@ def filter_loop(k, v, n_new, ratio, config, state=None):
     return redundant, score, settled, state
 
 
-# ---------------------------------------------------------------- helpers
+# ---------------------------------------------------------------- what the tests share
 
 
 def drift(B, T, KVH, D, seed=0):
@@ -238,6 +238,16 @@ def test_agrees_with_the_loop_on_whatever_hypothesis_draws(data, shape, config, 
     lengths = data.draw(st.lists(st.integers(0, T), min_size=B, max_size=B))
     ratio = data.draw(st.lists(st.floats(0, 1), min_size=B, max_size=B))
     assert_agrees(*drift(*shape, seed), lengths, ratio, config, unsettled=1.0 if D == 1 else 0.0)
+
+
+def test_agrees_with_the_loop_from_one_chunk_to_the_next():
+    k, v = drift(3, 100, 3, 4)
+    config, ratio, state, past = FilterConfig(history=30), torch.tensor([0.5, 0.3, 0.8]), None, None
+    for start, n_new in ((0, [20, 0, 7]), (20, [50, 50, 0]), (70, [30, 1, 30])):
+        chunk = k[:, start : start + max(n_new)], v[:, start : start + max(n_new)]
+        redundant, score, state = feed(*chunk, [n_new], ratio, config, state)
+        *want, _, past = filter_loop(*(x.numpy() for x in chunk), n_new, ratio.tolist(), config, past)
+        assert_same((redundant, score), want)
 
 
 def test_equal_scores_are_never_filtered():

@@ -303,7 +303,7 @@ def our_logits(model, ids, steps):
     return torch.cat(logits, 1)
 
 
-SIZES = dict(vocab_size=131, hidden_size=48, intermediate_size=80, num_hidden_layers=3, max_position_embeddings=256)
+SIZES = {"vocab_size": 131, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "max_position_embeddings": 256}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}  # fmt: skip
 FAMILIES = {
