@@ -56,20 +56,24 @@ def rope_frequencies(config: ModelConfig) -> torch.Tensor:
 
 
 def rotate(x, cos, sin):
-    """RoPE in Hugging Face's layout: channel i pairs with i + D/2. x (..., heads, D), cos and sin (..., 1, D/2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """RoPE in Hugging Face's layout, channel i paired with i + D/2: x (..., heads, D), cos and sin (..., 1, D).
+
+    The pair (a, b) becomes (a cos - b sin, b cos + a sin): each channel takes its partner's times a sin whose sign, minus
+    in the first half, is in the table already.
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 # ------------------------------------------------------------------------------------------------------- the cache
 
 
 class Tokens:
-    """Some of the tokens of a (B, T) chunk: `mask` on the host, and the means to pick them out of B*T on the device."""
+    """Some of the tokens of a (B, T) chunk: `mask` on the host, and what it takes to pick them out of B*T."""
 
     def __init__(self, mask, device):
         self.mask, self.counts = mask, mask.sum(1)  # (B, T), (B,)
         self.row, self.step = mask.nonzero(as_tuple=True)  # (N,) each, row by row
+        self.nth = (mask.cumsum(1) - 1)[self.row, self.step]  # (N,) the how manieth of its row, from 0
         self.all = len(self.row) == mask.numel()
         self.index = None if self.all else (self.row * mask.shape[1] + self.step).to(device)
 
@@ -95,9 +99,10 @@ class Chunk:
 
     n_new: torch.Tensor  # (B,) how many of the T tokens are real
     position: torch.Tensor  # (B, T) host
+    at: torch.Tensor  # (B, T) the same on the device
     real: Tokens
-    warm: Tokens  # those of them in the warm-up
-    cos: torch.Tensor  # (B*T, 1, D/2)
+    warm: Tokens  # those in the warm-up
+    cos: torch.Tensor  # (B*T, 1, D)
     sin: torch.Tensor
 
 
@@ -109,14 +114,14 @@ class LayerCache:
     0 <= age < reach, where reach is the sliding window for kept tokens and grace + 1 for redundant ones.
     """
 
-    def __init__(self, config: ModelConfig, B, layer, ratio, filter: FilterConfig | None, dtype, device):
+    def __init__(self, config: ModelConfig, B, layer, ratio, filter: FilterConfig | None, criterion, dtype, device):
         stats = torch.float64 if dtype == torch.float64 else torch.float32
-        self.filter, self.ratio = filter, ratio
+        self.filter, self.ratio, self.criterion = filter, ratio, criterion
         # ratio 1: past the warm-up no token queries or is stored, so none is projected or scored either
         self.closed = filter is not None and ratio == 1 and filter.mode == "attention"
         self.filters = filter is not None and ratio > 0 and not self.closed
         self.window = config.window or FAR
-        self.reach = min(filter.grace + 1, self.window) if filter is not None else 1  # of a redundant token
+        self.grace_reach = min(filter.grace + 1, self.window) if filter is not None else 1
         self.ring = 0
         if self.filters:
             self.ring = filter.grace + (filter.mode == "cache")  # there a redundant token must find itself
@@ -152,30 +157,34 @@ class LayerCache:
         self.length = self.length - gone.cpu()
 
     def store(self, k, v, chunk: Chunk, keep: Tokens):
-        """Put a chunk's k, v (B, T, KVH, D) in place: kept tokens in the next slots, redundant ones in the ring."""
-        length = self.length + keep.counts
-        if self.window < FAR and self.ring + int(length.max()) > self.k.shape[2]:
+        """Put a chunk's k, v (B*T, KVH, D) in place: kept tokens in the next slots, redundant ones in the ring."""
+        longest = int((self.length + keep.counts).max())
+        if self.window < FAR and self.ring + longest > self.k.shape[2]:
             self.expire(chunk.position[:, 0])
-            length = self.length + keep.counts
-        self.grow(self.ring + int(length.max()))
-        nth = keep.mask.cumsum(1)[keep.row, keep.step] - 1
-        self.write(k, v, chunk, keep.row, keep.step, self.ring + self.length[keep.row] + nth)
+            longest = int((self.length + keep.counts).max())
+        self.grow(self.ring + longest)
+        self.write(k, v, chunk, keep, self.ring + self.length[keep.row] + keep.nth)
         if self.ring:
             oldest = chunk.position[:, :1] + chunk.real.counts[:, None] - self.ring  # the ring has room from here on
-            row, step = (chunk.real.mask & ~keep.mask & (chunk.position >= oldest)).nonzero(as_tuple=True)
-            self.write(k, v, chunk, row, step, chunk.position[row, step] % self.ring)
-        self.length, self.kept = length, self.kept + keep.counts
+            graced = Tokens(chunk.real.mask & ~keep.mask & (chunk.position >= oldest), k.device)
+            self.write(k, v, chunk, graced, chunk.position[graced.row, graced.step] % self.ring)
+        self.length, self.kept = self.length + keep.counts, self.kept + keep.counts
 
-    def write(self, k, v, chunk, row, step, slot):
-        row, step, slot, position = torch.stack((row, step, slot, chunk.position[row, step])).to(k.device)
-        self.k[row, :, slot], self.v[row, :, slot], self.position[row, slot] = k[row, step], v[row, step], position
+    def write(self, k, v, chunk: Chunk, tokens: Tokens, slot):
+        row, slot = torch.stack((tokens.row, slot)).to(k.device)
+        self.k[row, :, slot], self.v[row, :, slot] = tokens.pick(k), tokens.pick(v)
+        self.position[row, slot] = tokens.pick(chunk.at.flatten())
 
     def slots(self, b=slice(None)):
-        """The slots of row b (or of all rows, up to the longest): k, v, position, views, and each one's reach (S,)."""
+        """The slots of row b (or of all rows, up to the longest): views of k, v and position."""
         S = self.ring + int(self.length[b].max())
+        return self.k[b, :, :S], self.v[b, :, :S], self.position[b, :S]
+
+    def reach(self, S):
+        """How far each of the first S slots can be seen, (S,)."""
         reach = torch.full((S,), self.window, device=self.k.device)
-        reach[: self.ring] = self.reach
-        return self.k[b, :, :S], self.v[b, :, :S], self.position[b, :S], reach
+        reach[: self.ring] = self.grace_reach
+        return reach
 
     def anchor_outputs(self, y, chunk: Chunk, keep: Tokens):
         """For fill="anchor": what each token of the chunk adds if it is skipped, (B, T, C).
@@ -186,7 +195,7 @@ class LayerCache:
         y, rows = y.to(self.anchor_output.dtype), torch.arange(len(keep.counts), device=y.device)
         before = keep.mask.cumsum(1) - keep.mask.long()  # how many of this chunk were kept before each
         packed = y.new_zeros(len(rows), max(1, int(keep.counts.max())), y.shape[1])  # (B, most kept in a row, C)
-        packed[keep.row.to(y.device), before[keep.row, keep.step].to(y.device)] = y
+        packed[keep.row.to(y.device), keep.nth.to(y.device)] = y
         first = (chunk.position[:, :1] == 0).to(y.device)  # a sequence's first token is always kept
         start = torch.where(first, packed[:, 0], self.anchor_output)
         averages = running_average(packed, start, self.filter.gamma)
@@ -214,16 +223,16 @@ class LayerCache:
     def live_bytes(self, seen) -> int:
         slot = 2 * self.k.shape[1] * self.k.shape[3] * self.k.element_size() + self.position.element_size()
         age = seen.to(self.position.device)[:, None] - self.position[:, : self.ring]  # to the next token
-        graced = int(((age >= 0) & (age < self.reach)).sum())
+        graced = int(((age >= 0) & (age < self.grace_reach)).sum())
         return (int(self.length.sum()) + graced) * slot + self.fixed_bytes()
 
 
 class KVCache:
     """All a model remembers of B sequences. Transformer.new_cache makes one, Transformer.forward moves it on."""
 
-    def __init__(self, config: ModelConfig, B, filter: FilterConfig | None, dtype, device):
+    def __init__(self, config: ModelConfig, B, filter: FilterConfig | None, criterion, dtype, device):
         ratios = layer_ratios(filter, config.n_layers) if filter is not None else [0.0] * config.n_layers
-        self.layers = [LayerCache(config, B, i, ratio, filter, dtype, device) for i, ratio in enumerate(ratios)]
+        self.layers = [LayerCache(config, B, i, r, filter, criterion, dtype, device) for i, r in enumerate(ratios)]
         self.seen = torch.zeros(B, dtype=torch.int64)  # tokens so far, so the position of the next; host
         self.warmup = max(filter.warmup, 1) if filter is not None else 0
 
@@ -279,81 +288,92 @@ class Attention(nn.Module):
     def forward(self, x, chunk: Chunk, cache: LayerCache):
         """x (B, T, C) -> what attention adds to the residual stream, (B, T, C)."""
         (B, T, C), filter = x.shape, cache.filter
-        x = x.flatten(0, 1)  # (B*T, C)
-        keep, redundant = chunk.real, torch.zeros_like(chunk.real.mask)
+        x, out = x.flatten(0, 1), None  # (B*T, C)
+        keep, redundant = chunk.real, None
         if cache.closed:
             keep, redundant = chunk.warm, chunk.real.mask & ~chunk.warm.mask
-        out = x.new_zeros(B * T, C)
 
         if len(keep):
             # keys and values
-            k = keep.put(self.k(keep.pick(x))).view(B * T, self.kv_heads, self.head_dim)
-            v = keep.put(self.v(keep.pick(x))).view(B, T, self.kv_heads, self.head_dim)
-            raw_k, k = k.view_as(v), rotate(k, chunk.cos, chunk.sin).view_as(v)
+            raw_k = keep.put(self.k(keep.pick(x))).unflatten(1, (self.kv_heads, self.head_dim))  # (B*T, KVH, D)
+            v = keep.put(self.v(keep.pick(x))).unflatten(1, (self.kv_heads, self.head_dim))
+            k = rotate(raw_k, chunk.cos, chunk.sin)
 
             # filter
             if cache.filters:
-                compared = k if filter.keys == "rotated" else raw_k
-                found, cache.score = token_filter(compared, v, chunk.n_new, cache.state, cache.ratio, filter)
+                compared = (k if filter.keys == "rotated" else raw_k).unflatten(0, (B, T))
+                found, cache.score = cache.criterion(
+                    compared, v.unflatten(0, (B, T)), chunk.n_new, cache.state, cache.ratio, filter
+                )
                 redundant = found.cpu()
-                keep = Tokens(chunk.real.mask & ~redundant, x.device)
+                if redundant.any():
+                    keep = Tokens(chunk.real.mask & ~redundant, x.device)
             attends = keep if filter is not None and filter.mode == "attention" else chunk.real
 
             # queries, attention and output, of the tokens that remain
             if T == 1:
                 cache.store(k, v, chunk, keep)  # a single token is to find itself among the slots
-            y = x[:0]
             if len(attends):
                 q = self.q(attends.pick(x)).unflatten(1, (self.heads, self.head_dim))  # (N, H, D)
                 q = rotate(q, attends.pick(chunk.cos), attends.pick(chunk.sin))
-                attend = self.attend_decode if T == 1 else self.attend_prefill
-                y = self.o(attend(q, k, v, chunk, cache, attends, keep).flatten(1))  # (N, C)
-                out = attends.put(y)
+                if T == 1:
+                    y = self.attend_decode(q, chunk, cache, attends)
+                else:
+                    y = self.attend_prefill(q, k, v, chunk, cache, attends, keep)
+                out = attends.put(self.o(y.flatten(1)))  # (B*T, C)
             if T > 1:
                 cache.store(k, v, chunk, keep)
 
         # what the others add instead
+        out = x.new_zeros(B * T, C) if out is None else out
         if cache.anchor_output is not None:
-            skipped = Tokens(redundant, x.device)
-            filled = cache.anchor_outputs(keep.pick(out), chunk, keep).to(x.dtype)
-            out[skipped.index] = skipped.pick(filled.flatten(0, 1))
-        cache.redundant = redundant
+            filled = cache.anchor_outputs(keep.pick(out), chunk, keep).to(x.dtype).flatten(0, 1)
+            out = torch.where(keep.mask.flatten().to(x.device)[:, None], out, filled)
+        cache.redundant = redundant if redundant is not None else torch.zeros_like(chunk.real.mask)
         return out.view(B, T, C)
 
-    def attend_prefill(self, q, k, v, chunk, cache, attends, keep):
+    def attend_prefill(self, q, k, v, chunk: Chunk, cache: LayerCache, attends: Tokens, keep: Tokens):
         """Row by row, as each has its own tokens left: q (N, H, D) over the row's slots and its chunk -> (N, H, D)."""
-        share, outputs = self.heads // self.kv_heads, []  # query heads to a kv head
-        candidates = chunk.real if cache.ring else keep  # the others can be seen by nobody
+        T, share, outputs = keep.mask.shape[1], self.heads // self.kv_heads, []
+        candidates = chunk.real if cache.ring else keep  # the other redundant ones can be seen by nobody
         for b, row_q in enumerate(q.split(attends.counts.tolist())):
             if not len(row_q):
                 continue
             new = candidates.mask[b].nonzero()[:, 0]
-            old_k, old_v, old_position, old_reach = cache.slots(b)
-            row_k = torch.cat((old_k, k[b, new.to(k.device)].transpose(0, 1)), dim=1)  # (KVH, S, D)
-            row_v = torch.cat((old_v, v[b, new.to(v.device)].transpose(0, 1)), dim=1)
+            index = (b * T + new).to(k.device)
+            row_k, row_v, key = cache.slots(b)  # (KVH, S, D) twice, (S,)
             mask = None  # nothing cached, nothing graced, no window: plain causal attention among the kept
-            if old_k.shape[1] or cache.ring or chunk.position.shape[1] > cache.window:
-                reach = torch.where(keep.mask[b, new], cache.window, cache.reach)
-                key = torch.cat((old_position, chunk.position[b, new].to(k.device)))
-                query = chunk.position[b, attends.mask[b]].to(k.device)
-                mask = visible(query, key, torch.cat((old_reach, reach.to(k.device))))
-            row_k, row_v = row_k.repeat_interleave(share, 0), row_v.repeat_interleave(share, 0)
-            y = F.scaled_dot_product_attention(
-                row_q.transpose(0, 1)[None], row_k[None], row_v[None], attn_mask=mask, is_causal=mask is None
-            )
+            if len(key) or cache.window < T:
+                reach = torch.where(keep.mask[b, new], cache.window, cache.grace_reach).to(k.device)
+                reach = torch.cat((cache.reach(len(key)), reach))
+                query = chunk.at[b, attends.mask[b].to(k.device)]
+                mask = visible(query, torch.cat((key, chunk.at.flatten()[index])), reach)
+            row_k = torch.cat((row_k, k[index].transpose(0, 1)), dim=1).repeat_interleave(share, 0)[None]
+            row_v = torch.cat((row_v, v[index].transpose(0, 1)), dim=1).repeat_interleave(share, 0)[None]
+            row_q = row_q.transpose(0, 1)[None]  # (1, H, T, D)
+            y = F.scaled_dot_product_attention(row_q, row_k, row_v, attn_mask=mask, is_causal=mask is None)
             outputs.append(y[0].transpose(0, 1))
         return torch.cat(outputs)
 
-    def attend_decode(self, q, k, v, chunk, cache, attends, keep):
-        """One query a row, its token stored already: q (N, H, D) over the slots, all rows at once -> (N, H, D)."""
-        k, v, position, reach = cache.slots()
-        mask = None
-        if cache.ring or cache.window < FAR or (cache.length[attends.row] < cache.length.max()).any():
-            mask = visible(chunk.position.to(k.device), position, reach)[:, None]  # (B, 1, 1, S)
+    def attend_decode(self, q, chunk: Chunk, cache: LayerCache, attends: Tokens):
+        """One query a row, its own token stored already: q (N, H, D) over the rows' slots -> (N, H, D)."""
+        attention, q = F.scaled_dot_product_attention, q.unflatten(1, (self.kv_heads, -1))
+        # (N, KVH, H/KVH, D): query heads that share a kv head are queries of one head, so that k, v are read once
+        k, v, key = cache.slots()
+        lengths, mask = cache.length.tolist(), None
+        by_row = not attends.all and not q.is_cuda  # there, gathering rows of k, v costs more than it saves
+        if cache.ring or cache.window < FAR or (min(lengths) < max(lengths) and not by_row):
+            mask = visible(chunk.at, key, cache.reach(k.shape[2]))[:, None]  # (B, 1, 1, S)
+        if by_row:
+            outputs = []
+            for q_b, b in zip(q.split(1), attends.row.tolist()):
+                b, used = slice(b, b + 1), slice(cache.ring + lengths[b])
+                mask_b = None if mask is None else mask[b, :, :, used]
+                outputs.append(attention(q_b, k[b, :, used], v[b, :, used], attn_mask=mask_b))
+            return torch.cat(outputs).flatten(1, 2)
         if not attends.all:
-            k, v, mask = k[attends.index], v[attends.index], mask if mask is None else mask[attends.index]
-        q = q.unflatten(1, (self.kv_heads, -1))  # (N, KVH, H/KVH, D): heads that share k, v as queries of one head
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1, 2)
+            k, v, mask = k[attends.index], v[attends.index], None if mask is None else mask[attends.index]
+        return attention(q, k, v, attn_mask=mask).flatten(1, 2)
 
 
 class MLP(nn.Module):
@@ -398,9 +418,12 @@ class Transformer(nn.Module):
         c = self.config
         return 2 * c.n_layers * c.kv_heads * c.head_dim * self.embed.weight.element_size()
 
-    def new_cache(self, B, filter: FilterConfig | None = None) -> KVCache:
-        """An empty cache for B sequences. The filter, if any, acts on all that is fed with this cache."""
-        return KVCache(self.config, B, filter, self.embed.weight.dtype, self.embed.weight.device)
+    def new_cache(self, B, filter: FilterConfig | None = None, criterion=token_filter) -> KVCache:
+        """An empty cache for B sequences; what is fed with it is filtered, if `filter` is given.
+
+        `criterion` decides which tokens are redundant: token_filter, or a rival with the same signature.
+        """
+        return KVCache(self.config, B, filter, criterion, self.embed.weight.dtype, self.embed.weight.device)
 
     @torch.no_grad()
     def forward(self, tokens, cache: KVCache, n_new=None, last=False):
@@ -421,13 +444,15 @@ class Transformer(nn.Module):
         warm = real & (position < cache.warmup)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         angle = position.flatten().to(x.device, wide)[:, None, None] * rope_frequencies(self.config).to(x.device, wide)
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         chunk = Chunk(
             n_new.to(x.device),
             position,
+            position.to(x.device),
             Tokens(real, x.device),
             Tokens(warm, x.device),
-            angle.cos().to(x.dtype),
-            angle.sin().to(x.dtype),
+            torch.cat((cos, cos), dim=-1),
+            torch.cat((-sin, sin), dim=-1),
         )
 
         for block, layer in zip(self.blocks, cache.layers):
