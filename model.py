@@ -2,7 +2,7 @@
 
 Shapes: B sequences, T new tokens, S cache slots, L layers, H query heads, KVH key/value heads (H is a multiple of KVH),
 D head size, C width, N tokens gathered out of a (B, T) chunk. A token's *position* counts from the start of its own
-sequence; its *slot* is where a layer's cache keeps it. Filtering makes the two differ: masks compare positions only.
+sequence; its *slot* is where a layer's cache keeps it. Filtering makes the two differ: visibility goes by position.
 
 The masks that decide shapes (which tokens are real, kept, attending) live on the host as (B, T) bool tensors, so that a
 filtered layer waits for the device once, when token_filter's decisions come back, and an unfiltered one never.
@@ -10,6 +10,7 @@ filtered layer waits for the device once, when token_filter's decisions come bac
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import nn
 from token_filter import FilterConfig, FilterState, layer_ratios, running_average, token_filter
 
 BLOCK = 32  # a cache grows by this many slots
-FAR = 2**62  # position of an empty slot: in everyone's future, so nobody sees it
+FAR = 2**62  # a position no text reaches
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,13 @@ class Tokens:
     def __init__(self, mask, device):
         self.mask, self.counts = mask, mask.sum(1)  # (B, T), (B,)
         self.row, self.step = mask.nonzero(as_tuple=True)  # (N,) each, row by row
-        self.nth = (mask.cumsum(1) - 1)[self.row, self.step]  # (N,) the how manieth of its row, from 0
         self.all = len(self.row) == mask.numel()
         self.index = None if self.all else (self.row * mask.shape[1] + self.step).to(device)
+
+    @cached_property
+    def nth(self):
+        """(N,) how many of its row come before each."""
+        return (self.mask.cumsum(1) - 1)[self.row, self.step]
 
     def __len__(self):
         return len(self.row)
@@ -107,11 +112,11 @@ class Chunk:
 
 
 class LayerCache:
-    """What one layer remembers of B sequences: K, V and their positions, the filter's state, the anchor output.
+    """What one layer remembers of B sequences: K, V and who may see them, the filter's state, the anchor output.
 
     The first `ring` slots hold redundant tokens in their grace period, at position mod ring. Each row's kept tokens
-    follow in order, length[b] of them. A key is visible to a query of age = query position - key position when
-    0 <= age < reach, where reach is the sliding window for kept tokens and grace + 1 for redundant ones.
+    follow in order, length[b] of them. A token at position j can be seen by those at j .. j + reach - 1, where reach is
+    the sliding window if it is kept and grace + 1 if not; `until` is the last of them.
     """
 
     def __init__(self, config: ModelConfig, B, layer, ratio, filter: FilterConfig | None, criterion, dtype, device):
@@ -127,7 +132,7 @@ class LayerCache:
             self.ring = filter.grace + (filter.mode == "cache")  # there a redundant token must find itself
         self.k = torch.zeros(B, config.kv_heads, 0, config.head_dim, dtype=dtype, device=device)  # (B, KVH, S, D)
         self.v = torch.zeros_like(self.k)
-        self.position = torch.full((B, 0), FAR, device=device)  # (B, S)
+        self.until = torch.zeros(B, 0, dtype=torch.int64, device=device)  # (B, S), -1 where the slot is empty
         self.length = torch.zeros(B, dtype=torch.int64)  # kept slots in use; host
         self.kept = torch.zeros(B, dtype=torch.int64)  # tokens ever kept: length and what the window has dropped; host
         self.state = self.anchor_output = None
@@ -142,18 +147,18 @@ class LayerCache:
         missing = math.ceil((slots - self.k.shape[2]) / BLOCK) * BLOCK
         if missing > 0:
             self.k, self.v = F.pad(self.k, (0, 0, 0, missing)), F.pad(self.v, (0, 0, 0, missing))
-            self.position = F.pad(self.position, (0, missing), value=FAR)
+            self.until = F.pad(self.until, (0, missing), value=-1)
 
     def expire(self, seen):
         """Drop the kept tokens that the window hides from position seen[b] on, and close the gap they leave."""
-        k, v, position = self.k[:, :, self.ring :], self.v[:, :, self.ring :], self.position[:, self.ring :]  # views
-        gone = (position <= (seen - self.window).to(position.device)[:, None]).sum(1)  # (B,), the oldest come first
-        source = gone[:, None] + torch.arange(position.shape[1], device=position.device)
-        beyond = source >= position.shape[1]
+        k, v, until = self.k[:, :, self.ring :], self.v[:, :, self.ring :], self.until[:, self.ring :]  # views
+        gone = ((until >= 0) & (until < seen.to(until.device)[:, None])).sum(1)  # (B,), the oldest come first
+        source = gone[:, None] + torch.arange(until.shape[1], device=until.device)
+        beyond = source >= until.shape[1]
         source = source.masked_fill(beyond, 0)
         for kv in (k, v):
             kv.copy_(kv.gather(2, source[:, None, :, None].expand_as(kv)))
-        position.copy_(position.gather(1, source).masked_fill(beyond, FAR))
+        until.copy_(until.gather(1, source).masked_fill(beyond, -1))
         self.length = self.length - gone.cpu()
 
     def store(self, k, v, chunk: Chunk, keep: Tokens):
@@ -163,28 +168,22 @@ class LayerCache:
             self.expire(chunk.position[:, 0])
             longest = int((self.length + keep.counts).max())
         self.grow(self.ring + longest)
-        self.write(k, v, chunk, keep, self.ring + self.length[keep.row] + keep.nth)
-        if self.ring:
+        self.write(k, v, chunk, keep, self.ring + self.length[keep.row] + keep.nth, self.window)
+        if self.ring and len(keep) < len(chunk.real):
             oldest = chunk.position[:, :1] + chunk.real.counts[:, None] - self.ring  # the ring has room from here on
             graced = Tokens(chunk.real.mask & ~keep.mask & (chunk.position >= oldest), k.device)
-            self.write(k, v, chunk, graced, chunk.position[graced.row, graced.step] % self.ring)
+            self.write(k, v, chunk, graced, chunk.position[graced.row, graced.step] % self.ring, self.grace_reach)
         self.length, self.kept = self.length + keep.counts, self.kept + keep.counts
 
-    def write(self, k, v, chunk: Chunk, tokens: Tokens, slot):
+    def write(self, k, v, chunk: Chunk, tokens: Tokens, slot, reach):
         row, slot = torch.stack((tokens.row, slot)).to(k.device)
         self.k[row, :, slot], self.v[row, :, slot] = tokens.pick(k), tokens.pick(v)
-        self.position[row, slot] = tokens.pick(chunk.at.flatten())
+        self.until[row, slot] = tokens.pick(chunk.at.flatten()) + (reach - 1)
 
     def slots(self, b=slice(None)):
-        """The slots of row b (or of all rows, up to the longest): views of k, v and position."""
+        """The slots of row b (or of all rows, up to the longest): views of k, v and until."""
         S = self.ring + int(self.length[b].max())
-        return self.k[b, :, :S], self.v[b, :, :S], self.position[b, :S]
-
-    def reach(self, S):
-        """How far each of the first S slots can be seen, (S,)."""
-        reach = torch.full((S,), self.window, device=self.k.device)
-        reach[: self.ring] = self.grace_reach
-        return reach
+        return self.k[b, :, :S], self.v[b, :, :S], self.until[b, :S]
 
     def anchor_outputs(self, y, chunk: Chunk, keep: Tokens):
         """For fill="anchor": what each token of the chunk adds if it is skipped, (B, T, C).
@@ -206,7 +205,7 @@ class LayerCache:
         self.length, self.kept = self.length[rows], self.kept[rows]
         rows = rows.to(self.k.device)
         S = math.ceil((self.ring + max(self.length.tolist(), default=0)) / BLOCK) * BLOCK
-        self.k, self.v, self.position = self.k[rows, :, :S], self.v[rows, :, :S], self.position[rows, :S]
+        self.k, self.v, self.until = self.k[rows, :, :S], self.v[rows, :, :S], self.until[rows, :S]
         if self.state is not None:
             self.state.select(rows)
         if self.anchor_output is not None:
@@ -218,12 +217,11 @@ class LayerCache:
         return output + (0 if self.state is None else self.state.nbytes())
 
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.k, self.v, self.position)) + self.fixed_bytes()
+        return sum(t.numel() * t.element_size() for t in (self.k, self.v, self.until)) + self.fixed_bytes()
 
     def live_bytes(self, seen) -> int:
-        slot = 2 * self.k.shape[1] * self.k.shape[3] * self.k.element_size() + self.position.element_size()
-        age = seen.to(self.position.device)[:, None] - self.position[:, : self.ring]  # to the next token
-        graced = int(((age >= 0) & (age < self.grace_reach)).sum())
+        slot = 2 * self.k.shape[1] * self.k.shape[3] * self.k.element_size() + self.until.element_size()
+        graced = int((self.until[:, : self.ring] >= seen.to(self.until.device)[:, None]).sum())  # by the next token
         return (int(self.length.sum()) + graced) * slot + self.fixed_bytes()
 
 
@@ -248,7 +246,7 @@ class KVCache:
         return torch.stack([layer.kept for layer in self.layers]).sum(0)
 
     def nbytes(self) -> int:
-        """Bytes allocated: K, V, positions, ring, filter state, anchor outputs."""
+        """Bytes allocated: slots, ring included, filter state and anchor outputs."""
         return sum(layer.nbytes() for layer in self.layers)
 
     def live_bytes(self) -> int:
@@ -266,12 +264,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-def visible(query, key, reach):
-    """Which keys each query sees: positions query (..., T) and key (..., S), reach (S,) -> (..., T, S) bool."""
-    age = query[..., :, None] - key[..., None, :]
-    return (age >= 0) & (age < reach)
 
 
 class Attention(nn.Module):
@@ -341,13 +333,12 @@ class Attention(nn.Module):
                 continue
             new = candidates.mask[b].nonzero()[:, 0]
             index = (b * T + new).to(k.device)
-            row_k, row_v, key = cache.slots(b)  # (KVH, S, D) twice, (S,)
+            row_k, row_v, until = cache.slots(b)  # (KVH, S, D) twice, (S,)
             mask = None  # nothing cached, nothing graced, no window: plain causal attention among the kept
-            if len(key) or cache.window < T:
+            if len(until) or cache.window < T:
+                query, key = chunk.at[b, attends.mask[b].to(k.device)][:, None], chunk.at.flatten()[index]
                 reach = torch.where(keep.mask[b, new], cache.window, cache.grace_reach).to(k.device)
-                reach = torch.cat((cache.reach(len(key)), reach))
-                query = chunk.at[b, attends.mask[b].to(k.device)]
-                mask = visible(query, torch.cat((key, chunk.at.flatten()[index])), reach)
+                mask = torch.cat((query <= until, (key <= query) & (query < key + reach)), dim=1)
             row_k = torch.cat((row_k, k[index].transpose(0, 1)), dim=1).repeat_interleave(share, 0)[None]
             row_v = torch.cat((row_v, v[index].transpose(0, 1)), dim=1).repeat_interleave(share, 0)[None]
             row_q = row_q.transpose(0, 1)[None]  # (1, H, T, D)
@@ -359,11 +350,11 @@ class Attention(nn.Module):
         """One query a row, its own token stored already: q (N, H, D) over the rows' slots -> (N, H, D)."""
         attention, q = F.scaled_dot_product_attention, q.unflatten(1, (self.kv_heads, -1))
         # (N, KVH, H/KVH, D): query heads that share a kv head are queries of one head, so that k, v are read once
-        k, v, key = cache.slots()
+        k, v, until = cache.slots()
         lengths, mask = cache.length.tolist(), None
         by_row = not attends.all and not q.is_cuda  # there, gathering rows of k, v costs more than it saves
         if cache.ring or cache.window < FAR or (min(lengths) < max(lengths) and not by_row):
-            mask = visible(chunk.at, key, cache.reach(k.shape[2]))[:, None]  # (B, 1, 1, S)
+            mask = (chunk.at <= until)[:, None, None]  # (B, 1, 1, S)
         if by_row:
             outputs = []
             for q_b, b in zip(q.split(1), attends.row.tolist()):

@@ -176,11 +176,11 @@ def token_filter(k, v, n_new, state: FilterState, ratio, config: FilterConfig):
 
     # similarity
     norms = x.norm(dim=-1) * before.norm(dim=-1)
-    cosine = torch.where(norms > 0, (x * before).sum(-1) / norms, 0)  # (B, T, 2, KVH)
+    cosine = ((x * before).sum(-1) / norms).masked_fill(norms == 0, 0)  # (B, T, 2, KVH)
 
     # fusion
-    mean_k, mean_v = cosine.mean(-1).unbind(-1)  # (B, T) each
-    var_k, var_v = cosine.var(-1, correction=0).unbind(-1)
+    var, mean = torch.var_mean(cosine, dim=-1, correction=0)
+    (var_k, var_v), (mean_k, mean_v) = var.unbind(-1), mean.unbind(-1)  # (B, T) each
     w_k = (var_v + EPS) / (var_k + var_v + 2 * EPS)
     if config.fusion != "variance":
         w_k = {"equal": 0.5, "key": 1.0, "value": 0.0, "random": 0.5}[config.fusion]
@@ -191,7 +191,7 @@ def token_filter(k, v, n_new, state: FilterState, ratio, config: FilterConfig):
 
     # threshold
     redundant = above_threshold(score, state.history, state.count, ratio)
-    redundant &= real & (position >= max(config.warmup, 1))
+    redundant &= position >= max(config.warmup, 1)
 
     # state
     latest = n_new[:, None] + torch.arange(config.history, device=k.device)
