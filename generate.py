@@ -20,12 +20,34 @@ from tqdm import tqdm
 
 from load_weights import CheckpointError, Tokenizer, load
 from model import Transformer
-from token_filter import CHOICES, PRESETS, FilterConfig, preset
+from token_filter import CHOICES, PRESETS, FilterConfig, preset, token_filter
 
 DEMO = Path(__file__).resolve().parent / "checkpoints" / "smollm2-135m"
 
 
 # ---------------------------------------------------------------------------------------------- from Python
+
+
+class CompiledFilter:
+    """token_filter through torch.compile at decode, where its sixty small kernels become a few; prefill runs it as it is.
+
+    The first token takes half a minute. Where torch.compile cannot work (no C++ compiler, say), one line on stderr says
+    so, and token_filter runs as it is.
+    """
+
+    def __init__(self):
+        self.compiled = torch.compile(token_filter)
+
+    def __call__(self, k, v, n_new, state, ratio, config):
+        if k.shape[1] == 1 and self.compiled is not None:
+            try:
+                ratios = torch.full((len(k),), ratio, dtype=torch.float64, device=k.device)  # a float would be compiled in
+                return self.compiled(k, v, n_new, state, ratios, config)
+            except Exception as e:  # noqa: BLE001 (compilers fail in many ways; nothing has run yet when they do)
+                self.compiled = None
+                reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+                print(f"note: torch.compile failed, the filter runs uncompiled: {reason}", file=sys.stderr)
+        return token_filter(k, v, n_new, state, ratio, config)
 
 
 @dataclass

@@ -1,0 +1,330 @@
+"""Time and memory of dense and filtered generation, side by side in one run.
+
+    python bench.py [CHECKPOINT] --batch 1 8 --context 1024 --prune 0.5 --preset paper cache --vs transformers
+    python bench.py --shape llama-2-13b --dtype bfloat16 --batch 1 32 128 --context 512     random weights, made on the device
+
+Every setting gets the same weights and the same tokens: `context` tokens are prefilled, then each decode step is fed the
+text's own next token, so the cache holds what it would hold in real use. The settings take turns, step by step on the
+CPU, run by run on CUDA, so that a machine whose speed drifts treats them alike. Figures are medians.
+
+The *bound* is what a step must read (weights and live cache) over what the dense step must read: no filter can bring the
+time below it while all else stays the same, on a machine that is limited by memory.
+"""
+
+import json
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from generate import CompiledFilter, Parser, add_filter_arguments, add_model_arguments, fail, filter_from
+from load_weights import CheckpointError, load
+from model import ModelConfig, Transformer
+from token_filter import FilterConfig, token_filter
+
+#                        vocab    C   L   H KVH    D    MLP     theta   eps  context  tied  window
+SHAPES = {
+    "llama-2-7b": (32000, 4096, 32, 32, 32, 128, 11008, 10000.0, 1e-5, 4096, False),
+    "llama-2-13b": (32000, 5120, 40, 40, 40, 128, 13824, 10000.0, 1e-5, 4096, False),
+    "llama-3-8b": (128256, 4096, 32, 32, 8, 128, 14336, 500000.0, 1e-5, 8192, False),
+    "mistral-7b": (32000, 4096, 32, 32, 8, 128, 14336, 10000.0, 1e-5, 32768, False, 4096),
+    "phi-4": (100352, 5120, 40, 40, 10, 128, 17920, 250000.0, 1e-5, 16384, False),
+}
+
+
+def random_model(shape, device, dtype) -> Transformer:
+    """A model of a published shape with random weights, made where and as it will be used."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return Transformer(ModelConfig(*SHAPES[shape])).requires_grad_(False)
+    finally:
+        torch.set_default_dtype(default)
+
+
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Ours:
+    """One setting of our model."""
+
+    def __init__(self, name, model: Transformer, filter: FilterConfig | None, criterion=token_filter):
+        self.name, self.model, self.filter, self.criterion = name, model, filter, criterion
+        self.clocked, self.filter_seconds = False, 0.0
+
+    def timed_criterion(self, *args):
+        """The filter, with a stopwatch around it while `clocked`."""
+        if not self.clocked:
+            return self.criterion(*args)
+        wait(args[0].device)
+        started = time.perf_counter()
+        result = self.criterion(*args)
+        wait(args[0].device)
+        self.filter_seconds += time.perf_counter() - started
+        return result
+
+    def prefill(self, tokens, copies):
+        self.cache = self.model.new_cache(len(tokens), self.filter, self.timed_criterion)
+        self.model.prefill(tokens.tolist(), self.cache)
+        if copies:
+            self.cache.select(copies)
+
+    def step(self, tokens):
+        self.model(tokens, self.cache, last=True)
+
+    def figures(self):
+        cache = self.cache
+        pairs = int(cache.seen.sum()) * len(cache.layers)
+        return {
+            "skipped": 1 - int(cache.kept().sum()) / pairs,
+            "cache_bytes": cache.nbytes(),
+            "live_bytes": cache.live_bytes(),
+            "dense_bytes": int(cache.seen.sum()) * self.model.kv_bytes_per_token(),
+        }
+
+
+class Transformers:
+    """Hugging Face's model of the same checkpoint, with scaled_dot_product_attention and its own cache."""
+
+    name, filter = "transformers", None
+
+    def __init__(self, folder, device, dtype):
+        import transformers  # heavy, and only needed here
+
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        self.model, self.device = model.to(device), device
+
+    @torch.no_grad()
+    def prefill(self, tokens, copies):
+        tokens = tokens.to(self.device)
+        self.cache = self.model(tokens, use_cache=True, logits_to_keep=1).past_key_values
+        if copies:
+            self.cache.batch_select_indices(torch.tensor(copies, device=self.device))
+
+    @torch.no_grad()
+    def step(self, tokens):
+        self.model(tokens.to(self.device), past_key_values=self.cache, use_cache=True)
+
+    def figures(self):
+        held = sum(t.numel() * t.element_size() for layer in self.cache.layers for t in (layer.keys, layer.values))
+        return {"skipped": 0.0, "cache_bytes": held, "live_bytes": held, "dense_bytes": held}
+
+
+def session(side, device, tokens, rows, context, new_tokens):
+    """One run of one setting, as a generator that hands over after each measured piece; its last word is the result."""
+    distinct = tokens[:rows]
+    copies = [i % rows for i in range(len(tokens))] if rows < len(tokens) else None
+    fed = tokens if copies is None else distinct[copies]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    wait(device)
+    started = time.perf_counter()
+    side.prefill(distinct[:, :context], copies)
+    wait(device)
+    result = {"prefill_ms": (time.perf_counter() - started) * 1e3, "step_ms": []}
+    yield None
+    for t in range(context, context + new_tokens):
+        started = time.perf_counter()
+        side.step(fed[:, t : t + 1])
+        wait(device)
+        result["step_ms"].append((time.perf_counter() - started) * 1e3)
+        yield None
+    result |= side.figures()
+    if device.type == "cuda":
+        result["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+    if side.filter is not None:  # the filter's share, on two steps of their own: the stopwatch makes the device wait
+        side.clocked, side.filter_seconds = True, 0.0
+        started = time.perf_counter()
+        for t in range(context + new_tokens, context + new_tokens + 2):
+            side.step(fed[:, t : t + 1])
+        wait(device)
+        result["filter_share"] = side.filter_seconds / (time.perf_counter() - started)
+        side.clocked = False
+    side.cache = None
+    yield result
+
+
+def run(sides, device, tokens, rows, context, new_tokens, repeat, bar):
+    """All settings on the same tokens, `repeat` times: {name: [result of each repetition]}."""
+    results: dict[str, list[dict]] = {side.name: [] for side in sides}
+    for _ in range(repeat):
+        waiting = [(side.name, session(side, device, tokens, rows, context, new_tokens)) for side in sides]
+        while waiting:
+            name, current = waiting.pop(0)
+            result = next(current)
+            bar.update()
+            if result is not None:
+                results[name].append(result)
+            elif device.type == "cuda":  # to the end before the next starts, so that the peak memory is its own
+                waiting.insert(0, (name, current))
+            else:
+                waiting.append((name, current))
+    return results
+
+
+def summarise(results, batch, context, weights):
+    """One table row for each setting: medians over repetitions, and the ratio to dense in the same run."""
+    rows = []
+    for name, runs in results.items():
+        row = {"setting": name, "batch": batch, "context": context, "prefill_ms": statistics.median(r["prefill_ms"] for r in runs)}
+        steps = [ms for r in runs for ms in r["step_ms"][1:] or r["step_ms"]]  # the first step warms up
+        quartiles = statistics.quantiles(steps, n=4) if len(steps) > 1 else [steps[0]] * 3
+        row |= {"step_ms": quartiles[1], "step_ms_quartiles": [quartiles[0], quartiles[2]]}
+        row["tokens_per_second"] = batch / quartiles[1] * 1e3
+        for key in ("skipped", "cache_bytes", "live_bytes", "dense_bytes", "peak_bytes", "filter_share"):
+            if key in runs[0]:
+                row[key] = statistics.median(r[key] for r in runs)
+        row["bound"] = (weights + row["live_bytes"]) / (weights + row["dense_bytes"])
+        rows.append(row)
+    dense = rows[0]
+    for row in rows:
+        row["prefill_ratio"] = row["prefill_ms"] / dense["prefill_ms"]
+        row["step_ratio"] = row["step_ms"] / dense["step_ms"]
+    return rows
+
+
+HEAD = f"{'setting':<22}{'prefill ms':>11}{'x dense':>8}{'step ms':>9}{'quartiles':>16}{'x dense':>8}{'bound':>7}{'tokens/s':>10}"
+HEAD += f"{'cache MB':>10}{'live':>7}{'skipped':>9}{'filter':>8}{'peak GB':>9}"
+
+
+def line(row):
+    low, high = row["step_ms_quartiles"]
+    share = f"{row['filter_share']:.1%}" if "filter_share" in row else "-"
+    peak = f"{row['peak_bytes'] / 1e9:.2f}" if "peak_bytes" in row else "-"
+    return (
+        f"{row['setting']:<22}{row['prefill_ms']:>11.1f}{row['prefill_ratio']:>8.3f}{row['step_ms']:>9.1f}"
+        f"{f'{low:.1f}-{high:.1f}':>16}{row['step_ratio']:>8.3f}{row['bound']:>7.3f}{row['tokens_per_second']:>10.1f}"
+        f"{row['cache_bytes'] / 1e6:>10.1f}{row['live_bytes'] / row['dense_bytes']:>7.3f}{row['skipped']:>9.3f}{share:>8}{peak:>9}"
+    )
+
+
+def plot(rows, path):
+    """Decode time and cache bytes against batch (against context if only that varies), a line for each setting."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    axis = "context" if len({row["context"] for row in rows}) > len({row["batch"] for row in rows}) else "batch"
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5))
+    for key, label, scale, panel in (("step_ms", "decode, ms per step", 1, panels[0]), ("cache_bytes", "KV cache, MB", 1e6, panels[1])):
+        for name in dict.fromkeys(row["setting"] for row in rows):
+            points = sorted((row[axis], row[key] / scale) for row in rows if row["setting"] == name)
+            panel.plot(*zip(*points), marker="o", label=name)
+        unit = "batch (sequences)" if axis == "batch" else "context (tokens)"
+        panel.set(xlabel=unit, ylabel=label, xscale="log", yscale="log", xticks=[p[0] for p in points])
+        panel.get_xaxis().set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    panels[0].legend()
+    other = "context" if axis == "batch" else "batch"
+    figure.suptitle(f"{other} {', '.join(map(str, sorted({row[other] for row in rows})))}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main(argv=None):
+    parser = Parser(description="Time and memory of dense and filtered generation, side by side.")
+    add_model_arguments(parser)
+    parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead of a checkpoint")
+    parser.add_argument("--text", metavar="FILE", help="UTF-8 text to feed (default: this project's own files; random with --shape)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="N", help="default: 1 8")
+    parser.add_argument("--context", type=int, nargs="+", default=[512], metavar="N", help="tokens in the cache (default: 512)")
+    parser.add_argument("--new-tokens", type=int, default=16, metavar="N", help="decode steps (default: %(default)s)")
+    parser.add_argument("--prune", type=float, nargs="+", default=[0.5], metavar="P", help="default: 0.5; dense is always there")
+    parser.add_argument("--nothing-skipped", action="store_true", help="add a setting whose warm-up never ends: the filter's own cost")
+    parser.add_argument("--compile", action="store_true", help="run token_filter through torch.compile at decode")
+    parser.add_argument("--vs", choices=["transformers"], help="add Hugging Face's model of the same checkpoint")
+    parser.add_argument("--distinct", type=int, metavar="N", help="prefill N rows only, copy them to fill the batch (quicker; the "
+                        "prefill column is then theirs)")  # fmt: skip
+    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of each setting (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of random weights and tokens, and of --fusion random")
+    parser.add_argument("--json", metavar="FILE", help="write all figures")
+    parser.add_argument("--plot", metavar="FILE.png", help="decode time and cache against batch or context (needs matplotlib)")
+    add_filter_arguments(parser, several=True)
+    args = parser.parse_args(argv)
+
+    numbers = [*args.batch, *args.context, args.new_tokens, args.repeat, args.distinct or 1]
+    if min(numbers) < 1:
+        fail("--batch, --context, --new-tokens, --repeat and --distinct must be at least 1")
+    if args.vs and args.shape:
+        fail("--vs transformers needs a checkpoint, not --shape")
+    presets = args.preset or ["paper", "anchored", "cache"]
+    filters = [(f"{name} {prune:g}", filter_from(args, name, prune)) for name in presets for prune in args.prune if prune != 0]
+    longest = max(args.context) + args.new_tokens + 2
+
+    torch.manual_seed(args.seed)
+    try:
+        if args.shape:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else torch.device(args.device)
+            dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(args.dtype) or getattr(torch, args.dtype)
+            model = random_model(args.shape, device, dtype)
+            stream = torch.randint(0, model.config.vocab_size, (2 * longest + 997 * max(args.batch),))
+        else:
+            model, tokenizer = load(args.checkpoint, args.device, args.dtype, progress=True)
+            here = Path(__file__).resolve().parent
+            files = [Path(args.text)] if args.text else [here / "README.md", *sorted(here.glob("*.py"))]
+            text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+            stream = torch.tensor(tokenizer.encode(text, bos=False))
+    except (CheckpointError, OSError, UnicodeDecodeError, RuntimeError) as e:
+        fail(e)
+    device, dtype = model.embed.weight.device, model.embed.weight.dtype
+    if longest > model.config.max_positions:
+        fail(f"--context and --new-tokens make {longest} tokens, more than the model's context of {model.config.max_positions}")
+    if len(stream) < longest:
+        fail(f"the text has {len(stream)} tokens, fewer than the {longest} that --context and --new-tokens ask for")
+
+    criterion = CompiledFilter() if args.compile else token_filter
+    sides = [Ours("dense", model, None)] + [Ours(name, model, f, criterion) for name, f in filters]
+    if args.nothing_skipped:
+        sides += [Ours("paper, none skipped", model, FilterConfig(prune=0.5, warmup=10**9), criterion)]
+    if args.vs:
+        sides += [Transformers(args.checkpoint, device, dtype)]
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    if not model.config.tied:  # of the embedding, a step reads a few rows only
+        weights -= model.embed.weight.numel() * model.embed.weight.element_size()
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    settings = f"{args.shape or args.checkpoint}; {name}; torch {torch.__version__}; {str(dtype)[6:]}; weights {weights / 1e9:.3f} GB"
+    print(f"{settings}\n{args.new_tokens} decode steps, {args.repeat} repetitions, filter {'compiled' if args.compile else 'eager'}")
+    table = []
+    cases = [(batch, context) for batch in args.batch for context in args.context]
+    pieces = (args.new_tokens + 2) * len(sides) * args.repeat
+    for batch, context in cases:
+        offsets = (torch.arange(batch) * 997) % (len(stream) - longest + 1)
+        tokens = stream[offsets[:, None] + torch.arange(longest)]  # (B, longest)
+        rows = min(args.distinct or batch, batch)
+        with tqdm(total=pieces, desc=f"batch {batch}, context {context}", leave=False, unit="piece") as bar:
+            try:
+                results = run(sides, device, tokens, rows, context, args.new_tokens, args.repeat, bar)
+            except torch.OutOfMemoryError:
+                print(f"\nbatch {batch}, context {context}: out of memory", file=sys.stderr)
+                for side in sides:
+                    side.cache = None
+                continue
+        copied = f" ({rows} rows prefilled and copied)" if rows < batch else ""
+        print(f"\nbatch {batch}, context {context}{copied}\n{HEAD}")
+        for row in summarise(results, batch, context, weights):
+            print(line(row), flush=True)
+            table.append(row)
+        if args.json:  # after each case, so that an interrupted run keeps what it has
+            Path(args.json).write_text(json.dumps({"settings": settings, "command": sys.argv, "rows": table}, indent=1))
+    if device.type == "cpu":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(f"\nweights {weights / 1e6:.0f} MB; peak resident memory of the whole run {peak / 1e6:.0f} MB")
+    if args.plot and table:
+        plot(table, args.plot)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
