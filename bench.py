@@ -70,11 +70,12 @@ class Ours:
         self.filter_seconds += time.perf_counter() - started
         return result
 
-    def prefill(self, tokens, copies):
+    def prefill(self, tokens):
         self.cache = self.model.new_cache(len(tokens), self.filter, self.timed_criterion)
         self.model.prefill(tokens.tolist(), self.cache)
-        if copies:
-            self.cache.select(copies)
+
+    def copy(self, rows):
+        self.cache.select(rows)
 
     def step(self, tokens):
         self.model(tokens, self.cache, last=True)
@@ -102,11 +103,11 @@ class Transformers:
         self.model, self.device = model.to(device), device
 
     @torch.no_grad()
-    def prefill(self, tokens, copies):
-        tokens = tokens.to(self.device)
-        self.cache = self.model(tokens, use_cache=True, logits_to_keep=1).past_key_values
-        if copies:
-            self.cache.batch_select_indices(torch.tensor(copies, device=self.device))
+    def prefill(self, tokens):
+        self.cache = self.model(tokens.to(self.device), use_cache=True, logits_to_keep=1).past_key_values
+
+    def copy(self, rows):
+        self.cache.batch_select_indices(torch.tensor(rows, device=self.device))
 
     @torch.no_grad()
     def step(self, tokens):
@@ -119,16 +120,17 @@ class Transformers:
 
 def session(side, device, tokens, rows, context, new_tokens):
     """One run of one setting, as a generator that hands over after each measured piece; its last word is the result."""
-    distinct = tokens[:rows]
-    copies = [i % rows for i in range(len(tokens))] if rows < len(tokens) else None
-    fed = tokens if copies is None else distinct[copies]
+    copies = [i % rows for i in range(len(tokens))]
+    fed = tokens[copies]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     wait(device)
     started = time.perf_counter()
-    side.prefill(distinct[:, :context], copies)
+    side.prefill(tokens[:rows, :context])
     wait(device)
     result = {"prefill_ms": (time.perf_counter() - started) * 1e3, "step_ms": []}
+    if rows < len(tokens):
+        side.copy(copies)
     yield None
     for t in range(context, context + new_tokens):
         started = time.perf_counter()
