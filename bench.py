@@ -221,8 +221,12 @@ def plot(rows, path):
             points = sorted((row[axis], row[key] / scale) for row in rows if row["setting"] == name)
             panel.plot(*zip(*points), marker="o", label=name)
         unit = "batch (sequences)" if axis == "batch" else "context (tokens)"
-        panel.set(xlabel=unit, ylabel=label, xscale="log", yscale="log", xticks=[p[0] for p in points])
-        panel.get_xaxis().set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        panel.set(xlabel=unit, ylabel=label)
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log", base=2)
+        panel.set_xticks([p[0] for p in points])
+        for ticks in (panel.xaxis, panel.yaxis):
+            ticks.set_major_formatter(matplotlib.ticker.ScalarFormatter())
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0].legend()

@@ -276,7 +276,7 @@ class Linear(nn.Linear):
         if x.is_cuda:
             return super().forward(x)
         # the same product the other way round: for a few dozen rows, a CPU's matrix library is up to 1.6 times faster
-        return (self.weight @ x.flatten(0, -2).T).T.contiguous().view(*x.shape[:-1], -1)
+        return (self.weight @ x.reshape(-1, x.shape[-1]).T).T.contiguous().view(*x.shape[:-1], -1)
 
 
 class Attention(nn.Module):
@@ -349,7 +349,7 @@ class Attention(nn.Module):
             row_k, row_v, until = cache.slots(b)  # (KVH, S, D) twice, (S,)
             mask = None  # nothing cached, nothing graced, no window: plain causal attention among the kept
             if len(until) or cache.window < T:
-                query, key = chunk.at[b, attends.mask[b].to(k.device)][:, None], chunk.at.flatten()[index]
+                query, key = chunk.position[b, attends.mask[b]].to(k.device)[:, None], chunk.at.flatten()[index]
                 reach = torch.where(keep.mask[b, new], cache.window, cache.grace_reach).to(k.device)
                 mask = torch.cat((query <= until, (key <= query) & (query < key + reach)), dim=1)
             row_k = torch.cat((row_k, k[index].transpose(0, 1)), dim=1).repeat_interleave(share, 0)[None]
