@@ -146,8 +146,10 @@ class LayerCache:
     def grow(self, slots):
         missing = math.ceil((slots - self.k.shape[2]) / BLOCK) * BLOCK
         if missing > 0:
-            self.k, self.v = F.pad(self.k, (0, 0, 0, missing)), F.pad(self.v, (0, 0, 0, missing))
-            self.until = F.pad(self.until, (0, missing), value=-1)
+            B, heads, _, D = self.k.shape
+            self.k = torch.cat((self.k, self.k.new_zeros(B, heads, missing, D)), dim=2)
+            self.v = torch.cat((self.v, self.v.new_zeros(B, heads, missing, D)), dim=2)
+            self.until = torch.cat((self.until, self.until.new_full((B, missing), -1)), dim=1)
 
     def expire(self, seen):
         """Drop the kept tokens that the window hides from position seen[b] on, and close the gap they leave."""
@@ -273,10 +275,10 @@ class Linear(nn.Linear):
         super().__init__(n_in, n_out, bias=False)
 
     def forward(self, x):
-        if x.is_cuda:
-            return super().forward(x)
-        # the same product the other way round, which CPU matrix libraries can be quicker at for a few dozen rows
-        return (self.weight @ x.reshape(-1, x.shape[-1]).T).T.contiguous().view(*x.shape[:-1], -1)
+        if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            # oneDNN instead of the default library, on some CPUs twice as fast
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+        return super().forward(x)
 
 
 class Attention(nn.Module):
@@ -429,7 +431,7 @@ class Transformer(nn.Module):
         """
         return KVCache(self.config, B, filter, criterion, self.embed.weight.dtype, self.embed.weight.device)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def forward(self, tokens, cache: KVCache, n_new=None, last=False):
         """Feed tokens (B, T) int64, of which row b's first n_new[b] are real (default: all), and move the cache on.
 

@@ -290,9 +290,9 @@ def test_a_sliding_window_bounds_the_cache(name):
 # ------------------------------------------------------------------------------------------------------- parity
 
 
-def hf_logits(folder, ids, steps):
+def hf_logits(folder, ids, steps, dtype=torch.float32):
     """transformers' logits for a prompt and then `steps` of decode with its own cache."""
-    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     with torch.no_grad():
         out = reference(ids[:, :-steps], use_cache=True)
         logits = [out.logits]
@@ -342,11 +342,13 @@ PROSE = """The lighthouse keeper kept a careful record of every ship that passed
 the colour of its funnel, and the hour. On foggy nights he wrote down only the sound of the engines."""
 
 
-def test_demo_logits_equal_transformers(demo):
-    model, tokenizer = load(demo, "cpu")
+@pytest.mark.parametrize("dtype, atol", [("float32", 3e-4), ("float64", 1e-4)])
+def test_demo_logits_equal_transformers(demo, dtype, atol):
+    """The logits go up to 37: float32's rounding alone puts either side up to 2e-4 from its own float64 logits."""
+    model, tokenizer = load(demo, "cpu", dtype)
     ids = torch.tensor([tokenizer.encode(PROSE) + tokenizer.chat([{"role": "user", "content": PROSE}])])
-    ours, theirs = our_logits(model, ids, 20), hf_logits(demo, ids, 20)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    ours, theirs = our_logits(model, ids, 20), hf_logits(demo, ids, 20, getattr(torch, dtype))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("name", PRESETS)
