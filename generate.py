@@ -41,8 +41,9 @@ class CompiledFilter:
     def __call__(self, k, v, n_new, state, ratio, config):
         if k.shape[1] == 1 and self.compiled is not None:
             try:
-                ratios = torch.full((len(k),), ratio, dtype=torch.float64, device=k.device)  # a float would be compiled in
-                return self.compiled(k, v, n_new, state, ratios, config)
+                if not isinstance(ratio, torch.Tensor):  # a float would be compiled in
+                    ratio = torch.full((len(k),), ratio, dtype=torch.float64, device=k.device)
+                return self.compiled(k, v, n_new, state, ratio, config)
             except Exception as e:  # noqa: BLE001 (compilers fail in many ways; nothing has run yet when they do)
                 self.compiled = None
                 reason = (str(e).strip() or type(e).__name__).splitlines()[0]

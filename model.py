@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from token_filter import FilterConfig, FilterState, layer_ratios, running_average, token_filter
+from token_filter import FilterConfig, FilterState, adaptive_ratios, layer_ratios, running_average, token_filter
 
 BLOCK = 32  # a cache grows by this many slots
 FAR = 2**62  # a position no text reaches
@@ -144,11 +144,15 @@ class LayerCache:
         self.until = torch.zeros(B, 0, dtype=torch.int64, device=device)  # (B, S), -1 where the slot is empty
         self.length = torch.zeros(B, dtype=torch.int64)  # kept slots in use; host
         self.kept = torch.zeros(B, dtype=torch.int64)  # tokens ever kept: length and what the window has dropped; host
-        self.state = self.anchor_output = None
+        self.state = self.anchor_output = self.departure = None
         if self.filters:
             self.state = FilterState.new(B, config.kv_heads, config.head_dim, filter, layer, stats, device)
-        if (self.filters or self.closed) and filter.fill == "anchor":
+        adaptive = self.filters and filter.schedule == "adaptive"
+        if adaptive or (self.filters or self.closed) and filter.fill == "anchor":
             self.anchor_output = torch.zeros(B, config.width, dtype=stats, device=device)
+        if adaptive:
+            self.ratio = torch.full((B,), ratio, dtype=torch.float64, device=device)
+            self.departure = torch.zeros(B, 2, dtype=stats, device=device)  # see measure()
         self.grow(self.ring)
         self.redundant = self.score = None  # the latest decisions, (B, T), for whoever wants to look
 
@@ -212,6 +216,15 @@ class LayerCache:
         self.anchor_output = averages[rows, keep.counts.to(y.device)]
         return averages[rows[:, None], before.to(y.device)]
 
+    def measure(self, output, anchor_output, residual, chunk: Chunk, keep: Tokens):
+        """For schedule="adaptive": what attention adds beyond the anchor output, relative to the residual stream; summed
+        over each sequence's kept tokens from position 4 on, and how many those are. All three (B*T, C).
+        """
+        counted = (keep.mask & (chunk.position >= 4)).to(output.device)
+        size = residual.to(self.departure.dtype).norm(dim=-1).clamp(min=1e-30)
+        share = ((output - anchor_output).norm(dim=-1) / size).view(counted.shape).masked_fill(~counted, 0)
+        self.departure = self.departure + torch.stack((share.sum(1), counted.sum(1)), dim=1)
+
     def select(self, rows):
         self.length, self.kept = self.length[rows], self.kept[rows]
         rows = rows.to(self.k.device)
@@ -221,11 +234,13 @@ class LayerCache:
             self.state.select(rows)
         if self.anchor_output is not None:
             self.anchor_output = self.anchor_output[rows]
+        if self.departure is not None:
+            self.ratio, self.departure = self.ratio[rows], self.departure[rows]
         self.redundant = self.score = None
 
     def fixed_bytes(self) -> int:
-        output = 0 if self.anchor_output is None else self.anchor_output.numel() * self.anchor_output.element_size()
-        return output + (0 if self.state is None else self.state.nbytes())
+        tensors = [t for t in (self.anchor_output, self.departure, self.ratio) if isinstance(t, torch.Tensor)]
+        return sum(t.numel() * t.element_size() for t in tensors) + (0 if self.state is None else self.state.nbytes())
 
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.k, self.v, self.until)) + self.fixed_bytes()
@@ -244,6 +259,38 @@ class KVCache:
         self.layers = [LayerCache(config, B, i, r, filter, criterion, dtype, device) for i, r in enumerate(ratios)]
         self.seen = torch.zeros(B, dtype=torch.int64)  # tokens so far, so the position of the next; host
         self.warmup = max(filter.warmup, 1) if filter is not None else 0
+        self.filter, self.adaptive = filter, any(layer.departure is not None for layer in self.layers)
+
+    def pieces(self, n_new):
+        """Cut a chunk where its rows' ratios change: [(tokens of each row before the piece, tokens in it), ...], (B,)s.
+
+        With schedule="adaptive" that is at positions warmup, 2 warmup, 4 warmup, ...; otherwise there is one piece.
+        """
+        done, pieces = torch.zeros_like(n_new), []
+        while not pieces or (done < n_new).any():
+            count = n_new - done
+            if self.adaptive:
+                count = torch.minimum(count, self.next_change(self.seen + done) - self.seen - done)
+            pieces.append((done, count))
+            done = done + count
+        return pieces
+
+    def next_change(self, position):
+        """The first of warmup, 2 warmup, 4 warmup, ... beyond position (B,), host."""
+        due = torch.full_like(position, self.warmup)
+        while (due <= position).any():
+            due = torch.where(due <= position, 2 * due, due)
+        return due
+
+    def update_ratios(self):
+        """Where a row has come to a change, set its layers' ratios by what their attention has contributed so far."""
+        due = (self.seen >= self.warmup) & (self.next_change(self.seen - 1) == self.seen)
+        if self.adaptive and due.any():
+            total, number = torch.stack([layer.departure for layer in self.layers], dim=1).unbind(2)  # (B, L) each
+            ratios = adaptive_ratios(total / number.clamp(min=1), self.filter.prune)
+            due = due.to(ratios.device)
+            for layer, ratio in zip(self.layers, ratios.unbind(1)):
+                layer.ratio = torch.where(due, ratio, layer.ratio)
 
     def select(self, rows):
         """Keep these rows (a list or int64 tensor), in this order; a row named twice is copied: a forked prefix."""
@@ -303,8 +350,8 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x, chunk: Chunk, cache: LayerCache):
-        """x (B, T, C) -> what attention adds to the residual stream, (B, T, C)."""
+    def forward(self, x, residual, chunk: Chunk, cache: LayerCache):
+        """x (B, T, C), the residual stream after its norm -> what attention adds to it, (B, T, C)."""
         (B, T, C), filter = x.shape, cache.filter
         x, out = x.flatten(0, 1), None  # (B*T, C)
         keep, redundant = chunk.real, None
@@ -346,8 +393,11 @@ class Attention(nn.Module):
         # what the others add instead
         out = x.new_zeros(B * T, C) if out is None else out
         if cache.anchor_output is not None:
-            filled = cache.anchor_outputs(keep.pick(out), chunk, keep).to(x.dtype).flatten(0, 1)
-            out = torch.where(keep.mask.flatten().to(x.device)[:, None], out, filled)
+            anchor_output = cache.anchor_outputs(keep.pick(out), chunk, keep).flatten(0, 1)  # (B*T, C)
+            if cache.departure is not None:
+                cache.measure(out, anchor_output, residual.flatten(0, 1), chunk, keep)
+            if filter.fill == "anchor":
+                out = torch.where(keep.mask.flatten().to(x.device)[:, None], out, anchor_output.to(x.dtype))
         cache.redundant = redundant if redundant is not None else torch.zeros_like(chunk.real.mask)
         return out.view(B, T, C)
 
@@ -414,7 +464,7 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = RMSNorm(config.width, config.norm_eps), MLP(config)
 
     def forward(self, x, chunk: Chunk, cache: LayerCache):
-        x = x + self.attn(self.attn_norm(x), chunk, cache)
+        x = x + self.attn(self.attn_norm(x), x, chunk, cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -455,10 +505,18 @@ class Transformer(nn.Module):
         longest = int((cache.seen + n_new).max())
         if longest > self.config.max_positions:
             raise ValueError(f"{longest} tokens are more than the model's context of {self.config.max_positions}")
-        x = self.embed(tokens.to(self.embed.weight.device))  # (B, T, C)
+        pieces = cache.pieces(n_new)
+        x = self.feed(tokens, cache, n_new) if len(pieces) == 1 else self.feed_pieces(tokens, cache, pieces)
+        if last:
+            x = x[torch.arange(B), (n_new - 1).clamp(min=0)]
+        return self.head(self.norm(x))
 
-        position = cache.seen[:, None] + torch.arange(T)
-        real = torch.arange(T) < n_new[:, None]
+    def feed(self, tokens, cache: KVCache, n_new):
+        """All layers, on tokens (B, T) during which no ratio changes: (B, T, C)."""
+        cache.update_ratios()
+        x = self.embed(tokens.to(self.embed.weight.device))  # (B, T, C)
+        step = torch.arange(tokens.shape[1])
+        position, real = cache.seen[:, None] + step, step < n_new[:, None]
         warm = real & (position < cache.warmup)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         angle = position.flatten().to(x.device, wide)[:, None, None] * rope_frequencies(self.config).to(x.device, wide)
@@ -472,13 +530,27 @@ class Transformer(nn.Module):
             torch.cat((cos, cos), dim=-1),
             torch.cat((-sin, sin), dim=-1),
         )
-
         for block, layer in zip(self.blocks, cache.layers):
             x = block(x, chunk, layer)
         cache.seen = cache.seen + n_new
-        if last:
-            x = x[torch.arange(B), (n_new - 1).clamp(min=0)]
-        return self.head(self.norm(x))
+        return x
+
+    def feed_pieces(self, tokens, cache: KVCache, pieces):
+        """The same in several pieces, each row's cut where its own ratios change, put together again: (B, T, C)."""
+        x = self.embed.weight.new_zeros(*tokens.shape, self.config.width)
+        redundant = torch.zeros(len(cache.layers), *tokens.shape, dtype=torch.bool)
+        score = torch.full(redundant.shape, math.nan, device=x.device)
+        for done, count in pieces:
+            row, step = (torch.arange(int(count.max())) < count[:, None]).nonzero(as_tuple=True)
+            piece = tokens.new_zeros(len(tokens), int(count.max()))
+            piece[row, step] = tokens[row, done[row] + step]
+            x[row, done[row] + step] = self.feed(piece, cache, count)[row, step]
+            for i, layer in enumerate(cache.layers):
+                redundant[i, row, done[row] + step] = layer.redundant[row, step]
+                score[i, row, done[row] + step] = layer.score[row, step].to(score.dtype)
+        for i, layer in enumerate(cache.layers):
+            layer.redundant, layer.score = redundant[i], score[i]
+        return x
 
     def prefill(self, prompts: list[list[int]], cache: KVCache, chunk=512):
         """Feed one prompt a row, of any lengths, `chunk` tokens at a time: logits (B, vocab) after each one's end."""

@@ -64,36 +64,46 @@ def turned(x, angle):
 
 def obvious(model, tokens, filter):
     """One token, one layer, one visible key at a time, no cache object: logits (T, V) of one text."""
-    c, T, ratios = model.config, len(tokens), layer_ratios(filter, model.config.n_layers)
-    x = model.embed(tokens)
-    for l, block in enumerate(model.blocks):
-        state = FilterState.new(1, c.kv_heads, c.head_dim, filter, l, torch.float64, "cpu")
-        past, outputs, anchor = [], [], None  # past: (position, k, v, redundant)
-        normed = block.attn_norm(x)
-        for t in range(T):
-            angle = t * rope_frequencies(c).double()[None]
-            k = turned(block.attn.k_norm(block.attn.k(normed[t]).view(c.kv_heads, c.head_dim)), angle)
-            v = block.attn.v(normed[t]).view(c.kv_heads, c.head_dim)
-            q = turned(block.attn.q_norm(block.attn.q(normed[t]).view(c.heads, c.head_dim)), angle)
-            redundant = bool(token_filter(k[None, None], v[None, None], torch.ones(1).long(), state, ratios[l], filter)[0])
+    c, L = model.config, model.config.n_layers
+    ratios, logits = layer_ratios(filter, L), []
+    states = [FilterState.new(1, c.kv_heads, c.head_dim, filter, l, torch.float64, "cpu") for l in range(L)]
+    pasts, anchors, departures = [[] for _ in range(L)], [None] * L, [[] for _ in range(L)]  # past: (position, k, v, redundant)
+    for t, token in enumerate(tokens):
+        x = model.embed(token)
+        if filter.schedule == "adaptive" and t in [max(filter.warmup, 1) * 2**i for i in range(20)]:
+            weights = [(sum(d) / len(d)) ** -8 if d else 1.0 for d in departures]
+            low, high = 0.0, filter.prune * L / min(weights)
+            for _ in range(200):  # bisect for a
+                a = (low + high) / 2
+                ratios = [min(0.95, a * w) for w in weights]
+                low, high = (a, high) if sum(ratios) < filter.prune * L else (low, a)
+        for l, block in enumerate(model.blocks):
+            normed, angle = block.attn_norm(x), t * rope_frequencies(c).double()[None]
+            k = turned(block.attn.k_norm(block.attn.k(normed).view(c.kv_heads, c.head_dim)), angle)
+            v = block.attn.v(normed).view(c.kv_heads, c.head_dim)
+            q = turned(block.attn.q_norm(block.attn.q(normed).view(c.heads, c.head_dim)), angle)
+            redundant = bool(token_filter(k[None, None], v[None, None], torch.ones(1).long(), states[l], ratios[l], filter)[0])
+            pasts[l].append((t, k, v, redundant))
             if redundant and filter.mode == "attention":
-                past.append((t, k, v, True))
-                outputs.append(anchor if filter.fill == "anchor" else torch.zeros(c.width).double())
-                continue
-            past.append((t, k, v, redundant))
-            heads = []
-            for h in range(c.heads):
-                kv, seen = h * c.kv_heads // c.heads, []
-                for j, k_j, v_j, redundant_j in past:
-                    if t - j < (c.window or T) and (j == t or not redundant_j or t - j <= filter.grace):
-                        seen.append((q[h] @ k_j[kv] / c.head_dim**0.5, v_j[kv]))
-                weights = torch.stack([s for s, _ in seen]).softmax(0)
-                heads.append(weights @ torch.stack([v_j for _, v_j in seen]))
-            outputs.append(block.attn.o(torch.cat(heads)))
-            anchor = outputs[-1] if anchor is None else filter.gamma * anchor + (1 - filter.gamma) * outputs[-1]
-        x = x + torch.stack(outputs)
-        x = x + block.mlp(block.mlp_norm(x))
-    return model.head(model.norm(x))
+                added = anchors[l] if filter.fill == "anchor" else torch.zeros(c.width).double()
+            else:
+                heads = []
+                for h in range(c.heads):
+                    kv, seen = h * c.kv_heads // c.heads, []
+                    for j, k_j, v_j, redundant_j in pasts[l]:
+                        if t - j < (c.window or len(tokens)) and (j == t or not redundant_j or t - j <= filter.grace):
+                            seen.append((q[h] @ k_j[kv] / c.head_dim**0.5, v_j[kv]))
+                    weights = torch.stack([s for s, _ in seen]).softmax(0)
+                    heads.append(weights @ torch.stack([v_j for _, v_j in seen]))
+                added = block.attn.o(torch.cat(heads))
+                if not redundant:
+                    if t >= 4:
+                        departures[l].append(float((added - anchors[l]).norm() / x.norm()))
+                    anchors[l] = added if t == 0 else filter.gamma * anchors[l] + (1 - filter.gamma) * added
+            x = x + added
+            x = x + block.mlp(block.mlp_norm(x))
+        logits.append(model.head(model.norm(x)))
+    return torch.stack(logits)
 
 
 @pytest.mark.parametrize("window", [None, 13])
@@ -139,6 +149,7 @@ def test_chunks_and_neighbours_change_nothing(shape, window, name, prune):
 
 @pytest.mark.parametrize("changes", [
     {"fusion": "random"}, {"keys": "unrotated"}, {"schedule": "uniform"}, {"schedule": "head"}, {"schedule": "last"},
+    {"schedule": "adaptive"}, {"schedule": "adaptive", "warmup": 0}, {"schedule": "adaptive", "mode": "cache"},
     {"warmup": 0}, {"history": 8}, {"gamma": 0.0}, {"grace": 1}, {"grace": 200}, {"mode": "cache", "grace": 0},
 ])  # fmt: skip
 def test_chunks_and_neighbours_change_nothing_with_other_settings(changes):
@@ -255,7 +266,7 @@ def test_skipped_tokens_run_no_projection_and_no_attention(name, sizes, monkeypa
         cached = 3 * 16 if layer.closed else total  # past the warm-up a closed layer does not even project K and V
         assert rows.counts[f"blocks.{i}.attn.k"] == rows.counts[f"blocks.{i}.attn.v"] == cached
     assert rows.counts["queries"] == queries * model.config.heads
-    assert cache.layers[-1].closed == (name != "cache")
+    assert cache.layers[-1].closed == (filter.schedule == "tail")
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -15,7 +15,7 @@ EPS = 1e-6  # keeps w_k defined, and at 1/2, when the heads agree perfectly on b
 CHOICES = {
     "mode": ("attention", "cache"),
     "fill": ("zero", "anchor"),
-    "schedule": ("tail", "uniform", "head", "last"),
+    "schedule": ("tail", "uniform", "head", "last", "adaptive"),
     "fusion": ("variance", "equal", "key", "value", "random"),
     "keys": ("rotated", "unrotated"),
 }
@@ -29,7 +29,7 @@ class FilterConfig:
     mode: str = "attention"  # redundant tokens skip attention and are not cached | "cache": they are only not cached
     fill: str = "zero"  # a skipped attention adds nothing | "anchor": the average output of the tokens kept before
     grace: int = 0  # a redundant token's k, v stay visible to tokens at most this many positions younger
-    schedule: str = "tail"  # how p is spread over the layers, see layer_ratios
+    schedule: str = "tail"  # how p is spread over the layers, see layer_ratios and adaptive_ratios
     gamma: float = 0.9  # decay of the running averages, in [0, 1)
     warmup: int = 16  # the first max(warmup, 1) tokens of a sequence are always kept
     history: int = 256  # W: how many past scores a new score is ranked among
@@ -56,6 +56,7 @@ class FilterConfig:
 PRESETS: dict[str, dict] = {
     "paper": {},
     "anchored": {"fill": "anchor", "grace": 32},
+    "adaptive": {"fill": "anchor", "grace": 32, "schedule": "adaptive"},
     "cache": {"mode": "cache", "grace": 32, "schedule": "uniform"},
 }
 
@@ -71,10 +72,11 @@ def layer_ratios(config: FilterConfig, n_layers: int) -> list[float]:
     """Each layer's target ratio r_l in [0, 1]; their mean is p exactly.
 
     tail: r_l = min(1, a*l/(L-1)), a such that the mean is p; head: tail reversed; uniform: r_l = p;
-    last: max(0.9, p) in the last layers only, the layer before them taking the remainder.
+    last: max(0.9, p) in the last layers only, the layer before them taking the remainder; adaptive: as uniform, until the
+    end of the warm-up, from where on adaptive_ratios replaces them.
     """
     p, L = config.prune, n_layers
-    if config.schedule == "uniform":
+    if config.schedule in ("uniform", "adaptive"):
         return [p] * L
     if config.schedule == "last":
         top = max(0.9, p)
@@ -89,6 +91,20 @@ def layer_ratios(config: FilterConfig, n_layers: int) -> list[float]:
     else:  # p > (L-1)/L
         ratios = [p * L - (L - 1)] + [1.0] * (L - 1)
     return ratios[::-1] if config.schedule == "head" else ratios
+
+
+def adaptive_ratios(contribution, p):
+    """r_l = min(0.95, a D_l^-8), a such that their mean over the layers is p: the less a layer's attention contributes,
+    the more of its tokens it skips. contribution: D, (B, L) -> (B, L) float64.
+    """
+    L, cap = contribution.shape[1], max(0.95, p)
+    weight = contribution.double().clamp(min=1e-9) ** -8
+    weight, order = (weight / weight.amax(1, keepdim=True)).sort(1, descending=True)
+    rest = weight.flip(1).cumsum(1).flip(1)  # each layer's weight and those below it
+    capped = torch.arange(L, device=weight.device)  # if so many layers are at the cap, a is what the others need
+    a = (p * L - cap * capped) / rest
+    first = (a * weight <= cap * (1 + 1e-12)).int().argmax(1, keepdim=True)  # the fewest that leave no other above it
+    return torch.empty_like(weight).scatter_(1, order, (a.gather(1, first) * weight).clamp(max=cap))
 
 
 @dataclass
