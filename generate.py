@@ -265,7 +265,7 @@ def draw_skip_map(path, title, pieces: list[str], n_prompt: int, redundant, scor
             label.set(parse_math=False, fontweight="bold" if i >= n_prompt else "normal")  # "$" is a token like others
         for panel in (share, layers):
             panel.set_xlim(start - 0.5, start + width - 0.5)
-            for edge, name in ((warmup, "warm-up ends"), (n_prompt, "answer")):
+            for edge, name in ((max(warmup, 1), "warm-up ends"), (n_prompt, "answer")):
                 if edge in at:
                     panel.axvline(edge - 0.5, color="black", linewidth=1.2)
                     if panel is share:
