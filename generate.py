@@ -209,13 +209,13 @@ def paint(pieces: list[str], n_prompt: int, redundant) -> str:
 
     pieces: the text of each token, n_prompt of them the prompt's; redundant (L, T), as in Decisions.
     """
-    shares, text = redundant.double().mean(0).tolist(), ""
+    skips, text = redundant.sum(0).tolist(), ""  # (T,)
     for i, piece in enumerate(pieces):
         style = BOLD if i >= n_prompt else ""
-        if i >= len(shares):
+        if i >= len(skips):
             style += UNDERLINE
-        elif shares[i] > 0:
-            style += shade(math.ceil(shares[i] * len(SHADES)) - 1)
+        elif skips[i] > 0:
+            style += shade(math.ceil(skips[i] * len(SHADES) / len(redundant)) - 1)
         # a line ends without colour: some terminals would draw it to the margin
         text += style + piece.replace("\n", f"↵{RESET}\n{style}") + RESET
     return text
@@ -227,10 +227,11 @@ def paint_legend() -> str:
 
 
 def draw_skip_map(path, title, pieces: list[str], n_prompt: int, redundant, score, warmup: int):
-    """A row as a PNG picture, layers by tokens: orange where a layer skipped a token, blue where not, darker for a higher score.
+    """A row as a PNG picture, layers by tokens: orange where skipped, blue where kept, the darker the higher the score.
 
     pieces: the text of each token, n_prompt of them the prompt's; redundant, score (L, T): as in Decisions. Wrapped after
-    STRIP tokens; what MOST_STRIPS strips cannot hold is left out, and the title says so.
+    STRIP tokens; what MOST_STRIPS strips cannot hold is left out, and the title says so. In the labels ␣ is a space, ↵ a
+    line's end, · a token without text of its own (a special token, or one that ends within a character).
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
@@ -244,14 +245,15 @@ def draw_skip_map(path, title, pieces: list[str], n_prompt: int, redundant, scor
     title += f": {redundant.mean():.1%} of (token, layer) pairs skipped"
     title += f" (the first {T_drawn} of {T} tokens are drawn)" if T_drawn < T else ""
 
-    known = score.compressed()  # the few lowest would take most of the scale
-    scale = Normalize(*(np.quantile(known, (0.03, 1)) if known.size else (0, 1)))
-    kept = LinearSegmentedColormap.from_list("kept", ["#f4f9fe", "#6aaed6", "#08306b"], N=256).with_extremes(bad="#cccccc")
+    known = score.compressed()
+    scale = Normalize(*(np.quantile(known, (0.03, 1)) if known.size else (0, 1)))  # the lowest would take most of it
+    kept = LinearSegmentedColormap.from_list("kept", ["#f4f9fe", "#6aaed6", "#08306b"]).with_extremes(bad="#cccccc")
     skipped = LinearSegmentedColormap.from_list("skipped", ["#fff3c4", "#fd9a3c", "#a02c00"]).with_extremes(bad="#3d1000")
     image = np.where(redundant[..., None], skipped(scale(score)), kept(scale(score)))  # (L, T, RGBA)
 
-    figure = Figure(figsize=(13, 0.8 + n_strips * (1.4 + 0.1 * L)), layout="constrained")
-    panels = figure.subplots(2 * n_strips, 1, squeeze=False, height_ratios=[0.5, 0.1 * L] * n_strips)[:, 0]
+    tall = 0.1 * max(L, 8)  # inches of a strip
+    figure = Figure(figsize=(13, 0.6 + n_strips * (1.8 + tall)), layout="constrained")
+    panels = figure.subplots(2 * n_strips, 1, squeeze=False, height_ratios=[0.5, tall] * n_strips)[:, 0]
     for start, share, layers in zip(range(0, T_drawn, width), panels[::2], panels[1::2]):
         at = range(start, min(start + width, T_drawn))
         share.bar(at, redundant[:, at].mean(0), width=1, color="#fd9a3c")
@@ -259,7 +261,7 @@ def draw_skip_map(path, title, pieces: list[str], n_prompt: int, redundant, scor
         corners = (at[0] - 0.5, at[-1] + 0.5, -0.5, L - 0.5)
         layers.imshow(image[:, at], extent=corners, origin="lower", aspect="auto", interpolation="nearest")
         layers.set_ylabel("layer")
-        names = [pieces[i].replace("\n", "↵").strip()[:16] or ("␣" if pieces[i] else "·") for i in at]
+        names = [pieces[i].replace("\n", "↵").strip()[:12] or ("␣" if pieces[i] else "·") for i in at]
         layers.set_xticks(at, names, rotation=90, fontsize=9)
         for i, label in zip(at, layers.get_xticklabels()):
             label.set(parse_math=False, fontweight="bold" if i >= n_prompt else "normal")  # "$" is a token like others
@@ -271,7 +273,8 @@ def draw_skip_map(path, title, pieces: list[str], n_prompt: int, redundant, scor
                     if panel is share:
                         panel.text(edge - 0.5, 1.05, name, fontsize=9)
     for name, colours in (("skipped", skipped), ("kept", kept)):
-        figure.colorbar(ScalarMappable(scale, colours), ax=panels, label=f"score of {name} tokens", extend="min", aspect=40, pad=0.01)
+        bar = figure.colorbar(ScalarMappable(scale, colours), ax=panels, extend="min", aspect=40, pad=0.01)
+        bar.set_label(f"score of {name} tokens")
     missing = ((~redundant, kept, "kept, no score"), (redundant, skipped, "skipped, no score"))
     patches = [Patch(color=colours.get_bad(), label=name) for here, colours, name in missing if (here & score.mask).any()]
     if patches:

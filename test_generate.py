@@ -15,10 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import generate as generate_module
 from eval_ppl import main as eval_main
-from generate import (
-    BOLD, MOST_STRIPS, RESET, SHADES, STRIP, UNDERLINE, Decisions, Stats, draw_skip_map, generate, main, paint, paint_legend,
-    sample, token_pieces,
-)  # fmt: skip
+from generate import BOLD, MOST_STRIPS, RESET, SHADES, STRIP, UNDERLINE, Decisions, Stats
+from generate import draw_skip_map, generate, main, paint, paint_legend, sample, token_pieces
 from load_weights import load
 from test_model import LENGTHS, small, texts
 from token_filter import PRESETS, preset
@@ -132,10 +130,12 @@ ESCAPES = re.compile(r"\033\[[0-9;]*m")
 
 
 def test_paint():
-    redundant = torch.tensor([[0, 1, 1], [0, 0, 1], [0, 0, 1], [0, 0, 1]]).bool()  # by none, one and all of four layers
+    redundant = torch.arange(30)[:, None] < torch.tensor([0, 7, 30])  # by none, 7 and all of 30 layers
     painted = paint(["a", " b\n", "c", "d"], 2, redundant)
     assert ESCAPES.sub("", painted) == "a b↵\ncd"
     assert re.findall(r"48;5;(\d+)", painted) == [str(SHADES[1])] * 2 + [str(SHADES[4])]  # again after the line's end
+    for skips, level in ((1, 0), (6, 0), (18, 2), (19, 3), (24, 3)):  # up to 20%, 40%, ...
+        assert f"48;5;{SHADES[level]};" in paint(["a"], 1, torch.arange(30)[:, None] < skips)
     a, b, _, c, d = painted.split(RESET)[:5]
     assert a == "a" and b.endswith(" b↵") and BOLD not in b and UNDERLINE not in b
     assert c.startswith(BOLD) and d == BOLD + UNDERLINE + "d"  # d was not fed: nothing is known of it
@@ -151,10 +151,10 @@ def test_a_token_without_text_of_its_own_has_an_empty_piece(demo):
 def test_draw_skip_map(tmp_path, monkeypatch):
     """Colours by decision and score, labels, wrapping, and what is left out."""
     drawn, savefig = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self) or savefig(self, *a, **k))
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self) or len(drawn) == 1 and savefig(self, *a, **k))
     L, T = 3, STRIP + 8
     pieces = [f" t{i}" for i in range(T)]
-    pieces[5:10] = ["$x", "\\frac$", "\n", " ", ""]
+    pieces[5:10] = ["$\\frac$", "\n ", " ", "", "$"]
     pieces[10] = "狐" * 30
     redundant, score = torch.rand(L, T) < 0.4, torch.rand(L, T)
     score[0] = float("nan")  # a layer without scores, some of its tokens kept and some skipped
@@ -162,7 +162,7 @@ def test_draw_skip_map(tmp_path, monkeypatch):
     assert (tmp_path / "map.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     panels = [axes for axes in drawn[0].axes if axes.get_images()]
     labels = [label.get_text() for axes in panels for label in axes.get_xticklabels()]
-    assert labels[:12] == ["t0", "t1", "t2", "t3", "t4", "$x", "\\frac$", "↵", "␣", "·", "狐" * 16, "t11"]
+    assert labels[:12] == ["t0", "t1", "t2", "t3", "t4", "$\\frac$", "↵", "␣", "·", "$", "狐" * 12, "t11"]
     assert len(panels) == 2 and len(labels) == T
     image = torch.cat([torch.as_tensor(axes.get_images()[0].get_array()) for axes in panels], 1)  # (L, T, RGBA)
     red_over_blue = image[..., 0] - image[..., 2]
