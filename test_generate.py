@@ -15,8 +15,23 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import generate as generate_module
 from eval_ppl import main as eval_main
-from generate import BOLD, MOST_STRIPS, RESET, SHADES, STRIP, UNDERLINE, Decisions, Stats
-from generate import draw_skip_map, generate, main, paint, paint_legend, sample, token_pieces
+from generate import (
+    BOLD,
+    MOST_STRIPS,
+    RESET,
+    SHADES,
+    STRIP,
+    UNDERLINE,
+    Decisions,
+    Stats,
+    draw_skip_map,
+    generate,
+    main,
+    paint,
+    paint_legend,
+    sample,
+    token_pieces,
+)
 from load_weights import load
 from test_model import LENGTHS, small, texts
 from token_filter import PRESETS, preset
@@ -151,7 +166,7 @@ def test_a_token_without_text_of_its_own_has_an_empty_piece(demo):
 def test_draw_skip_map(tmp_path, monkeypatch):
     """Colours by decision and score, labels, wrapping, and what is left out."""
     drawn, savefig = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self) or len(drawn) == 1 and savefig(self, *a, **k))
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), savefig(self, *a, **k)))
     L, T = 3, STRIP + 8
     pieces = [f" t{i}" for i in range(T)]
     pieces[5:10] = ["$\\frac$", "\n ", " ", "", "$"]
@@ -173,7 +188,7 @@ def test_draw_skip_map(tmp_path, monkeypatch):
         assert (image[1:][where][order, :3].sum(-1).diff() <= 1e-6).all()
     assert f"{redundant.float().mean():.1%} of (token, layer) pairs" in drawn[0].get_suptitle()
 
-    T = STRIP * MOST_STRIPS + 10
+    T, savefig = STRIP * MOST_STRIPS + 10, lambda *a, **k: None
     draw_skip_map(tmp_path / "long.png", "title", ["x"] * T, T, torch.ones(1, T).bool(), torch.full((1, T), float("nan")), 16)
     assert sum(len(axes.get_xticklabels()) for axes in drawn[1].axes if axes.get_images()) == T - 10
     assert f"the first {T - 10} of {T} tokens are drawn" in drawn[1].get_suptitle()
