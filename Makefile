@@ -1,17 +1,24 @@
-# make demo   set up, then let a small real model answer: dense, and filtered by each preset
-# make test   set up, then run all tests
-# Both build .venv and the demo checkpoint on first use. PYTHON=python3.12 make ... chooses another interpreter.
+# make demo      set up, then let a small real model answer: dense, and filtered by each preset
+# make test      set up, then run all tests
+# make figures   draw README's pictures of the demo model into figures/
+# All build .venv and the demo checkpoint on first use. PYTHON=python3.12 make ... chooses another interpreter.
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := checkpoints/smollm2-135m/config.json
 PROMPT := What is the capital of France, and what is it known for?
+LIST := Here is a shopping list. One apple, two apples, three apples, four apples, five apples, six apples, seven apples, \
+    eight apples. And a bottle of 1982 Bordeaux from Saint-Emilion. Nine apples, ten apples, eleven
 
 demo: $(DEMO)
 	$(BIN)/python generate.py --chat --prompt "$(PROMPT)" --prune 0.3 --compare --max-new-tokens 80
 
 test: .venv/dev $(DEMO)
 	$(BIN)/python -m pytest -q
+
+figures: .venv/dev $(DEMO)
+	$(BIN)/python generate.py --prompt "$(LIST)" --prune 0.3 --preset anchored --max-new-tokens 10 --device cpu \
+	    --skip-map figures/skip-map.png
 
 .venv/base: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -30,4 +37,4 @@ $(DEMO): | .venv/base
 clean:
 	rm -rf .venv checkpoints
 
-.PHONY: demo test clean
+.PHONY: demo test figures clean

@@ -8,18 +8,21 @@ From Python: `for row, token in generate(model, prompts, filter=preset("cache", 
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from load_weights import CheckpointError, Tokenizer, load
-from model import Transformer
+from model import KVCache, Transformer
 from token_filter import CHOICES, PRESETS, FilterConfig, preset, token_filter
 
 DEMO = Path(__file__).resolve().parent / "checkpoints" / "smollm2-135m"
@@ -99,12 +102,15 @@ def generate(
     seed: int = 0,
     chunk: int = 512,
     stats: Stats | None = None,
+    watch: Callable[[list[int], KVCache], None] | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Continue token prompts of any lengths as one batch, yielding (row, token) as each token is found.
 
     A row ends at a token of eos_ids, which is not yielded, or after max_new_tokens, and leaves the batch. Each row has
     its own random numbers (seed + row), so what it says does not depend on its neighbours. Prompts are prefilled `chunk`
-    tokens at a time. `stats`, if given, is complete once the iterator is exhausted.
+    tokens at a time. `stats`, if given, is complete once the iterator is exhausted. `watch(rows, cache)`, if given, is called
+    after each forward with the numbers of the rows in the cache, whose layers hold their latest decisions; prompts are then
+    prefilled in one go.
     Raises ValueError for an empty prompt, or one that does not fit the model's context with its new tokens.
     """
     if not prompts:
@@ -126,7 +132,7 @@ def generate(
         cache, rows, made, pairs, kept_pairs = model.new_cache(len(prompts), filter), list(range(len(prompts))), 0, 0, 0
 
         started = time.perf_counter()
-        logits = model.prefill(prompts, cache, chunk)
+        logits = model.prefill(prompts, cache, chunk if watch is None else max(map(len, prompts)))
         while rows:
             tokens = [sample(row_logits, temperature, top_k, top_p, rngs[row]) for row, row_logits in zip(rows, logits)]
             seconds = time.perf_counter() - started
@@ -135,6 +141,8 @@ def generate(
             else:
                 figures.decode_seconds += seconds
             made, figures.new_tokens = made + 1, figures.new_tokens + len(rows)
+            if watch is not None:
+                watch(rows, cache)
             for row, token in zip(rows, tokens):
                 if token not in eos_ids:
                     yield row, token
@@ -156,6 +164,126 @@ def generate(
                 logits = model(torch.tensor([tokens[i] for i in stay])[:, None], cache, last=True)
 
     return steps()
+
+
+# ------------------------------------------------------------------------------------------- what was skipped
+
+SHADES = (230, 222, 214, 208, 202)  # backgrounds for up to 20%, 40%, ... of the layers, of a terminal's 256 colours
+BOLD, UNDERLINE, RESET = "\033[1m", "\033[4m", "\033[0m"
+STRIP, MOST_STRIPS = 72, 6  # a skip map is wrapped after so many tokens, and ends after so many strips
+
+
+class Decisions:
+    """What every layer decided about every token that was fed; `watch` is for generate().
+
+    redundant[row] (L, T) bool and score[row] (L, T), NaN where a layer gave none, of the row's T tokens so far: its
+    prompt and its answer, but for a last token that was not fed back.
+    """
+
+    def __init__(self, n_rows, n_layers):
+        self.redundant = [torch.zeros(n_layers, 0, dtype=torch.bool)] * n_rows
+        self.score = [torch.zeros(n_layers, 0)] * n_rows
+
+    def watch(self, rows, cache: KVCache):
+        redundant = torch.stack([layer.redundant for layer in cache.layers], 1)  # (B, L, T)
+        none = torch.full_like(cache.layers[0].redundant, math.nan, dtype=torch.float32)
+        score = torch.stack([none if layer.score is None else layer.score.cpu() for layer in cache.layers], 1)
+        for i, row in enumerate(rows):
+            new = int(cache.seen[i]) - self.redundant[row].shape[1]  # without padding
+            self.redundant[row] = torch.cat((self.redundant[row], redundant[i, :, :new]), 1)
+            self.score[row] = torch.cat((self.score[row], score[i, :, :new]), 1)
+
+
+def token_pieces(tokenizer: Tokenizer, tokens) -> list[str]:
+    """The text each token brings; "" for a special token, or one that ends within a character."""
+    stream = tokenizer.stream()
+    pieces = [stream.push(token) for token in tokens]
+    return pieces[:-1] + [pieces[-1] + stream.flush()]
+
+
+def shade(level) -> str:
+    return f"\033[48;5;{SHADES[level]};38;5;16m"  # black on the shade
+
+
+def paint(pieces: list[str], n_prompt: int, redundant) -> str:
+    """A row's text for a terminal: backgrounds show what share of the layers skipped each token, the answer is bold.
+
+    pieces: the text of each token, n_prompt of them the prompt's; redundant (L, T), as in Decisions.
+    """
+    skips, text = redundant.sum(0).tolist(), ""  # (T,)
+    for i, piece in enumerate(pieces):
+        style = BOLD if i >= n_prompt else ""
+        if i >= len(skips):
+            style += UNDERLINE
+        elif skips[i] > 0:
+            style += shade(math.ceil(skips[i] * len(SHADES) / len(redundant)) - 1)
+        # a line ends without colour: some terminals would draw it to the margin
+        text += style + piece.replace("\n", f"↵{RESET}\n{style}") + RESET
+    return text
+
+
+def paint_legend() -> str:
+    shades = "".join(f"{shade(i)} up to {(i + 1) / len(SHADES):.0%} {RESET}" for i in range(len(SHADES)))
+    return f"skipped by {shades} of the layers; {BOLD}answer{RESET}; {UNDERLINE}last token{RESET}, which no layer has seen"
+
+
+def draw_skip_map(path, title, pieces: list[str], n_prompt: int, redundant, score, warmup: int):
+    """A row as a PNG picture, layers by tokens: orange where skipped, blue where kept, the darker the higher the score.
+
+    pieces: the text of each token, n_prompt of them the prompt's; redundant, score (L, T): as in Decisions. Wrapped after
+    STRIP tokens; what MOST_STRIPS strips cannot hold is left out, and the title says so. In the labels ␣ is a space, ↵ a
+    line's end, · a token without text of its own (a special token, or one that ends within a character).
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    redundant, score = redundant.numpy(), np.ma.masked_invalid(score.double().numpy())  # masked: no score
+    (L, T), T_drawn = redundant.shape, min(redundant.shape[1], STRIP * MOST_STRIPS)
+    n_strips = math.ceil(T_drawn / STRIP)
+    width = math.ceil(T_drawn / n_strips)
+    title += f": {redundant.mean():.1%} of (token, layer) pairs skipped"
+    title += f" (the first {T_drawn} of {T} tokens are drawn)" if T_drawn < T else ""
+
+    known = score.compressed()
+    scale = Normalize(*(np.quantile(known, (0.03, 1)) if known.size else (0, 1)))  # the lowest would take most of it
+    kept = LinearSegmentedColormap.from_list("kept", ["#f4f9fe", "#6aaed6", "#08306b"]).with_extremes(bad="#cccccc")
+    skipped = LinearSegmentedColormap.from_list("skipped", ["#fff3c4", "#fd9a3c", "#a02c00"]).with_extremes(bad="#3d1000")
+    image = np.where(redundant[..., None], skipped(scale(score)), kept(scale(score)))  # (L, T, RGBA)
+
+    tall = 0.1 * max(L, 8)  # inches of a strip
+    figure = Figure(figsize=(13, 0.6 + n_strips * (1.8 + tall)), layout="constrained")
+    panels = figure.subplots(2 * n_strips, 1, squeeze=False, height_ratios=[0.5, tall] * n_strips)[:, 0]
+    for start, share, layers in zip(range(0, T_drawn, width), panels[::2], panels[1::2]):
+        at = range(start, min(start + width, T_drawn))
+        share.bar(at, redundant[:, at].mean(0), width=1, color="#fd9a3c")
+        share.set(ylim=(0, 1), xticks=[], yticks=[0, 1], ylabel="share of\nlayers")
+        corners = (at[0] - 0.5, at[-1] + 0.5, -0.5, L - 0.5)
+        layers.imshow(image[:, at], extent=corners, origin="lower", aspect="auto", interpolation="nearest")
+        layers.set_ylabel("layer")
+        names = [pieces[i].replace("\n", "↵").strip()[:12] or ("␣" if pieces[i] else "·") for i in at]
+        layers.set_xticks(at, names, rotation=90, fontsize=9)
+        for i, label in zip(at, layers.get_xticklabels()):
+            label.set(parse_math=False, fontweight="bold" if i >= n_prompt else "normal")  # "$" is a token like others
+        for panel in (share, layers):
+            panel.set_xlim(start - 0.5, start + width - 0.5)
+            for edge, name in ((max(warmup, 1), "warm-up ends"), (n_prompt, "answer")):
+                if edge in at:
+                    panel.axvline(edge - 0.5, color="black", linewidth=1.2)
+                    if panel is share:
+                        panel.text(edge - 0.5, 1.05, name, fontsize=9)
+    for name, colours in (("skipped", skipped), ("kept", kept)):
+        bar = figure.colorbar(ScalarMappable(scale, colours), ax=panels, extend="min", aspect=40, pad=0.01)
+        bar.set_label(f"score of {name} tokens")
+    missing = ((~redundant, kept, "kept, no score"), (redundant, skipped, "skipped, no score"))
+    patches = [Patch(color=colours.get_bad(), label=name) for here, colours, name in missing if (here & score.mask).any()]
+    if patches:
+        figure.legend(handles=patches, loc="outside lower right", ncols=2, frameon=False, fontsize=9)
+    figure.suptitle(title)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a character the font lacks is drawn as a box
+        figure.savefig(path, format="png", dpi=110)
 
 
 # ----------------------------------------------------------------------------------------- the command line
@@ -218,25 +346,43 @@ def read_prompts(args) -> list[str]:
     return texts
 
 
-def run(model, tokenizer: Tokenizer, prompts, args, filter, echo=None) -> tuple[list[str], Stats]:
-    """Generate for all prompts; `echo`, if given, is called with the text of a single prompt as it comes."""
-    stats, streams, texts = Stats(), [tokenizer.stream() for _ in prompts], [""] * len(prompts)
+def run(model, tokenizer: Tokenizer, prompts, args, filter, echo=None, watch=None) -> tuple[list[list[str]], Stats]:
+    """Generate for all prompts: each answer as the text of each of its tokens.
+
+    `echo`, if given, is called with the text of a single prompt as it comes; `watch` is generate's.
+    """
+    stats, streams, pieces = Stats(), [tokenizer.stream() for _ in prompts], [[] for _ in prompts]
     eos_ids = frozenset() if args.ignore_eos else tokenizer.eos_ids
-    steps = generate(
-        model, prompts, args.max_new_tokens, filter, eos_ids, args.temperature, args.top_k, args.top_p, args.seed, stats=stats
-    )
+    sampling = (args.temperature, args.top_k, args.top_p, args.seed)
+    steps = generate(model, prompts, args.max_new_tokens, filter, eos_ids, *sampling, stats=stats, watch=watch)
     bar = tqdm(steps, desc="tokens", unit="", total=len(prompts) * args.max_new_tokens, disable=echo is not None, leave=False)
     for row, token in bar:
-        piece = streams[row].push(token)
-        texts[row] += piece
+        pieces[row].append(streams[row].push(token))
         if echo:
-            echo(piece)
+            echo(pieces[row][-1])
     for row, stream in enumerate(streams):
-        piece = stream.flush()
-        texts[row] += piece
-        if echo:
-            echo(piece)
-    return texts, stats
+        if rest := stream.flush():
+            pieces[row][-1] += rest
+            if echo:
+                echo(rest)
+    return pieces, stats
+
+
+def check_skip_map(path):
+    """Find out before the work what would keep the picture from being drawn."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        fail("--skip-map needs matplotlib: pip install -r requirements-dev.txt")
+    if not path.endswith(".png"):
+        fail(f"--skip-map {path}: the name must end in .png")
+    try:
+        existed = os.path.exists(path)
+        open(path, "ab").close()
+        if not existed:
+            os.remove(path)
+    except OSError as e:
+        fail(f"--skip-map {path}: cannot be written: {e.strerror}")
 
 
 def echo_stdout(piece):
@@ -259,6 +405,8 @@ def main(argv=None):
     add_filter_arguments(parser)
     parser.add_argument("--compare", action="store_true", help="dense, then every preset, at --prune (default: 0.3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument("--show-skips", action="store_true", help="colour each token by the share of layers that skipped it")
+    parser.add_argument("--skip-map", metavar="FILE.png", help="draw what was skipped where, and the scores (needs matplotlib)")
     args = parser.parse_args(argv)
 
     if args.max_new_tokens < 1:
@@ -278,7 +426,19 @@ def main(argv=None):
             fail(f"{given[0]} does nothing without --prune")
         filter = filter_from(args, args.preset or "paper", args.prune or 0.0)
         settings = [(args.preset or "paper" if filter else "dense", filter)]
+    for flag, wanted in (("--show-skips", args.show_skips), ("--skip-map", args.skip_map is not None)):
+        if wanted and not args.prune:
+            fail(f"{flag} needs --prune above 0: otherwise nothing is skipped")
+    if args.show_skips and args.json:
+        fail("--show-skips colours text: it cannot be combined with --json")
     texts_in = read_prompts(args)
+    if args.skip_map is not None:
+        if args.compare or len(texts_in) > 1:
+            fail("--skip-map draws one prompt with one setting: leave out --compare and all prompts but one")
+        check_skip_map(args.skip_map)
+    coloured = args.show_skips and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    if args.show_skips and not coloured:
+        print("note: --show-skips has no effect where stdout is not a terminal, or NO_COLOR is set", file=sys.stderr)
 
     try:
         model, tokenizer = load(args.checkpoint, args.device, args.dtype, progress=True)
@@ -298,21 +458,33 @@ def main(argv=None):
         )
 
     results = []
+    if coloured:
+        print(paint_legend())
     for name, filter in settings:
         title = name if filter is None else f"{name}, prune {filter.prune}"
         if args.compare and not args.json:
             print(f"\n=== {title}")
-        stream = len(prompts) == 1 and not args.json
+        stream = len(prompts) == 1 and not args.json and not coloured
+        decisions = Decisions(len(prompts), model.config.n_layers)
+        watch = decisions.watch if coloured or args.skip_map else None
         try:
-            texts, stats = run(model, tokenizer, prompts, args, filter, echo_stdout if stream else None)
+            answers, stats = run(model, tokenizer, prompts, args, filter, echo_stdout if stream else None, watch)
         except ValueError as e:
             fail(e)
+        texts = ["".join(answer) for answer in answers]
         results.append({"setting": name, "filter": filter and asdict(filter), "texts": texts, **asdict(stats)})
         if stream:
             print()
+        elif coloured:
+            for i, (prompt, answer) in enumerate(zip(prompts, answers)):
+                number = f"[{i + 1}] " if len(prompts) > 1 else ""
+                print(number + paint(token_pieces(tokenizer, prompt) + answer, len(prompt), decisions.redundant[i]))
         elif not args.json:
             for i, text in enumerate(texts):
                 print(f"[{i + 1}] {texts_in[i]}\n{text}\n")
+        if args.skip_map:
+            pieces, shown = token_pieces(tokenizer, prompts[0]) + answers[0], (decisions.redundant[0], decisions.score[0])
+            draw_skip_map(args.skip_map, title, pieces, len(prompts[0]), *shown, filter.warmup)
         if not args.json:  # a comparison's figures belong to its texts; otherwise stdout is for the text alone
             print(f"{title}: {stats.line()}", file=sys.stdout if args.compare else sys.stderr, flush=True)
     if args.json:

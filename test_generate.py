@@ -1,6 +1,7 @@
 """Generation equals re-scoring, rows do not disturb each other, the command says what went wrong in one line."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -8,12 +9,29 @@ import sys
 import pytest
 import torch
 import transformers
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import generate as generate_module
 from eval_ppl import main as eval_main
-from generate import Stats, generate, main, sample
+from generate import (
+    BOLD,
+    MOST_STRIPS,
+    RESET,
+    SHADES,
+    STRIP,
+    UNDERLINE,
+    Decisions,
+    Stats,
+    draw_skip_map,
+    generate,
+    main,
+    paint,
+    paint_legend,
+    sample,
+    token_pieces,
+)
 from load_weights import load
 from test_model import LENGTHS, small, texts
 from token_filter import PRESETS, preset
@@ -102,6 +120,80 @@ def test_bad_prompts_are_refused_at_once(prompts, new, message):
         generate(small(), prompts, new)
 
 
+# ---------------------------------------------------------------------------------------------- what was skipped
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_watched_decisions_are_those_of_one_forward(name):
+    """In a batch of ragged prompts whose rows end at different steps, chunked or not."""
+    model, filter = small(), preset(name, prune=0.5)
+    free = collect(3, generate(model, PROMPTS, 20, filter))
+    decisions = Decisions(3, 4)
+    answers = collect(3, generate(model, PROMPTS, 20, filter, {free[0][3], free[2][7]}, chunk=16, watch=decisions.watch))
+    assert len(set(map(len, answers))) > 1
+    for row, (prompt, answer) in enumerate(zip(PROMPTS, answers)):
+        cache = model.new_cache(1, filter)
+        model(torch.tensor([prompt + answer[:19]]), cache)  # a 20th is not fed back
+        assert decisions.redundant[row].any()
+        assert torch.equal(decisions.redundant[row], torch.cat([layer.redundant for layer in cache.layers]))
+        for layer, score in zip(cache.layers, decisions.score[row]):
+            expected = torch.full_like(score, float("nan")) if layer.score is None else layer.score[0]
+            torch.testing.assert_close(score, expected, rtol=0, atol=1e-9, equal_nan=True)
+
+
+ESCAPES = re.compile(r"\033\[[0-9;]*m")
+
+
+def test_paint():
+    redundant = torch.arange(30)[:, None] < torch.tensor([0, 7, 30])  # by none, 7 and all of 30 layers
+    painted = paint(["a", " b\n", "c", "d"], 2, redundant)
+    assert ESCAPES.sub("", painted) == "a b↵\ncd"
+    assert re.findall(r"48;5;(\d+)", painted) == [str(SHADES[1])] * 2 + [str(SHADES[4])]  # again after the line's end
+    for skips, level in ((1, 0), (6, 0), (18, 2), (19, 3), (24, 3)):  # up to 20%, 40%, ...
+        assert f"48;5;{SHADES[level]};" in paint(["a"], 1, torch.arange(30)[:, None] < skips)
+    a, b, _, c, d = painted.split(RESET)[:5]
+    assert a == "a" and b.endswith(" b↵") and BOLD not in b and UNDERLINE not in b
+    assert c.startswith(BOLD) and d == BOLD + UNDERLINE + "d"  # d was not fed: nothing is known of it
+
+
+def test_a_token_without_text_of_its_own_has_an_empty_piece(demo):
+    _, tokenizer = load(demo, "cpu")
+    tokens = tokenizer.encode("<|im_start|>the 🦊 fox", parse_special=True)
+    pieces = token_pieces(tokenizer, tokens)
+    assert len(pieces) == len(tokens) and pieces[0] == "" and "" in pieces[2:] and "".join(pieces) == "the 🦊 fox"
+
+
+def test_draw_skip_map(tmp_path, monkeypatch):
+    """Colours by decision and score, labels, wrapping, and what is left out."""
+    drawn, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), savefig(self, *a, **k)))
+    L, T = 3, STRIP + 8
+    pieces = [f" t{i}" for i in range(T)]
+    pieces[5:10] = ["$\\frac$", "\n ", " ", "", "$"]
+    pieces[10] = "狐" * 30
+    redundant, score = torch.rand(L, T) < 0.4, torch.rand(L, T)
+    score[0] = float("nan")  # a layer without scores, some of its tokens kept and some skipped
+    draw_skip_map(tmp_path / "map.png", "title", pieces, T - 4, redundant, score, 16)
+    assert (tmp_path / "map.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    panels = [axes for axes in drawn[0].axes if axes.get_images()]
+    labels = [label.get_text() for axes in panels for label in axes.get_xticklabels()]
+    assert labels[:12] == ["t0", "t1", "t2", "t3", "t4", "$\\frac$", "↵", "␣", "·", "$", "狐" * 12, "t11"]
+    assert len(panels) == 2 and len(labels) == T
+    image = torch.cat([torch.as_tensor(axes.get_images()[0].get_array()) for axes in panels], 1)  # (L, T, RGBA)
+    red_over_blue = image[..., 0] - image[..., 2]
+    assert ((red_over_blue[1:] > 0) == redundant[1:]).all()
+    assert (red_over_blue[0][~redundant[0]] == 0).all()  # grey
+    for where in (redundant[1:], ~redundant[1:]):  # the higher the score, the darker
+        order = score[1:][where].argsort()
+        assert (image[1:][where][order, :3].sum(-1).diff() <= 1e-6).all()
+    assert f"{redundant.float().mean():.1%} of (token, layer) pairs" in drawn[0].get_suptitle()
+
+    T, savefig = STRIP * MOST_STRIPS + 10, lambda *a, **k: None
+    draw_skip_map(tmp_path / "long.png", "title", ["x"] * T, T, torch.ones(1, T).bool(), torch.full((1, T), float("nan")), 16)
+    assert sum(len(axes.get_xticklabels()) for axes in drawn[1].axes if axes.get_images()) == T - 10
+    assert f"the first {T - 10} of {T} tokens are drawn" in drawn[1].get_suptitle()
+
+
 # --------------------------------------------------------------------------------------------- the command line
 
 
@@ -188,6 +280,52 @@ def test_every_filter_field_can_be_overridden(checkpoint, capsys):
                     "history": 9, "fusion": "key", "keys": "unrotated", "seed": 7}  # fmt: skip
 
 
+SKIPS = ["--prune", "0.5", "--preset", "cache", "--dtype", "float64", *RUN]
+
+
+def test_show_skips_colours_each_row(checkpoint, capsys, monkeypatch):
+    model, tokenizer = load(checkpoint, "cpu", "float64")
+    prompts, filter = [tokenizer.encode(text) for text in (LONG, "fox " * 20)], preset("cache", prune=0.5)
+    expected = []
+    for prompt in prompts:
+        answer = [token for _, token in generate(model, [prompt], 12, filter)]
+        cache = model.new_cache(1, filter)
+        model(torch.tensor([prompt + answer[:-1]]), cache)
+        pieces = token_pieces(tokenizer, prompt) + token_pieces(tokenizer, answer)
+        expected.append(paint(pieces, len(prompt), torch.cat([layer.redundant for layer in cache.layers])))
+    assert all("48;5;" in text for text in expected)
+
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    main([str(checkpoint), "--prompt", LONG, "--show-skips", *SKIPS])
+    assert capsys.readouterr().out == f"{paint_legend()}\n{expected[0]}\n"
+    main([str(checkpoint), "--prompt", LONG, "--prompt", "fox " * 20, "--show-skips", *SKIPS])
+    assert capsys.readouterr().out == f"{paint_legend()}\n[1] {expected[0]}\n[2] {expected[1]}\n"
+    main([str(checkpoint), "--prompt", LONG, "--compare", "--show-skips", "--prune", "0.5", "--dtype", "float64", *RUN])
+    dense, *filtered = capsys.readouterr().out.split("===")[1:]
+    assert "48;5;" not in dense and BOLD in dense and all("48;5;" in text for text in filtered)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_no_colour_without_a_terminal_or_with_no_color(checkpoint, capsys, monkeypatch, terminal):
+    main([str(checkpoint), "--prompt", LONG, *SKIPS])
+    plain = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    monkeypatch.setenv("NO_COLOR", "1" if terminal else "")  # empty counts as not set
+    main([str(checkpoint), "--prompt", LONG, "--show-skips", *SKIPS])
+    out, err = capsys.readouterr()
+    assert out == plain and "\033" not in out and "note: --show-skips has no effect" in err
+
+
+def test_skip_map_is_written_beside_the_output(checkpoint, capsys, tmp_path):
+    main([str(checkpoint), "--prompt", LONG, "--json", *SKIPS])
+    without = json.loads(capsys.readouterr().out)
+    path = tmp_path / "map.png"
+    main([str(checkpoint), "--prompt", LONG, "--json", "--skip-map", str(path), *SKIPS])
+    assert json.loads(capsys.readouterr().out)["results"][0]["texts"] == without["results"][0]["texts"]
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
 # --------------------------------------------------------------------------------------------------- bad input
 
 
@@ -220,10 +358,27 @@ def refused(capsys, *flags, command=main):
     (["--prompt", "a", "--temperature", "nan"], "--temperature"),
     (["--prompt", LONG, "--max-new-tokens", "190"], "longer than the model's context of 200"),
     (["--prompt", "a", "--device", "abacus"], "abacus"),
+    (["--prompt", "a", "--show-skips"], "--show-skips needs --prune above 0"),
+    (["--prompt", "a", "--skip-map", "x.png", "--prune", "0"], "--skip-map needs --prune above 0"),
+    (["--prompt", "a", "--show-skips", "--prune", "0.5", "--json"], "cannot be combined with --json"),
+    (["--prompt", "a", "--skip-map", "x.png", "--compare"], "draws one prompt with one setting"),
+    (["--prompt", "a", "--prompt", "b", "--skip-map", "x.png", "--prune", "0.5"], "draws one prompt with one setting"),
+    (["--prompt", "a", "--skip-map", "x.jpg", "--prune", "0.5"], "--skip-map x.jpg: the name must end in .png"),
+    (["--prompt", "a", "--skip-map", "no/such/x.png", "--prune", "0.5"], "no/such/x.png: cannot be written: No such file"),
     (["--prompt", "a", "--nonsense"], "--nonsense"),
 ])  # fmt: skip
 def test_bad_flags(checkpoint, capsys, flags, message):
     assert message in refused(capsys, checkpoint, *flags)
+
+
+def test_what_keeps_a_skip_map_from_being_drawn_is_found_before_the_work(capsys, tmp_path, monkeypatch):
+    flags = [tmp_path / "no checkpoint", "--prompt", "a", "--prune", "0.5", "--skip-map"]
+    (tmp_path / "folder.png").mkdir()
+    assert "folder.png: cannot be written: Is a directory" in refused(capsys, *flags, tmp_path / "folder.png")
+    assert "no such folder" in refused(capsys, *flags, tmp_path / "map.png")
+    assert not (tmp_path / "map.png").exists()  # trying left nothing behind
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "--skip-map needs matplotlib: " in refused(capsys, *flags, tmp_path / "map.png")
 
 
 def break_json(name, **changes):
