@@ -71,7 +71,7 @@ def obvious(model, tokens, filter):
     for t, token in enumerate(tokens):
         x = model.embed(token)
         if filter.schedule == "adaptive" and t in [max(filter.warmup, 1) * 2**i for i in range(20)]:
-            weights = [(sum(d) / len(d)) ** -8 if d else 1.0 for d in departures]
+            weights = [(sum(n * d for n, d in ds) / sum(n for n, _ in ds)) ** -8 if ds else 1.0 for ds in departures]
             low, high = 0.0, filter.prune * L / min(weights)
             for _ in range(200):  # bisect for a
                 a = (low + high) / 2
@@ -98,7 +98,8 @@ def obvious(model, tokens, filter):
                 added = block.attn.o(torch.cat(heads))
                 if not redundant:
                     if t >= 4:
-                        departures[l].append(float((added - anchors[l]).norm() / x.norm()))
+                        stands_for = 1.0 if t < max(filter.warmup, 1) else 1 / (1 - ratios[l])
+                        departures[l].append((stands_for, float((added - anchors[l]).norm() / x.norm())))
                     anchors[l] = added if t == 0 else filter.gamma * anchors[l] + (1 - filter.gamma) * added
             x = x + added
             x = x + block.mlp(block.mlp_norm(x))
