@@ -37,16 +37,22 @@ class ModelConfig:
     tied: bool  # the output projection shares the embedding's weights
     window: int | None = None  # sliding window (Mistral v0.1): token t sees positions > t - window
     rope_scaling: dict | None = None  # Llama 3.1's four numbers, see rope_frequencies
+    rotary_dim: int | None = None  # R: RoPE turns the first R channels of each head (Phi); None: all D
+    qkv_bias: bool = False  # biases of the projections: query, key and value (Qwen2),
+    o_bias: bool = False  # output,
+    mlp_bias: bool = False  # all three of the MLP
+    qk_norm: bool = False  # RMSNorm over each query and key head before RoPE (Qwen3)
 
 
 # ------------------------------------------------------------------------------------------------ rotary positions
 
 
 def rope_frequencies(config: ModelConfig) -> torch.Tensor:
-    """Radians per position of each channel pair, theta^(-2i/D), (D/2,) float32; with rope_scaling, as in Llama 3.1:
+    """Radians per position of each channel pair, theta^(-2i/R), (R/2,) float32; with rope_scaling, as in Llama 3.1:
     pairs that turn seldom within the original context are slowed by `factor`, fast ones are not, between is a blend.
     """
-    freq = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    R = config.rotary_dim or config.head_dim
+    freq = 1.0 / config.rope_theta ** (torch.arange(0, R, 2, dtype=torch.float32) / R)
     if config.rope_scaling:
         scaling = config.rope_scaling
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
@@ -57,12 +63,15 @@ def rope_frequencies(config: ModelConfig) -> torch.Tensor:
 
 
 def rotate(x, cos, sin):
-    """RoPE in Hugging Face's layout, channel i paired with i + D/2: x (..., heads, D), cos and sin (..., 1, D).
+    """RoPE in Hugging Face's layout, channel i paired with i + R/2: x (..., heads, D), cos and sin (..., 1, R).
 
     The pair (a, b) becomes (a cos - b sin, b cos + a sin): each channel takes its partner's times a sin whose sign, minus
-    in the first half, is in the table already.
+    in the first half, is in the table already. Channels from R on stay as they are.
     """
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+    R = cos.shape[-1]
+    if R < x.shape[-1]:
+        return torch.cat((rotate(x[..., :R], cos, sin), x[..., R:]), dim=-1)
+    return torch.addcmul(x * cos, x.roll(R // 2, dims=-1), sin)
 
 
 # ------------------------------------------------------------------------------------------------------- the cache
@@ -107,7 +116,7 @@ class Chunk:
     at: torch.Tensor  # (B, T) the same on the device
     real: Tokens
     warm: Tokens  # those in the warm-up
-    cos: torch.Tensor  # (B*T, 1, D)
+    cos: torch.Tensor  # (B*T, 1, R)
     sin: torch.Tensor
 
 
@@ -260,24 +269,24 @@ class KVCache:
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, size, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(config.width)), config.norm_eps
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Linear(nn.Linear):
-    """x W^T for x (..., in) -> (..., out), no bias."""
+    """x W^T + b for x (..., in) -> (..., out); without b unless bias is asked for."""
 
-    def __init__(self, n_in, n_out):
-        super().__init__(n_in, n_out, bias=False)
+    def __init__(self, n_in, n_out, bias=False):
+        super().__init__(n_in, n_out, bias)
 
     def forward(self, x):
         if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             # oneDNN instead of the default library, on some CPUs twice as fast
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return super().forward(x)
 
 
@@ -287,10 +296,12 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.q = Linear(config.width, config.heads * config.head_dim)
-        self.k = Linear(config.width, config.kv_heads * config.head_dim)
-        self.v = Linear(config.width, config.kv_heads * config.head_dim)
-        self.o = Linear(config.heads * config.head_dim, config.width)
+        self.q = Linear(config.width, config.heads * config.head_dim, config.qkv_bias)
+        self.k = Linear(config.width, config.kv_heads * config.head_dim, config.qkv_bias)
+        self.v = Linear(config.width, config.kv_heads * config.head_dim, config.qkv_bias)
+        self.o = Linear(config.heads * config.head_dim, config.width, config.o_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, chunk: Chunk, cache: LayerCache):
         """x (B, T, C) -> what attention adds to the residual stream, (B, T, C)."""
@@ -304,6 +315,7 @@ class Attention(nn.Module):
             # keys and values
             raw_k = keep.put(self.k(keep.pick(x))).unflatten(1, (self.kv_heads, self.head_dim))  # (B*T, KVH, D)
             v = keep.put(self.v(keep.pick(x))).unflatten(1, (self.kv_heads, self.head_dim))
+            raw_k = self.k_norm(raw_k)
             k = rotate(raw_k, chunk.cos, chunk.sin)
 
             # filter
@@ -322,7 +334,7 @@ class Attention(nn.Module):
                 cache.store(k, v, chunk, keep)  # a single token is to find itself among the slots
             if len(attends):
                 q = self.q(attends.pick(x)).unflatten(1, (self.heads, self.head_dim))  # (N, H, D)
-                q = rotate(q, attends.pick(chunk.cos), attends.pick(chunk.sin))
+                q = rotate(self.q_norm(q), attends.pick(chunk.cos), attends.pick(chunk.sin))
                 if T == 1:
                     y = self.attend_decode(q, chunk, cache, attends)
                 else:
@@ -387,9 +399,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate = Linear(config.width, config.mlp_width)
-        self.up = Linear(config.width, config.mlp_width)
-        self.down = Linear(config.mlp_width, config.width)
+        self.gate = Linear(config.width, config.mlp_width, config.mlp_bias)
+        self.up = Linear(config.width, config.mlp_width, config.mlp_bias)
+        self.down = Linear(config.mlp_width, config.width, config.mlp_bias)
 
     def forward(self, x):
         return self.down(F.silu(self.gate(x)) * self.up(x))
@@ -398,8 +410,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.attn_norm, self.attn = RMSNorm(config), Attention(config)
-        self.mlp_norm, self.mlp = RMSNorm(config), MLP(config)
+        self.attn_norm, self.attn = RMSNorm(config.width, config.norm_eps), Attention(config)
+        self.mlp_norm, self.mlp = RMSNorm(config.width, config.norm_eps), MLP(config)
 
     def forward(self, x, chunk: Chunk, cache: LayerCache):
         x = x + self.attn(self.attn_norm(x), chunk, cache)
@@ -414,7 +426,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = RMSNorm(config)
+        self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = Linear(config.width, config.vocab_size)
         if config.tied:
             self.head.weight = self.embed.weight

@@ -17,14 +17,16 @@ SHAPES = {"mha": (4, 4), "gqa": (6, 2), "mqa": (4, 1)}  # heads, kv_heads
 
 
 @functools.cache
-def small(shape="gqa", window=None, n_layers=4) -> Transformer:
+def small(shape="gqa", window=None, n_layers=4, **of_a_family) -> Transformer:
     """A random float64 model. Weights are scaled up, so that attention is far from uniform and every bug shows."""
     torch.manual_seed(1)
     heads, kv_heads = SHAPES[shape]
-    config = ModelConfig(97, 32, n_layers, heads, kv_heads, 8, 48, 10000.0, 1e-5, 512, tied=False, window=window)
+    config = ModelConfig(97, 32, n_layers, heads, kv_heads, 8, 48, 10000.0, 1e-5, 512, False, window, **of_a_family)
     model = Transformer(config).double().requires_grad_(False)
     for name, p in model.named_parameters():
         p.mul_(3.0 if ".q." in name or ".k." in name else 1.5)
+        if "q_norm" in name or "k_norm" in name:
+            p.add_(torch.randn(8))
     return model
 
 
@@ -53,10 +55,11 @@ def same(a, b, row_a, row_b, length):
 
 
 def turned(x, angle):
-    """RoPE: the channel pair (i, i + D/2) as a complex number, turned by its angle."""
-    a, b = x.chunk(2, -1)
+    """RoPE: the channel pair (i, i + R/2) as a complex number, turned by its angle."""
+    R = 2 * angle.shape[-1]
+    a, b = x[..., :R].chunk(2, -1)
     y = torch.complex(a, b) * torch.polar(torch.ones_like(angle), angle)
-    return torch.cat((y.real, y.imag), -1)
+    return torch.cat((y.real, y.imag, x[..., R:]), -1)
 
 
 def obvious(model, tokens, filter):
@@ -69,9 +72,9 @@ def obvious(model, tokens, filter):
         normed = block.attn_norm(x)
         for t in range(T):
             angle = t * rope_frequencies(c).double()[None]
-            k = turned(block.attn.k(normed[t]).view(c.kv_heads, c.head_dim), angle)
+            k = turned(block.attn.k_norm(block.attn.k(normed[t]).view(c.kv_heads, c.head_dim)), angle)
             v = block.attn.v(normed[t]).view(c.kv_heads, c.head_dim)
-            q = turned(block.attn.q(normed[t]).view(c.heads, c.head_dim), angle)
+            q = turned(block.attn.q_norm(block.attn.q(normed[t]).view(c.heads, c.head_dim)), angle)
             redundant = bool(token_filter(k[None, None], v[None, None], torch.ones(1).long(), state, ratios[l], filter)[0])
             if redundant and filter.mode == "attention":
                 past.append((t, k, v, True))
@@ -99,6 +102,15 @@ def obvious(model, tokens, filter):
 def test_equals_the_obvious_version(name, prune, window):
     model, filter = small("gqa", window), preset(name, prune=prune, warmup=4, **({} if name == "paper" else {"grace": 5}))
     logits, redundant, _ = feed(model, filter, [90], rows=[0])
+    assert redundant.any()
+    torch.testing.assert_close(logits[0], obvious(model, texts()[0], filter), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_what_other_families_add_equals_the_obvious_version(name):
+    model = small("gqa", 40, rotary_dim=6, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True)
+    filter = preset(name, prune=0.5)
+    logits, redundant, _ = feed(model, filter, [31, 1, 58], rows=[0])
     assert redundant.any()
     torch.testing.assert_close(logits[0], obvious(model, texts()[0], filter), rtol=0, atol=1e-9)
 
