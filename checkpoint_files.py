@@ -17,13 +17,14 @@ class CheckpointError(Exception):
 
 
 def check_file(path: Path) -> None:
-    """Raises CheckpointError unless `path` is a plain file: reading a pipe or a device might never end."""
+    """Raises CheckpointError unless `path` is a plain file that opens: reading a pipe or a device might never end."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise CheckpointError(path, "is not a file")
+        path.open("rb").close()
     except FileNotFoundError:
         raise CheckpointError(path, "no such file") from None
-    except OSError as error:  # a loop of symbolic links, a folder that is closed to us
+    except OSError as error:  # no permission, a loop of symbolic links
         raise CheckpointError(path, f"cannot be read ({error.strerror})") from None
 
 
@@ -32,7 +33,7 @@ def read_file(path: Path) -> bytes:
     check_file(path)
     try:
         return path.read_bytes()
-    except OSError as error:
+    except OSError as error:  # a bad disk
         raise CheckpointError(path, f"cannot be read ({error.strerror})") from None
 
 
