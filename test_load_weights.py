@@ -219,6 +219,56 @@ def test_progress_goes_to_stderr(tmp_path, capfd):
     assert out == "" and "30/30" in err
 
 
+PEAK = """
+import sys, threading, time
+import torch, load_weights
+
+def resident():
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+def watch():
+    while not done:
+        peaks.append(resident())
+        time.sleep(0.0005)
+
+torch.nn.Embedding(1, 1, device="meta")  # for the first of these torch imports some 70 MB of itself
+done, peaks, before = False, [], resident()
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = load_weights.load_model(sys.argv[1], "cpu")
+done = True
+watcher.join()
+print((max(peaks) - before) / sum(p.numel() * p.element_size() for p in model.parameters()))
+"""
+
+
+@pytest.mark.parametrize("what", ["demo", "fused"])
+def test_loading_needs_memory_for_one_copy(what, tmp_path, request):
+    """Memory that is not the file's own pages; in `fused` a single tensor is a third of the model."""
+    if what == "demo":
+        folder = request.getfixturevalue("demo")
+    else:
+        folder, C, D, M = tmp_path, 512, 128, 8192
+        config = transformers.Phi3Config(
+            vocab_size=64, hidden_size=C, intermediate_size=M, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, pad_token_id=0, eos_token_id=2,
+        )  # fmt: skip
+        config.save_pretrained(folder)
+        tensors = {f"{name}.weight": torch.randn(64, C) for name in ("model.embed_tokens", "lm_head")}
+        tensors["model.norm.weight"] = torch.ones(C)
+        for layer in ("model.layers.0", "model.layers.1"):
+            tensors |= {f"{layer}.{norm}_layernorm.weight": torch.ones(C) for norm in ("input", "post_attention")}
+            tensors |= {f"{layer}.self_attn.qkv_proj.weight": torch.randn(8 * D, C)}
+            tensors |= {f"{layer}.self_attn.o_proj.weight": torch.randn(C, 4 * D)}
+            tensors |= {f"{layer}.mlp.gate_up_proj.weight": torch.randn(2 * M, C)}
+            tensors |= {f"{layer}.mlp.down_proj.weight": torch.randn(C, M)}
+        save_file(tensors, folder / "model.safetensors")
+    command = [sys.executable, "-c", PEAK, str(folder)]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    assert 0.95 < float(done.stdout) < 1.3
+
+
 # --------------------------------------------------------------------------------------------------- bad checkpoints
 
 
@@ -381,10 +431,11 @@ def test_bad_shards(tmp_path):
     assert fails(load_model, tmp_path) == f"{tmp_path}/{norm_file}: no such file"
 
 
-def test_missing_shard_is_reported_before_any_weight_is_read(tmp_path, monkeypatch):
+def test_missing_files_are_reported_before_any_weight_is_read(tmp_path, monkeypatch):
     save_model(tmp_path, max_shard_size="10KB")
-    max(tmp_path.glob("*.safetensors")).unlink()
     monkeypatch.setattr("load_weights._read", lambda *_: pytest.fail("a weight was read"))
+    assert "has no tokenizer.json" in fails(load, tmp_path)
+    max(tmp_path.glob("*.safetensors")).unlink()
     assert "no such file" in fails(load_model, tmp_path)
 
 
