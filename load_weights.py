@@ -74,6 +74,7 @@ class Family(NamedTuple):
     """What sets the files of one family apart; all else is the same in all of them."""
 
     names: dict[str, str] = HUGGING_FACE
+    config: str = "config.json"
     weights: str = "model.safetensors"
     biases: tuple[str, ...] = ()  # keys of config.json that may add biases
     qkv_bias: bool = False  # always there
@@ -91,8 +92,8 @@ FAMILIES = {  # by model_type
     "qwen2": Family(qkv_bias=True),
     "qwen3": Family(biases=("attention_bias",), qk_norm=True),
 }
-PARAMS = Family(names=MISTRAL_OWN, weights="consolidated.safetensors", windowed=True, interleaved=True)  # of params.json
-PARAMS_KEYS = {  # config.json's keys -> those of params.json
+PARAMS = Family(MISTRAL_OWN, "params.json", "consolidated.safetensors", windowed=True, interleaved=True)
+PARAMS_KEYS = {  # config.json's keys -> those of params.json, all that we know
     "hidden_size": "dim",
     "num_hidden_layers": "n_layers",
     "num_attention_heads": "n_heads",
@@ -121,8 +122,8 @@ def read_config(folder: str | Path) -> ModelConfig:
 def _read_config(folder: Path) -> tuple[ModelConfig, Family]:
     if not os.path.isdir(folder):  # os.path's tests are false, not an error, for a path out of reach
         raise CheckpointError(folder, "no such folder")
-    if not os.path.lexists(folder / "config.json") and os.path.lexists(folder / "params.json"):
-        family, config = PARAMS, JsonObject.read(folder / "params.json", aliases=PARAMS_KEYS)
+    if not os.path.lexists(folder / "config.json") and os.path.lexists(folder / PARAMS.config):
+        family, config = PARAMS, JsonObject.read(folder / PARAMS.config, aliases=PARAMS_KEYS)
         for key, value in config.values.items():
             if key not in PARAMS_KEYS.values() and value not in (None, False):
                 raise config.error(key, f"is {value!r:.80}, which is not supported")
@@ -311,14 +312,14 @@ def load_model(
             raise CheckpointError(source, f"the tensor {name!r} is missing")
         stored, shape = tensors[name], (sum(shapes[part][0] for part in ours), *shapes[ours[0]][1:])
         if stored.shape != shape:
-            sizes = f"{list(stored.shape)}, config.json asks for {list(shape)}"
+            sizes = f"{list(stored.shape)}, {family.config} asks for {list(shape)}"
             raise CheckpointError(stored.file, f"the tensor {name!r} has the shape {sizes}")
         if stored.dtype not in DTYPES:
             problem = f"has the dtype {stored.dtype}, which is not supported (supported: {', '.join(DTYPES)})"
             raise CheckpointError(stored.file, f"the tensor {name!r} {problem}")
     for name, stored in tensors.items():
         if name not in wanted and not name.endswith(IGNORED):
-            raise CheckpointError(stored.file, f"the tensor {name!r} is not part of the model in config.json")
+            raise CheckpointError(stored.file, f"the tensor {name!r} is not part of the model in {family.config}")
     if config.tied and head in tensors and not torch.equal(_read(tensors[embedding], embedding), _read(tensors[head], head)):
         problem = f"differs from {embedding!r}, but config.json says tie_word_embeddings"
         raise CheckpointError(tensors[head].file, f"the tensor {head!r} {problem}")

@@ -127,6 +127,8 @@ def test_mistrals_own_format_loads_as_the_same_model(folder, tmp_path):
     assert fails(load_model, tmp_path / "own") == f"{params}: n_layers is missing"
     edit_json(params, n_layers=4)
     assert "own/consolidated.safetensors: the tensor 'layers.3.attention_norm.weight'" in fails(load_model, tmp_path / "own")
+    edit_json(params, n_layers=2)
+    assert fails(load_model, tmp_path / "own").endswith("is not part of the model in params.json")
 
 
 # --------------------------------------------------------------------------------------------- the published models

@@ -206,6 +206,11 @@ def test_tokenizer_json_is_preferred_and_never_truncates(folders, tmp_path):
     assert len(Tokenizer(tmp_path).encode("abcdefgh", bos=False)) == 8
 
 
+def test_mistrals_name_for_a_sentencepiece_model(folders, tmp_path):
+    shutil.copy(folders["sentencepiece"] / "tokenizer.model", tmp_path / "tokenizer.model.v3")
+    assert Tokenizer(tmp_path).encode("the cat") == Tokenizer(folders["sentencepiece"]).encode("the cat")
+
+
 def test_tokens_added_to_a_sentencepiece_model(folders, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes((folders["sentencepiece"] / "tokenizer.model").read_bytes())
     size = Tokenizer(tmp_path).vocab_size

@@ -80,7 +80,8 @@ class _TokenizerJson:
         for i in self.special.values():
             options = {"lstrip": added[i].lstrip, "rstrip": added[i].rstrip, "normalized": False}
             copy.add_tokens([tokenizers.AddedToken(MARK + added[i].content, **options)])
-        return copy, {copy.token_to_id(MARK + token): i for token, i in self.special.items()}
+        vocab = copy.get_vocab()
+        return copy, {vocab[MARK + token]: i for token, i in self.special.items()}
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
