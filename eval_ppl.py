@@ -212,7 +212,7 @@ FILLER = (
     "Somewhere a door is closed and a lamp is lit.",
     "It will rain again before morning.",
 )
-NEEDLE = "The pass key is {0}. Remember it: {0} is the pass key."
+NEEDLE = "The pass key is {0}. Remember it: the pass key is {0}."
 ANSWER = 12  # tokens that the model may say: enough for "The pass key is 12345."
 
 
@@ -246,7 +246,7 @@ def passkey(model, tokenizer: Tokenizer, length, depths, trials, filter, chat=Fa
     The same seed and length give the same texts whatever the filter. Each trial is a batch of all depths.
     """
     rng, found, skipped, live, dense = random.Random(f"{seed} {length}"), [0] * len(depths), [], 0, 0
-    for _ in range(trials):
+    for _ in tqdm(range(trials), f"{length} tokens", unit=" trials", leave=False):
         keys = [str(rng.randrange(10000, 100000)) for _ in depths]
         prompts = [passkey_prompt(tokenizer, key, length, depth, chat) for key, depth in zip(keys, depths)]
         answers, stats = [[] for _ in depths], Stats()
@@ -327,7 +327,8 @@ def draw_ratios(pyplot, rows):
             axes.axhline(points[0][1], color="black", linestyle="--", label=f"dense: {points[0][1]:.1f}")
         else:
             axes.plot(*zip(*points), marker="o", label=name)
-    axes.set(xlabel="share of (token, layer) pairs skipped, as measured", ylabel="perplexity (logarithmic)", yscale="log")
+    axes.set(xlabel="share of (token, layer) pairs found redundant, as measured", ylabel="perplexity (logarithmic)", yscale="log")
+    axes.set_xlim(left=0)
     plain_numbers(axes.yaxis)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -497,7 +498,7 @@ def main(argv=None):
             fail(e)
         report = Report(args, protocol, draw_passkey, 10)
         for label, config, _ in settings:
-            for length in tqdm(args.lengths, label, unit=" lengths", leave=False):
+            for length in args.lengths:
                 figures = passkey(model, tokenizer, length, args.depths, args.trials, config, args.chat, args.seed)
                 report.add({"setting": label, "prune": config.prune if config else 0.0, "length": length, **figures})
         return
