@@ -172,7 +172,8 @@ def rivals(p, n_layers, window):
     """(label, FilterConfig, criterion) of each rival at ratio p.
 
     StreamingLLM has a fixed budget where the others keep a share, so it is there twice: with the same cache at a window's
-    end, B = (1-p) W tokens; and with the same on average over the window, where min(t, B) has the mean of (1-p) t.
+    end, B = (1-p) W tokens; and with the same on average over the window, where min(t, B) has the mean of (1-p) t. KeyDiff
+    ranks among 32 scores only: its scores fall while the mean settles, and among 256 it would skip a third where p is half.
     """
     last = round(p * n_layers)
     yield f"no attention in the last {last} layers", FilterConfig(prune=p, schedule="uniform"), last_layers(n_layers - last)
@@ -180,7 +181,7 @@ def rivals(p, n_layers, window):
         recent = max(0, round(share * window) - SINKS)
         config = preset("cache", prune=p, warmup=SINKS, grace=recent)
         yield f"StreamingLLM, {SINKS} + {recent} tokens", config, recent_only
-    yield "KeyDiff, online", preset("cache", prune=p), key_distance
+    yield "KeyDiff, online", preset("cache", prune=p, history=32), key_distance
 
 
 VARIED = {
@@ -516,8 +517,9 @@ def main(argv=None):
             fail(f"--offsets must lie in the text's {len(ids)} tokens, at least one before the last")
         windows = [cut(ids[offset:], args.window, None, bos)[0][0] for offset in args.offsets]
     if args.ablate:
-        bases = [(f"{name}, {label}", config, token_filter) for name, base, _ in settings[1:] for label, config in variations(base)]
-        settings += bases + list(rivals(prunes[0], model.config.n_layers, max(map(len, windows))))
+        bases = settings[1:]
+        settings += rivals(prunes[0], model.config.n_layers, max(map(len, windows)))
+        settings += [(f"{name}, {label}", config, token_filter) for name, base, _ in bases for label, config in variations(base)]
     losses = sum(len(window) - max(overlap if i else 0, 1) for i, window in enumerate(windows))
     if args.offsets:
         layout = f"at tokens {', '.join(map(str, args.offsets))}"
