@@ -368,10 +368,11 @@ def draw_passkey(pyplot, rows):
     for setting, panel in zip(settings, panels.flat):
         mine = {row["length"]: [row[d] for d in depths] for row in rows if (row["setting"], row["prune"]) == setting}
         shares = [mine.get(length, [math.nan] * len(depths)) for length in lengths]
-        image = panel.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        image = panel.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
         for y, line in enumerate(shares):
             for x, share in enumerate(line):
-                panel.text(x, y, "" if math.isnan(share) else f"{share:.0%}", ha="center", va="center", fontsize=8)
+                label, colour = "" if math.isnan(share) else f"{share:.0%}", "white" if share > 0.6 else "black"
+                panel.text(x, y, label, color=colour, ha="center", va="center", fontsize=8)
         panel.set_title(setting[0] if setting[0] == "dense" else f"{setting[0]}, prune {setting[1]:g}", fontsize=9)
         panel.set_xticks(range(len(depths)), [d.removeprefix("depth ") for d in depths], fontsize=8)
         panel.set_yticks(range(len(lengths)), lengths, fontsize=8)

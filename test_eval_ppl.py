@@ -31,7 +31,7 @@ def test_perplexity_equals_decoding_token_by_token(filter):
             if target is not None:
                 nll[t + 1] -= logits.log_softmax(-1)[target]
         kept, live = kept + int(cache.kept()), live + cache.live_bytes()
-    *_, score = evaluate(model, PROMPTS, filter, batch=3, chunk=17)
+    *_, score = evaluate(model, PROMPTS, filter, batch=2, chunk=17)
     assert score.tokens == sum(LENGTHS) - 3
     torch.testing.assert_close(score.losses, nll, rtol=0, atol=1e-9)
     assert score.perplexity == pytest.approx(math.exp(nll.sum() / (sum(LENGTHS) - 3)), rel=1e-12)
