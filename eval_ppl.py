@@ -493,7 +493,7 @@ def main(argv=None):
         if max(args.lengths) > context:
             fail(f"--lengths {max(args.lengths)} is longer than the model's context of {context}")
         form = "question in the chat template" if args.chat else 'plain text to be continued after "The pass key is"'
-        protocol = f"pass key: {args.trials} keys of five digits for each length and depth, {form}; greedy decoding; {dtype}"
+        protocol = f"pass key of five digits, {args.trials} for each length and depth, {form}; greedy decoding; {dtype}"
         try:
             passkey_prompt(tokenizer, "00000", min(args.lengths), 0, args.chat)
         except (CheckpointError, ValueError) as e:  # no chat template; too short
