@@ -289,8 +289,10 @@ class KVCache:
 
     def update_ratios(self):
         """Where a row has come to a change, set its layers' ratios by what their attention has contributed so far."""
+        if not self.adaptive:
+            return
         due = (self.seen >= self.warmup) & (self.next_change(self.seen - 1) == self.seen)
-        if self.adaptive and due.any():
+        if due.any():
             total, number = torch.stack([layer.departure for layer in self.layers], dim=1).unbind(2)  # (B, L) each
             ratios = adaptive_ratios(total / number.clamp(min=1), self.filter.prune)
             due = due.to(ratios.device)
@@ -479,7 +481,8 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.width)
+        # not nn.Embedding(...), which on the meta device, where loading starts, takes seconds to import what draws its weights
+        self.embed = nn.Embedding.from_pretrained(torch.randn(config.vocab_size, config.width), freeze=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = Linear(config.width, config.vocab_size)

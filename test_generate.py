@@ -407,7 +407,7 @@ def truncate(folder):
 @pytest.mark.parametrize("damage, message", [
     (shutil.rmtree, "no such folder"),
     (truncate, "model-00002-of-00003.safetensors"),
-    (lambda folder: sorted(folder.glob("*.safetensors"))[0].unlink(), "model-00001-of-00003.safetensors: no such file"),
+    (lambda folder: min(folder.glob("*.safetensors")).unlink(), "model-00001-of-00003.safetensors: no such file"),
     (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer.json"),
     (lambda folder: (folder / "config.json").write_text("[1"), "config.json"),
     (break_json("config.json", model_type="gpt2"), "model_type 'gpt2' is not supported"),
