@@ -1,0 +1,217 @@
+"""Token Filtering in NumPy, written from PORTING.md and the golden files alone: the proof that they suffice.
+
+For batches fed in any chunks; nothing is gained by skipping (step 8 of PORTING.md is left out). Settings are dicts, as in
+files.json. Neither PyTorch nor any other file of this repository is used.
+
+Shapes: B sequences, T new tokens, S cached keys, H heads, KVH key/value heads, D head size, L layers, W scores remembered.
+"""
+
+import numpy as np
+
+FAR = 2**40  # a position no text reaches
+
+# ------------------------------------------------------------------------------------------------------- the filter
+
+
+class Filter:
+    """What one layer's filter remembers of B sequences."""
+
+    def __init__(self, B, kv_heads, head_dim, config, dtype):
+        self.anchor = np.zeros((B, 2, kv_heads, head_dim), dtype)
+        self.history = np.full((B, config["history"]), np.nan, dtype)  # newest last
+        self.count = np.zeros(B, int)
+
+
+def threshold(score, history, count, ratio):
+    """score, count, ratio (B,), history (B, W): how many scores are below, how many must be, whether they are."""
+    n = np.minimum(count, history.shape[1])
+    below = (history < score[:, None]).sum(1)
+    needed = np.ceil((1 - ratio) * n - 1e-9).astype(int)
+    return below, needed, (n > 0) & (ratio > 0) & ~np.isnan(score) & (below >= needed)
+
+
+def filter_chunk(k, v, n_new, state, ratio, config):
+    """k, v (B, T, KVH, D), of which row b has n_new[b] real tokens: every stage by name, (B, T, ...). Moves state."""
+    steps = []
+    for t in range(k.shape[1]):
+        real, g = t < n_new, config["gamma"]
+        x = np.stack((k[:, t], v[:, t]), 1).astype(state.anchor.dtype)  # (B, 2, KVH, D)
+        anchor = np.where((state.count == 0)[:, None, None, None], x, state.anchor)
+        after = g * anchor + (1 - g) * x
+        norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(anchor, axis=-1)
+        cosine = np.where(norms == 0, 0, (x * anchor).sum(-1) / np.where(norms == 0, 1, norms))  # (B, 2, KVH)
+        mean, variance = cosine.mean(-1), cosine.var(-1)  # (B, 2)
+        w_k = (variance[:, 1] + 1e-6) / (variance.sum(1) + 2e-6)
+        score = w_k * mean[:, 0] + (1 - w_k) * mean[:, 1]
+        below, needed, above = threshold(score, state.history, state.count, ratio)
+        redundant = real & above & (state.count >= max(config["warmup"], 1))
+        steps.append({"anchors": anchor, "cosine": cosine, "mean": mean, "variance": variance, "w_k": w_k,
+                      "score": score, "below": below, "needed": needed, "redundant": redundant})  # fmt: skip
+        state.anchor = np.where(real[:, None, None, None], after, state.anchor)
+        history = np.concatenate((state.history[:, 1:], score[:, None]), 1)
+        state.history = np.where(real[:, None], history, state.history)
+        state.count = state.count + real
+    return {name: np.stack([step[name] for step in steps], 1) for name in steps[0]}
+
+
+# ------------------------------------------------------------------------------------------------------- the ratios
+
+
+def layer_ratios(schedule, p, L):
+    """(L,) ratios that a sequence starts with."""
+    if schedule in ("uniform", "adaptive"):
+        return np.full(L, p)
+    ratios, left = np.zeros(L), p * L
+    if schedule == "last":
+        for l in reversed(range(L)):
+            ratios[l] = min(left, max(0.9, p))
+            left -= ratios[l]
+        return ratios
+    ones = 0  # layers at 1, from the last on; those before them are on a line through 0
+    while ones < L - 1 and 2 * (left - ones) / (L - ones) > 1:
+        ones += 1
+    line = np.arange(L - ones)
+    ratios[: L - ones] = line * ((left - ones) / line.sum()) if ones < L - 1 else left - ones
+    ratios[L - ones :] = 1
+    return ratios[::-1] if schedule == "head" else ratios
+
+
+def adaptive_ratios(contribution, p):
+    """contribution (L,) -> (L,): layers whose share is above 0.95 are capped there, the others share what is left."""
+    weight, capped = np.asarray(contribution, np.float64) ** -8, np.zeros(len(contribution), bool)
+    while True:
+        a = (p * len(weight) - 0.95 * capped.sum()) / weight[~capped].sum()
+        ratio = np.where(capped, 0.95, a * weight)
+        if (ratio <= 0.95).all():
+            return ratio
+        capped |= ratio > 0.95
+
+
+# -------------------------------------------------------------------------------------------------------- the model
+
+
+def rotate(x, position, theta):
+    """RoPE: x (B, T, heads, D), position (B, T)."""
+    half = x.shape[-1] // 2
+    angle = position[:, :, None, None] * theta ** (-np.arange(half) / half)
+    cos, sin = np.cos(angle).astype(x.dtype), np.sin(angle).astype(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return np.concatenate((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+class LayerCache:
+    """A layer's visible keys and values: `at` and `until` are the first and last position that sees each."""
+
+    def __init__(self, B, shape, config, dtype):
+        self.k = self.v = np.zeros((B, 0, shape["kv_heads"], shape["head_dim"]), dtype)
+        self.at = self.until = np.zeros((B, 0), int)
+        self.length = np.zeros(B, int)
+        self.state = Filter(B, shape["kv_heads"], shape["head_dim"], config, dtype)
+        self.anchor_output = np.zeros((B, shape["width"]), dtype)
+        self.departure = np.zeros((2, B))  # sum and number, for D_l
+
+
+class Model:
+    """weights by name, shape and config as in files.json; B sequences, all at their start."""
+
+    def __init__(self, weights, shape, config, B, dtype):
+        self.w = {name: w.astype(dtype) for name, w in weights.items()}
+        self.shape, self.config, self.dtype = shape, config, dtype
+        self.layers = [LayerCache(B, shape, config, dtype) for _ in range(shape["n_layers"])]
+        self.seen = np.zeros(B, int)
+        ratios = layer_ratios(config["schedule"], config["prune"], shape["n_layers"])
+        self.ratio = np.repeat(ratios[:, None], B, 1)  # (L, B)
+        self.warmup = max(config["warmup"], 1)
+
+    def norm(self, x, name):
+        return self.w[name] * x / np.sqrt((x * x).mean(-1, keepdims=True) + self.dtype(self.shape["norm_eps"]))
+
+    def feed(self, tokens, n_new):
+        """tokens (B, T), row b's first n_new[b] real: {"logits": (B, T, V)} and, by (B, T, L), what else is expected."""
+        done, out = np.zeros(len(tokens), int), {}
+        while (done < n_new).any():
+            count = n_new - done
+            if self.config["schedule"] == "adaptive":  # up to each row's next change
+                changes = self.warmup * 2 ** np.arange(40)
+                count = np.minimum(count, [changes[changes > seen][0] - seen for seen in self.seen])
+            row, step = np.nonzero(np.arange(count.max()) < count[:, None])
+            piece = np.zeros((len(tokens), count.max()), int)
+            piece[row, step] = tokens[row, done[row] + step]
+            for name, x in self.feed_piece(piece, count).items():
+                whole = out.setdefault(name, np.zeros(tokens.shape + x.shape[2:], x.dtype))
+                whole[row, done[row] + step] = x[row, step]
+            done = done + count
+        return out
+
+    def feed_piece(self, tokens, n_new):
+        """The same, while no ratio changes."""
+        for b in np.flatnonzero(np.isin(self.seen, self.warmup * 2 ** np.arange(40))):
+            if self.config["schedule"] == "adaptive":
+                total, number = np.array([layer.departure[:, b] for layer in self.layers]).T
+                self.ratio[:, b] = adaptive_ratios(total / number, self.config["prune"])
+        step = np.arange(tokens.shape[1])
+        real, position = step < n_new[:, None], self.seen[:, None] + step
+        x, traces = self.w["embed.weight"][tokens], []
+        for l, cache in enumerate(self.layers):
+            added, trace = self.attention(x, l, cache, real, position, n_new)
+            x = x + added
+            normed = self.norm(x, f"blocks.{l}.mlp_norm.weight")
+            gate, up = (normed @ self.w[f"blocks.{l}.mlp.{part}.weight"].T for part in ("gate", "up"))
+            x = x + (gate / (1 + np.exp(-gate)) * up) @ self.w[f"blocks.{l}.mlp.down.weight"].T
+            traces.append(trace)
+        self.seen = self.seen + n_new
+        logits = self.norm(x, "norm.weight") @ self.w["head.weight"].T
+        return {"logits": logits} | {name: np.stack([trace[name] for trace in traces], 2) for name in traces[0]}
+
+    def attention(self, x, l, cache, real, position, n_new):
+        """x (B, T, C), the residual stream -> what attention or its replacement adds, and a dict of (B, T)."""
+        config, ratio, D = self.config, self.ratio[l], self.shape["head_dim"]
+        normed = self.norm(x, f"blocks.{l}.attn_norm.weight")
+        q, k, v = (normed @ self.w[f"blocks.{l}.attn.{part}.weight"].T for part in "qkv")
+        raw_k, q, v = (y.reshape(*y.shape[:2], -1, D) for y in (k, q, v))
+        k, q = (rotate(y, position, self.shape["rope_theta"]) for y in (raw_k, q))
+
+        # who is redundant
+        score, redundant = np.full(real.shape, np.nan), np.zeros(real.shape, bool)
+        if (ratio == 1).all() and config["mode"] == "attention":
+            redundant = real & (position >= self.warmup)
+        elif (ratio > 0).any():
+            found = filter_chunk(k, v, n_new, cache.state, ratio, config)
+            score, redundant = found["score"], found["redundant"]
+        keep = real & ~redundant
+        attends = keep if config["mode"] == "attention" else real
+
+        # attention over what is cached and the chunk, (B, T, heads, S)
+        until = np.where(keep, FAR, np.where(real, position + config["grace"], -1))
+        keys, values, at, until = (np.concatenate(pair, 1) for pair in
+                                   ((cache.k, k), (cache.v, v), (cache.at, position), (cache.until, until)))  # fmt: skip
+        seen = (at[:, None] <= position[:, :, None]) & (position[:, :, None] <= until[:, None])
+        share = q.shape[2] // k.shape[2]
+        logit = np.einsum("bthd,bshd->bths", q, keys.repeat(share, 2)) / self.dtype(np.sqrt(D))
+        weight = np.where(seen[:, :, None], np.exp(logit - logit.max(-1, keepdims=True)), 0)
+        weight = weight / np.maximum(weight.sum(-1, keepdims=True), self.dtype(1e-30))  # 0 for a pad that sees nobody
+        y = np.einsum("bths,bshd->bthd", weight, values.repeat(share, 2)).reshape(*real.shape, -1)
+        out = y @ self.w[f"blocks.{l}.attn.o.weight"].T
+
+        # what the others add, and D_l
+        added = np.where(attends[:, :, None], out, 0)
+        for t in range(real.shape[1]):
+            first = (position[:, t] == 0)[:, None]
+            before = np.where(first, out[:, t], cache.anchor_output)
+            if config["fill"] == "anchor":
+                added[:, t] = np.where(attends[:, t, None], out[:, t], before)
+            size, counted = np.linalg.norm(x[:, t], axis=-1), keep[:, t] & (position[:, t] >= 4)
+            cache.departure += np.where(counted, [np.linalg.norm(out[:, t] - before, axis=-1) / size, counted], 0)
+            after = config["gamma"] * before + (1 - config["gamma"]) * out[:, t]
+            cache.anchor_output = np.where(keep[:, t, None], after, cache.anchor_output)
+
+        # drop what no later token can see
+        visible = until >= (self.seen + n_new)[:, None]
+        order = np.argsort(~visible, axis=1, kind="stable")[:, : visible.sum(1).max()]
+        cache.k, cache.v = (np.take_along_axis(y, order[:, :, None, None], 1) for y in (keys, values))
+        cache.at, cache.until = (np.take_along_axis(y, order, 1) for y in (at, until))
+        length = cache.length[:, None] + keep.cumsum(1)
+        cache.length = length[:, -1]
+        return added, {"score": score, "redundant": redundant, "length": length,
+                       "visible": np.where(attends, seen.sum(-1), 0),
+                       "ratio": np.repeat(ratio[:, None], real.shape[1], 1)}  # fmt: skip
