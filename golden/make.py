@@ -212,7 +212,7 @@ for _name in ("tail", "uniform", "head", "last", "adaptive"):
 
 def filter_file(case, seed):
     """A case's tensors made from a seed, or None if a decision in it would be too close for float32."""
-    B, T, _, D = case.shape
+    B, T = case.shape[:2]
     lengths, config = np.sum(case.calls, 0), case.config
     k, v = case.change(*(x.numpy() for x in drift(*case.shape, seed)))
     k, v = (np.where((np.arange(T) < lengths[:, None])[:, :, None, None], x, 0).astype(case.dtype) for x in (k, v))
@@ -234,7 +234,7 @@ def filter_file(case, seed):
 
 def ties_file():
     """The threshold alone, on scores full of ties and NaN, from an empty history."""
-    ratio, W, T = np.array([0, 0.1, 0.25, 1 / 3, 0.5, 0.7, 0.9, 0.999, 1]), 6, 24
+    ratio, W, T = np.array([0, 0.1, 0.25, 1 / 3, 0.5, 0.7, 0.9, 0.999, 1]), 10, 24
     score = np.random.default_rng(0).choice([-1, 0, 0.25, 0.5, 1, np.nan], (len(ratio), T))
     out = {"below": np.zeros(score.shape, np.int32), "redundant": np.zeros(score.shape, bool)}
     for b, t in np.ndindex(score.shape):
@@ -378,10 +378,10 @@ def model_files(seed):
 # ------------------------------------------------------------------------------------------------------------- main
 
 
-def search(build):
-    """What build(seed) gives for the first seed it does not refuse, and that seed."""
+def search(build, *given):
+    """What build(*given, seed) makes of the first seed it does not refuse, and that seed."""
     for seed in range(10000):
-        if (found := build(seed)) is not None:
+        if (found := build(*given, seed)) is not None:
             return found, seed
     raise RuntimeError("no seed gives decisions that are clear enough")
 
@@ -397,9 +397,10 @@ def as_json(value, depth=3, indent="\n"):
 
 def make(folder):
     """Write all files to a folder (a Path)."""
-    index = {"tensors": TENSORS, "filter": {}, "model": {"shape": SHAPE, "lengths": LENGTHS, "calls": CALLS, "prune": PRUNES}}
+    model = {"shape": SHAPE, "lengths": LENGTHS, "calls": CALLS, "prune": PRUNES}
+    index = {"tensors": TENSORS, "filter": {}, "model": model}
     for name, case in CASES.items():
-        tensors, seed = search(lambda seed: filter_file(case, seed))
+        tensors, seed = search(filter_file, case)
         save_file(tensors, folder / f"{name}.safetensors")
         index["filter"][name] = {"what": case.what, "config": asdict(case.config), "calls": case.calls, "seed": seed}
         if name == "rope":
@@ -408,11 +409,11 @@ def make(folder):
     save_file(tensors, folder / "ties.safetensors")
     what = "The threshold alone: scores full of ties and NaN (an input here), from an empty history."
     index["ties"] = {"what": what, "config": asdict(config)}
-    files, index["model"]["seed"] = search(model_files)
-    index["model"]["files"] = {}
+    files, model["seed"] = search(model_files)
+    model["files"] = {}
     for name, (tensors, what, config) in files.items():
         save_file(tensors, folder / f"{name}.safetensors")
-        index["model"]["files"][name] = {"what": what, "config": asdict(config)}
+        model["files"][name] = {"what": what, "config": asdict(config)}
     (folder / "files.json").write_text(as_json(index) + "\n")
 
 

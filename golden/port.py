@@ -10,9 +10,6 @@ import numpy as np
 
 FAR = 2**40  # a position no text reaches
 
-# ------------------------------------------------------------------------------------------------------- the filter
-
-
 class Filter:
     """What one layer's filter remembers of B sequences."""
 
@@ -54,40 +51,30 @@ def filter_chunk(k, v, n_new, state, ratio, config):
     return {name: np.stack([step[name] for step in steps], 1) for name in steps[0]}
 
 
-# ------------------------------------------------------------------------------------------------------- the ratios
+def shares(weight, total, cap):
+    """min(cap, a * weight), a such that they sum to total: what is above the cap goes to the others."""
+    capped = np.zeros(len(weight), bool)
+    while True:
+        a = (total - cap * capped.sum()) / weight[~capped].sum()
+        if (a * weight[~capped] <= cap).all():
+            return np.where(capped, cap, a * weight)
+        capped |= a * weight > cap
 
 
 def layer_ratios(schedule, p, L):
     """(L,) ratios that a sequence starts with."""
     if schedule in ("uniform", "adaptive"):
         return np.full(L, p)
-    ratios, left = np.zeros(L), p * L
     if schedule == "last":
-        for l in reversed(range(L)):
-            ratios[l] = min(left, max(0.9, p))
-            left -= ratios[l]
-        return ratios
-    ones = 0  # layers at 1, from the last on; those before them are on a line through 0
-    while ones < L - 1 and 2 * (left - ones) / (L - ones) > 1:
-        ones += 1
-    line = np.arange(L - ones)
-    ratios[: L - ones] = line * ((left - ones) / line.sum()) if ones < L - 1 else left - ones
-    ratios[L - ones :] = 1
-    return ratios[::-1] if schedule == "head" else ratios
+        top = max(0.9, p)
+        return np.clip(p * L - top * np.arange(L), 0, top)[::-1]
+    tail = shares(np.arange(L), p * L, 1.0) if p <= (L - 1) / L else np.array([p * L - (L - 1)] + [1.0] * (L - 1))
+    return tail[::-1] if schedule == "head" else tail
 
 
 def adaptive_ratios(contribution, p):
-    """contribution (L,) -> (L,): layers whose share is above 0.95 are capped there, the others share what is left."""
-    weight, capped = np.asarray(contribution, np.float64) ** -8, np.zeros(len(contribution), bool)
-    while True:
-        a = (p * len(weight) - 0.95 * capped.sum()) / weight[~capped].sum()
-        ratio = np.where(capped, 0.95, a * weight)
-        if (ratio <= 0.95).all():
-            return ratio
-        capped |= ratio > 0.95
-
-
-# -------------------------------------------------------------------------------------------------------- the model
+    """(L,) -> (L,)"""
+    return shares(np.asarray(contribution, np.float64) ** -8, p * len(contribution), 0.95)
 
 
 def rotate(x, position, theta):
@@ -105,7 +92,6 @@ class LayerCache:
     def __init__(self, B, shape, config, dtype):
         self.k = self.v = np.zeros((B, 0, shape["kv_heads"], shape["head_dim"]), dtype)
         self.at = self.until = np.zeros((B, 0), int)
-        self.length = np.zeros(B, int)
         self.state = Filter(B, shape["kv_heads"], shape["head_dim"], config, dtype)
         self.anchor_output = np.zeros((B, shape["width"]), dtype)
         self.departure = np.zeros((2, B))  # sum and number, for D_l
@@ -122,6 +108,7 @@ class Model:
         ratios = layer_ratios(config["schedule"], config["prune"], shape["n_layers"])
         self.ratio = np.repeat(ratios[:, None], B, 1)  # (L, B)
         self.warmup = max(config["warmup"], 1)
+        self.changes = self.warmup * 2 ** np.arange(40)  # where schedule adaptive sets the ratios anew
 
     def norm(self, x, name):
         return self.w[name] * x / np.sqrt((x * x).mean(-1, keepdims=True) + self.dtype(self.shape["norm_eps"]))
@@ -130,10 +117,7 @@ class Model:
         """tokens (B, T), row b's first n_new[b] real: {"logits": (B, T, V)} and, by (B, T, L), what else is expected."""
         done, out = np.zeros(len(tokens), int), {}
         while (done < n_new).any():
-            count = n_new - done
-            if self.config["schedule"] == "adaptive":  # up to each row's next change
-                changes = self.warmup * 2 ** np.arange(40)
-                count = np.minimum(count, [changes[changes > seen][0] - seen for seen in self.seen])
+            count = np.minimum(n_new - done, [min(self.changes[self.changes > seen]) - seen for seen in self.seen])
             row, step = np.nonzero(np.arange(count.max()) < count[:, None])
             piece = np.zeros((len(tokens), count.max()), int)
             piece[row, step] = tokens[row, done[row] + step]
@@ -145,7 +129,7 @@ class Model:
 
     def feed_piece(self, tokens, n_new):
         """The same, while no ratio changes."""
-        for b in np.flatnonzero(np.isin(self.seen, self.warmup * 2 ** np.arange(40))):
+        for b in np.flatnonzero(np.isin(self.seen, self.changes)):
             if self.config["schedule"] == "adaptive":
                 total, number = np.array([layer.departure[:, b] for layer in self.layers]).T
                 self.ratio[:, b] = adaptive_ratios(total / number, self.config["prune"])
@@ -154,11 +138,10 @@ class Model:
         x, traces = self.w["embed.weight"][tokens], []
         for l, cache in enumerate(self.layers):
             added, trace = self.attention(x, l, cache, real, position, n_new)
-            x = x + added
+            traces, x = [*traces, trace], x + added
             normed = self.norm(x, f"blocks.{l}.mlp_norm.weight")
             gate, up = (normed @ self.w[f"blocks.{l}.mlp.{part}.weight"].T for part in ("gate", "up"))
             x = x + (gate / (1 + np.exp(-gate)) * up) @ self.w[f"blocks.{l}.mlp.down.weight"].T
-            traces.append(trace)
         self.seen = self.seen + n_new
         logits = self.norm(x, "norm.weight") @ self.w["head.weight"].T
         return {"logits": logits} | {name: np.stack([trace[name] for trace in traces], 2) for name in traces[0]}
@@ -180,6 +163,7 @@ class Model:
             score, redundant = found["score"], found["redundant"]
         keep = real & ~redundant
         attends = keep if config["mode"] == "attention" else real
+        length = (cache.until == FAR).sum(1, keepdims=True) + keep.cumsum(1)
 
         # attention over what is cached and the chunk, (B, T, heads, S)
         until = np.where(keep, FAR, np.where(real, position + config["grace"], -1))
@@ -210,8 +194,6 @@ class Model:
         order = np.argsort(~visible, axis=1, kind="stable")[:, : visible.sum(1).max()]
         cache.k, cache.v = (np.take_along_axis(y, order[:, :, None, None], 1) for y in (keys, values))
         cache.at, cache.until = (np.take_along_axis(y, order, 1) for y in (at, until))
-        length = cache.length[:, None] + keep.cumsum(1)
-        cache.length = length[:, -1]
         return added, {"score": score, "redundant": redundant, "length": length,
                        "visible": np.where(attends, seen.sum(-1), 0),
                        "ratio": np.repeat(ratio[:, None], real.shape[1], 1)}  # fmt: skip
