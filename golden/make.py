@@ -402,14 +402,14 @@ def make(folder):
     for name, case in CASES.items():
         tensors, seed = search(filter_file, case)
         save_file(tensors, folder / f"{name}.safetensors")
-        index["filter"][name] = {"what": case.what, "config": asdict(case.config), "calls": case.calls, "seed": seed}
+        index["filter"][name] = {"what": case.what, "config": asdict(case.config), "calls": case.calls, "inputs_from_seed": seed}
         if name == "rope":
             index["filter"][name]["rope_theta"] = THETA
     tensors, config = ties_file()
     save_file(tensors, folder / "ties.safetensors")
     what = "The threshold alone: scores full of ties and NaN (an input here), from an empty history."
     index["ties"] = {"what": what, "config": asdict(config)}
-    files, model["seed"] = search(model_files)
+    files, model["weights_from_seed"] = search(model_files)
     model["files"] = {}
     for name, (tensors, what, config) in files.items():
         save_file(tensors, folder / f"{name}.safetensors")
