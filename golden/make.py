@@ -402,9 +402,8 @@ def make(folder):
     for name, case in CASES.items():
         tensors, seed = search(filter_file, case)
         save_file(tensors, folder / f"{name}.safetensors")
-        index["filter"][name] = {"what": case.what, "config": asdict(case.config), "calls": case.calls, "inputs_from_seed": seed}
-        if name == "rope":
-            index["filter"][name]["rope_theta"] = THETA
+        about = {"what": case.what, "config": asdict(case.config), "calls": case.calls, "inputs_from_seed": seed}
+        index["filter"][name] = about | ({"rope_theta": THETA} if name == "rope" else {})
     tensors, config = ties_file()
     save_file(tensors, folder / "ties.safetensors")
     what = "The threshold alone: scores full of ties and NaN (an input here), from an empty history."
