@@ -1,130 +1,537 @@
-"""Perplexity of a text, dense and filtered.
+"""What filtering costs: perplexity of a text, ablations, perplexity by position, and finding a pass key in a long text.
 
-    python eval_ppl.py [CHECKPOINT] --text FILE --window 768 --prune 0 0.2 0.5 --preset paper anchored cache
+    python eval_ppl.py [CHECKPOINT] --text FILE --window 768 --prune 0.1 0.3 0.5 --preset paper anchored cache
+    python eval_ppl.py [CHECKPOINT] --text FILE --window 768 --prune 0.3 --ablate
+    python eval_ppl.py [CHECKPOINT] --text FILE --window 4096 --prune 0.3 --by-position
+    python eval_ppl.py [CHECKPOINT] --passkey --lengths 1024 2048 --prune 0.3
 
 The text is tokenised whole, cut into windows, and each window is scored alone from an empty cache, as real decoding
 would: filtering is causal and chunk-free, so one forward pass gives the same figures as token by token.
 """
 
+import csv
+import importlib.util
+import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from generate import Parser, add_filter_arguments, add_model_arguments, fail, filter_from
-from load_weights import CheckpointError, load
+from generate import Parser, Stats, add_filter_arguments, add_model_arguments, fail, filter_from, generate
+from load_weights import CheckpointError, Tokenizer, load
 from model import Transformer
-from token_filter import FilterConfig
+from token_filter import CHOICES, PRESETS, FilterConfig, above_threshold, preset, token_filter
+
+# ------------------------------------------------------------------------------------------------- perplexity
 
 
 @dataclass
 class Score:
     """Sums over the tokens scored so far."""
 
-    nll: float = 0.0  # negative log-likelihood, in nats
-    tokens: int = 0  # whose loss is in nll
-    pairs: int = 0  # (token, layer) pairs fed
+    losses: torch.Tensor  # (window,) float64: negative log-likelihood, in nats, of the tokens at each position
+    counts: torch.Tensor  # (window,) int64: how many they are
+    pairs: int = 0  # (token, layer) pairs of the batches completed
     kept: int = 0  # of those, not redundant
+    live_bytes: int = 0  # cache in use at the end of each batch: K, V, positions, filter state
+    dense_bytes: int = 0  # K and V of every token in every layer
+    live_sum: int = 0  # the same two summed over the ends of all chunks
+    dense_sum: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return int(self.counts.sum())
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean loss."""
-        return math.exp(self.nll / self.tokens) if self.tokens else math.nan
+        """exp of the mean loss; NaN before the first."""
+        return self.between(0, len(self.counts))
+
+    def between(self, start, stop) -> float:
+        """Perplexity of the tokens at positions start .. stop-1 of their windows; NaN if there are none."""
+        return float((self.losses[start:stop].sum() / self.counts[start:stop].sum()).exp())
 
     @property
     def skip_ratio(self) -> float:
-        """Redundant (token, layer) pairs over all pairs."""
+        """Redundant (token, layer) pairs over all pairs; NaN until a batch is complete."""
         return 1 - self.kept / self.pairs if self.pairs else math.nan
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, windows: list[list[int]], filter: FilterConfig | None, batch=4, chunk=128) -> Iterable[Score]:
+def evaluate(
+    model: Transformer,
+    windows: list[list[int]],
+    filter: FilterConfig | None,
+    batch: int = 4,
+    chunk: int = 128,
+    overlap: int = 0,
+    criterion=token_filter,
+) -> Iterator[Score]:
     """Score every token of every window but its first; yields the running Score after each chunk of a batch.
 
-    Each window is a text of its own: fresh cache, positions from 0. `chunk` bounds the memory the logits take.
+    Each window is a text of its own: fresh cache, positions from 0. In all windows but the first, the leading `overlap`
+    tokens are context only, not scored. `chunk` bounds the memory the logits take. `criterion` as in model.new_cache.
     """
-    score = Score()
+    longest = max(map(len, windows))
+    score = Score(torch.zeros(longest, dtype=torch.float64), torch.zeros(longest, dtype=torch.int64))
     for start in range(0, len(windows), batch):
         rows = windows[start : start + batch]
         lengths = torch.tensor([len(row) for row in rows])
+        first = torch.tensor([max(overlap if start + i else 0, 1) for i in range(len(rows))])  # scored, of each row
         tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-        cache = model.new_cache(len(rows), filter)
+        cache = model.new_cache(len(rows), filter, criterion)
         for lo in range(0, tokens.shape[1], chunk):
             logits = model(tokens[:, lo : lo + chunk], cache, (lengths - lo).clamp(0, chunk))  # (B, T, V)
-            targets = tokens[:, lo + 1 : lo + 1 + logits.shape[1]]
-            scored = torch.arange(lo + 1, lo + 1 + targets.shape[1]) < lengths[:, None]
+            targets = tokens[:, lo + 1 : lo + 1 + chunk]  # as many, but at the text's end one fewer
+            position = torch.arange(lo + 1, lo + 1 + targets.shape[1])
+            scored = (position >= first[:, None]) & (position < lengths[:, None])  # (B, T)
             losses = F.cross_entropy(
                 logits[:, : targets.shape[1]].flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
                 targets.flatten().to(logits.device),
                 reduction="none",
             )
-            score.nll += float(losses[scored.flatten().to(losses.device)].double().sum())
-            score.tokens += int(scored.sum())
+            score.losses[position] += losses.cpu().double().view(targets.shape).masked_fill(~scored, 0).sum(0)
+            score.counts[position] += scored.sum(0)
+            live, dense = cache.live_bytes(), int(cache.seen.sum()) * model.kv_bytes_per_token()
+            score.live_sum, score.dense_sum = score.live_sum + live, score.dense_sum + dense
             yield score
+        score.live_bytes, score.dense_bytes = score.live_bytes + live, score.dense_bytes + dense
         score.pairs += int(cache.seen.sum()) * model.config.n_layers
         score.kept += int(cache.kept().sum())
         yield score
 
 
+def cut(ids: list[int], window: int, stride: int | None = None, bos: int | None = None) -> tuple[list[list[int]], int]:
+    """Windows of up to `window` tokens, `stride` apart (default: end to end), each with `bos`, if given, as its first.
+
+    Returns the windows and the overlap: how many tokens of each but the first are only context, so that all windows
+    together score every token once (without BOS and overlap: all but each window's first).
+    """
+    head = [] if bos is None else [bos]
+    room = window - len(head)
+    overlap = len(head) + room - (stride or room)
+    unscored = max(overlap, 1) - len(head)  # tokens of the text that open a window and are not scored there
+    starts = range(0, max(1, len(ids) - unscored), stride or room)
+    return [head + ids[start : start + room] for start in starts], overlap
+
+
+# ------------------------------------------------------------- what else one could do: rivals of token_filter
+# Each has token_filter's signature and promises: k, v (B, T, KVH, D), n_new (B,), state, ratio, config -> redundant, score.
+
+SINKS = 16  # first tokens that StreamingLLM keeps, as many as our warm-up
+
+
+def last_layers(first):
+    """Depth pruning: layers first .. L-1 have no attention, for no token, whatever the text."""
+
+    def criterion(k, v, n_new, state, ratio, config):
+        real = torch.arange(k.shape[1], device=k.device) < n_new[:, None]
+        return real & (state.layer >= first), torch.full(real.shape, math.nan, device=k.device)
+
+    return criterion
+
+
+def recent_only(k, v, n_new, state, ratio, config):
+    """StreamingLLM (arXiv 2309.17453), to run with mode="cache": past the warm-up every token is redundant, so that only
+    the first config.warmup tokens and the latest config.grace are visible. Keys keep their positions in the text."""
+    step = torch.arange(k.shape[1], device=k.device)
+    redundant = (step < n_new[:, None]) & (state.count[:, None] + step >= config.warmup)
+    state.count = state.count + n_new
+    return redundant, torch.full(redundant.shape, math.nan, device=k.device)
+
+
+def key_distance(k, v, n_new, state, ratio, config):
+    """KeyDiff (arXiv 2504.15364): drop the tokens whose keys look most like the mean of all keys, each scaled to length 1.
+
+    The original ranks what is cached, per head, when the cache is full. Here a token is ranked once, on arrival, by the mean
+    over heads of its cosine with the mean before it, against the same threshold as token_filter's. state.anchor[:, 0] holds
+    the sum, whose direction is the mean's.
+    """
+    B, T = k.shape[:2]
+    step = torch.arange(T, device=k.device)
+    unit = F.normalize(k.to(state.anchor.dtype), dim=-1)  # (B, T, KVH, D)
+    sums = torch.cat((state.anchor[:, :1], unit), dim=1).cumsum(1)  # (B, T+1, KVH, D) before each
+    score = F.cosine_similarity(unit, sums[:, :-1], dim=-1).mean(-1).masked_fill(step >= n_new[:, None], math.nan)
+    redundant = above_threshold(score, state.history, state.count, ratio)
+    redundant &= state.count[:, None] + step >= max(config.warmup, 1)
+    latest = n_new[:, None] + torch.arange(config.history, device=k.device)
+    state.history = torch.cat((state.history, score), dim=1).gather(1, latest)
+    state.anchor = sums[torch.arange(B, device=k.device), n_new][:, None].expand_as(state.anchor).clone()
+    state.count = state.count + n_new
+    return redundant, score
+
+
+def rivals(p, n_layers, window):
+    """(label, FilterConfig, criterion) of each rival at ratio p.
+
+    StreamingLLM has a fixed budget where the others keep a share, so it is there twice: with the same cache at a window's
+    end, B = (1-p) W tokens; and with the same on average over the window, where min(t, B) has the mean of (1-p) t. KeyDiff
+    ranks among 32 scores only: its scores fall while the mean settles, and among 256 it would skip a third where p is half.
+    """
+    last = round(p * n_layers)
+    yield f"no attention in the last {last} layers", FilterConfig(prune=p, schedule="uniform"), last_layers(n_layers - last)
+    for share in (1 - p, 1 - math.sqrt(p)):
+        recent = max(0, round(share * window) - SINKS)
+        config = preset("cache", prune=p, warmup=SINKS, grace=recent)
+        yield f"StreamingLLM, {SINKS} + {recent} tokens", config, recent_only
+    yield "KeyDiff, online", preset("cache", prune=p, history=32), key_distance
+
+
+VARIED = {
+    **{name: CHOICES[name] for name in ("schedule", "fusion", "keys", "fill")},
+    "gamma": (0.5, 0.7, 0.9, 0.95, 0.99),
+    "warmup": (0, 4, 16, 64),
+    "history": (64, 128, 256, 512, 1024),
+    "grace": (0, 8, 32, 128),
+}
+
+
+def variations(base: FilterConfig):
+    """(label, FilterConfig) with one field of the base changed at a time, to each other value of VARIED."""
+    for name, values in VARIED.items():
+        for value in values:
+            if value != getattr(base, name):
+                try:
+                    yield f"{name}={value}", replace(base, **{name: value})
+                except ValueError:  # has no meaning with this base, as fill="anchor" where every token attends
+                    continue
+
+
+# --------------------------------------------------------------------------------------------------- pass key
+
+FILLER = (
+    "The tide comes in and the tide goes out.",
+    "A gull sits on the harbour wall.",
+    "The boats are tied up for the night.",
+    "Somewhere a door is closed and a lamp is lit.",
+    "It will rain again before morning.",
+)
+NEEDLE = "The pass key is {0}. Remember it: the pass key is {0}."
+ANSWER = 12  # tokens that the model may say: enough for "The pass key is 12345."
+
+
+def passkey_prompt(tokenizer: Tokenizer, key: str, length: int, depth: float, chat=False) -> list[int]:
+    """Filler with the key at `depth` (0 start .. 1 end) of it and a request for it: as many sentences as fit `length` - ANSWER.
+
+    With chat, the request is a question in the checkpoint's chat template; else a plain text to continue.
+    Raises ValueError if not even one sentence fits.
+    """
+
+    def prompt(sentences):
+        text = [FILLER[i % len(FILLER)] for i in range(sentences)]
+        text.insert(round(depth * sentences), NEEDLE.format(key))
+        if not chat:
+            return tokenizer.encode(" ".join(text) + " The pass key is")
+        task = "There is a pass key hidden in this text. Find it and remember it.\n\n{}\n\nWhat is the pass key?"
+        return tokenizer.chat([{"role": "user", "content": task.format(" ".join(text))}])
+
+    empty, cycle = len(prompt(0)), len(prompt(len(FILLER))) - len(prompt(0))
+    sentences = max(1, (length - ANSWER - empty) * len(FILLER) // cycle + len(FILLER))
+    while len(prompt(sentences)) > length - ANSWER:
+        sentences -= 1
+        if sentences == 0:
+            raise ValueError(f"a pass key needs a text of more than {length} tokens")
+    return prompt(sentences)
+
+
+def passkey(model, tokenizer: Tokenizer, length, depths, trials, filter, chat=False, seed=0) -> dict:
+    """The share of `trials` keys that greedy decoding reproduces, at each depth and overall, and what was skipped and kept.
+
+    The same seed and length give the same texts whatever the filter. Each trial is a batch of all depths.
+    """
+    rng, found, skipped, live, dense = random.Random(f"{seed} {length}"), [0] * len(depths), [], 0, 0
+    for _ in tqdm(range(trials), f"{length} tokens", unit=" trials", leave=False):
+        keys = [str(rng.randrange(10000, 100000)) for _ in depths]
+        prompts = [passkey_prompt(tokenizer, key, length, depth, chat) for key, depth in zip(keys, depths)]
+        answers, stats = [[] for _ in depths], Stats()
+        for row, token in generate(model, prompts, ANSWER, filter, tokenizer.eos_ids, stats=stats):
+            answers[row].append(token)
+        for row, (key, answer) in enumerate(zip(keys, answers)):
+            found[row] += key in tokenizer.decode(answer)
+        skipped, live, dense = skipped + stats.row_skip_ratio, live + stats.kv_bytes, dense + stats.dense_kv_bytes
+    return {
+        **{f"depth {depth:g}": n / trials for depth, n in zip(depths, found)},
+        "found": sum(found) / len(depths) / trials,
+        "skipped": sum(skipped) / len(skipped),
+        "KV end": live / dense,
+    }
+
+
+# --------------------------------------------------------------------------------- tables, files and pictures
+
+COLUMNS = """\
+skipped  redundant (token, layer) pairs over all pairs
+KV end   bytes of the cache in use at a window's end (K, V, positions, filter state) over those of all K and V
+KV mean  the same on average over the window, taken every 128 tokens"""
+
+
+class Report:
+    """A table that grows row by row. Each row is printed, and the files that were asked for are written anew, at once."""
+
+    def __init__(self, args, protocol: str, draw, width: int):
+        self.args, self.protocol, self.draw, self.width, self.rows = args, protocol, draw, width, []
+        print(protocol)
+
+    def add(self, row: dict):
+        """A row: column names to strings or numbers, the same names every time."""
+        widths = [self.width, *(max(len(name), 9) + 2 for name in list(row)[1:])]
+        if not self.rows:
+            print("\n" + "".join(f"{name:{'>' if i else '<'}{w}}" for i, (name, w) in enumerate(zip(row, widths))))
+        cells = (f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values())
+        print("".join(f"{cell:{'>' if i else '<'}{w}}" for i, (cell, w) in enumerate(zip(cells, widths))), flush=True)
+        self.rows.append(row)
+        if self.args.json:
+            table = {"command": sys.argv, "protocol": self.protocol, "rows": self.rows}
+            Path(self.args.json).write_text(json.dumps(table, indent=1), encoding="utf-8")
+        if self.args.csv:
+            with open(self.args.csv, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, row)
+                writer.writeheader()
+                writer.writerows(self.rows)
+        if self.args.plot:
+            self.plot()
+
+    def plot(self):
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure = self.draw(pyplot, self.rows)
+        figure.suptitle(self.protocol.splitlines()[0], fontsize=8, wrap=True)
+        figure.savefig(self.args.plot, dpi=120)
+        pyplot.close(figure)
+
+
+def plain_numbers(axis):
+    """Tick labels like 20, 50, 100 on a logarithmic axis."""
+    from matplotlib import ticker
+
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
+def draw_ratios(pyplot, rows):
+    """Perplexity against the measured skip ratio, a line for each preset."""
+    figure, axes = pyplot.subplots(figsize=(7, 4.8), layout="constrained")
+    for name in dict.fromkeys(row["setting"] for row in rows):
+        points = [(row["skipped"], row["perplexity"]) for row in rows if row["setting"] == name]
+        if name == "dense":
+            axes.axhline(points[0][1], color="black", linestyle="--", label=f"dense: {points[0][1]:.1f}")
+        else:
+            axes.plot(*zip(*points), marker="o", label=name)
+    axes.set(xlabel="share of (token, layer) pairs found redundant, as measured", ylabel="perplexity (logarithmic)", yscale="log")
+    axes.set_xlim(left=0)
+    plain_numbers(axes.yaxis)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def draw_positions(pyplot, rows):
+    """Perplexity against position, a line for each setting; a point stands at its bucket's middle."""
+    figure, axes = pyplot.subplots(figsize=(7, 4.8), layout="constrained")
+    for row in rows:
+        spans = [name for name in row if name[0].isdigit()]
+        middles = [sum(map(int, span.split("-"))) / 2 for span in spans]
+        label, style = (row["setting"], "k--") if row["setting"] == "dense" else (f"{row['setting']} {row['prune']:g}", "-")
+        axes.plot(middles, [row[span] for span in spans], style, marker="o", label=label)
+    axes.set(xlabel="position in the window (logarithmic)", ylabel="perplexity (logarithmic)", yscale="log")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(middles, spans, rotation=30, fontsize=8)
+    plain_numbers(axes.yaxis)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def draw_passkey(pyplot, rows):
+    """A panel for each setting: lengths down, depths across, the share of keys found in each field."""
+    settings = list(dict.fromkeys((row["setting"], row["prune"]) for row in rows))
+    columns = min(4, len(settings))
+    depths = [name for name in rows[0] if name.startswith("depth ")]
+    lengths = list(dict.fromkeys(row["length"] for row in rows))
+    size = (3.2 * columns, (1.1 + 0.45 * len(lengths)) * math.ceil(len(settings) / columns) + 0.5)
+    figure, panels = pyplot.subplots(
+        math.ceil(len(settings) / columns), columns, figsize=size, squeeze=False, sharey=True, layout="constrained"
+    )
+    for panel in panels.flat[len(settings) :]:
+        panel.set_visible(False)
+    for setting, panel in zip(settings, panels.flat):
+        mine = {row["length"]: [row[d] for d in depths] for row in rows if (row["setting"], row["prune"]) == setting}
+        shares = [mine.get(length, [math.nan] * len(depths)) for length in lengths]
+        image = panel.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        for y, line in enumerate(shares):
+            for x, share in enumerate(line):
+                label, colour = "" if math.isnan(share) else f"{share:.0%}", "white" if share > 0.6 else "black"
+                panel.text(x, y, label, color=colour, ha="center", va="center", fontsize=8)
+        panel.set_title(setting[0] if setting[0] == "dense" else f"{setting[0]}, prune {setting[1]:g}", fontsize=9)
+        panel.set_xticks(range(len(depths)), [d.removeprefix("depth ") for d in depths], fontsize=8)
+        panel.set_yticks(range(len(lengths)), lengths, fontsize=8)
+    figure.supxlabel("depth of the key (0: start of the text, 1: end)", fontsize=9)
+    figure.supylabel("length in tokens", fontsize=9)
+    figure.colorbar(image, ax=panels, label="share of keys found")
+    return figure
+
+
+# ------------------------------------------------------------------------------------------- the command line
+
+
+def sweep(model, windows, overlap, settings, losses, args, report: Report):
+    """Perplexity of each setting, (label, filter, criterion); the first is dense. Ctrl-C shows what is known by then."""
+    edges = [0, *(64 << i for i in range(30) if 64 << i < args.window), args.window]
+    dense = None
+    for label, config, criterion in settings:
+        with tqdm(total=losses, desc=label, unit=" tokens", leave=False) as bar:
+            try:
+                for score in evaluate(model, windows, config, args.batch, overlap=overlap, criterion=criterion):
+                    bar.set_postfix_str(f"perplexity {score.perplexity:.2f}")
+                    bar.update(score.tokens - bar.n)
+            except KeyboardInterrupt:
+                bar.close()
+                if bar.n:
+                    print(f"interrupted: {label}: perplexity {score.perplexity:.3f} over the first {bar.n} of {losses} losses")
+                raise
+        dense = dense or score.perplexity
+        row = {"setting": label, "prune": float(config.prune) if config else 0.0}
+        row |= {"perplexity": score.perplexity, "x dense": score.perplexity / dense, "skipped": score.skip_ratio}
+        row |= {"KV end": score.live_bytes / score.dense_bytes, "KV mean": score.live_sum / score.dense_sum}
+        if args.by_position:
+            row |= {f"{lo}-{hi - 1}": score.between(lo, hi) for lo, hi in pairwise(edges)}
+        report.add(row)
+
+
+def check_files(args):
+    """Output files can be written, and plots drawn: better known before the work than after."""
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        fail("--plot needs matplotlib: pip install -r requirements-dev.txt")
+    if args.plot and Path(args.plot).suffix.lower() not in (".png", ".svg", ".pdf"):
+        fail(f"--plot {args.plot}: the file's name must end in .png, .svg or .pdf")
+    for path in filter(None, (args.json, args.csv, args.plot)):
+        try:
+            open(path, "a").close()
+        except OSError as e:
+            fail(f"{path}: cannot be written: {e.strerror}")
+
+
+def read_text(path) -> str:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        fail(f"{path}: cannot be read as UTF-8 text: {e}")
+    if not text.strip() or "\0" in text:
+        fail(f"{path}: {'is a binary file, not text' if text.strip() else 'the text is empty'}")
+    return text
+
+
 def main(argv=None):
-    parser = Parser(description="Perplexity of a text, dense and filtered.")
+    parser = Parser(description="What filtering costs: perplexity of a text, ablations, finding a pass key.")
     add_model_arguments(parser)
-    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text, tokenised whole")
+    parser.add_argument("--text", metavar="FILE", help="UTF-8 text, tokenised whole")
     parser.add_argument("--window", type=int, default=768, metavar="N", help="tokens scored together (default: %(default)s)")
-    parser.add_argument("--offsets", type=int, nargs="+", metavar="N", help="first tokens of the windows (default: all, end to end)")
+    parser.add_argument("--stride", type=int, metavar="N", help="tokens from a window to the next (default: end to end); where "
+                        "windows overlap, a token is scored in the first of them only")  # fmt: skip
+    parser.add_argument("--offsets", type=int, nargs="+", metavar="N", help="instead, windows that start at these tokens")
+    parser.add_argument("--bos", action="store_true", help="begin every window with the BOS token, as one of its N")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="use only the text's first N tokens")
-    parser.add_argument("--prune", type=float, nargs="+", default=[0.0, 0.1, 0.2, 0.3, 0.5], metavar="P")
+    parser.add_argument("--prune", type=float, nargs="+", metavar="P", help="default: 0.1 0.2 0.3 0.5; with --ablate or "
+                        "--passkey 0.3; dense is always measured first")  # fmt: skip
     parser.add_argument("--batch", type=int, default=4, metavar="N", help="windows at a time (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of --fusion random")
+    parser.add_argument("--seed", type=int, default=0, help="of --fusion random and of the pass keys")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--ablate", action="store_true", help="change one thing at a time from each --preset (default: anchored "
+                      "cache) at one ratio, and run what else one could do")  # fmt: skip
+    what.add_argument("--by-position", action="store_true", help="also perplexity by position in the window")
+    what.add_argument("--passkey", action="store_true", help="hide a five-digit key in filler text, and ask for it (default: "
+                      "every preset)")  # fmt: skip
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048], metavar="N", help="of --passkey, in tokens, prompt "
+                        "and answer together (default: 1024 2048)")  # fmt: skip
+    parser.add_argument("--depths", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1], metavar="X", help="of --passkey: where "
+                        "the key is, from 0, the start, to 1 (default: 0 0.25 0.5 0.75 1)")  # fmt: skip
+    parser.add_argument("--trials", type=int, default=1, metavar="N", help="of --passkey: keys for each length and depth (default: 1)")
+    parser.add_argument("--chat", action="store_true", help="of --passkey: ask in the chat template")
+    parser.add_argument("--json", metavar="FILE", help="write the table, after each row")
+    parser.add_argument("--csv", metavar="FILE", help="the same")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw it (needs matplotlib); not with --ablate")
     add_filter_arguments(parser, several=True)
     args = parser.parse_args(argv)
 
-    if args.window < 2 or args.batch < 1 or (args.max_tokens is not None and args.max_tokens < 2):
-        fail("--window and --max-tokens must be at least 2, --batch at least 1")
-    filters = []  # one dense row, then every preset at every ratio
-    for name in args.preset or ["paper"]:
-        for prune in args.prune:
-            config = filter_from(args, name, prune)
-            if config or "dense" not in [n for n, _ in filters]:
-                filters.append((name if config else "dense", config))
-    try:
-        text = Path(args.text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        fail(f"{args.text}: cannot be read as UTF-8 text: {e}")
+    if min(args.window, args.max_tokens or 2) < 2 or args.max_tokens == 0 or min(args.batch, args.trials, *args.lengths) < 1:
+        fail("--window and --max-tokens must be at least 2, --batch, --trials and --lengths at least 1")
+    if not all(0 <= depth <= 1 for depth in args.depths):
+        fail("--depths must lie between 0 and 1")
+    if args.stride is not None and (args.offsets or not 1 <= args.stride <= args.window - args.bos):
+        fail("--stride must be at least 1 and not more than --window (less the BOS token), and goes without --offsets")
+    names = args.preset or (list(PRESETS) if args.passkey else ["anchored", "cache"] if args.ablate else ["paper"])
+    prunes = args.prune or ([0.3] if args.ablate or args.passkey else [0.1, 0.2, 0.3, 0.5])
+    if args.ablate and (len(prunes) > 1 or prunes == [0] or args.plot):
+        fail("--ablate takes one --prune above 0, and draws no --plot")
+    if not args.passkey and not args.text:
+        fail("no text: give --text FILE (or --passkey)")
+    settings = [("dense", None, token_filter)]
+    settings += [(name, filter_from(args, name, p), token_filter) for name in names for p in prunes]
+    settings = settings[:1] + [s for s in settings if s[1]]  # --prune 0 is the dense row
+    text = None if args.passkey else read_text(args.text)
+    check_files(args)
 
     try:
         model, tokenizer = load(args.checkpoint, args.device, args.dtype, progress=True)
-        ids = tokenizer.encode(text, bos=False)[: args.max_tokens]
+        ids = tokenizer.encode(text, bos=False)[: args.max_tokens] if text else []
     except CheckpointError as e:
         fail(e)
-    if args.window > model.config.max_positions:
-        fail(f"--window {args.window} is longer than the model's context of {model.config.max_positions}")
+    context, dtype = model.config.max_positions, str(model.embed.weight.dtype).removeprefix("torch.")
+
+    if args.passkey:
+        if max(args.lengths) > context:
+            fail(f"--lengths {max(args.lengths)} is longer than the model's context of {context}")
+        form = "question in the chat template" if args.chat else 'plain text to be continued after "The pass key is"'
+        protocol = f"pass key of five digits, {args.trials} for each length and depth, {form}; greedy decoding; {dtype}"
+        try:
+            passkey_prompt(tokenizer, "00000", min(args.lengths), 0, args.chat)
+        except (CheckpointError, ValueError) as e:  # no chat template; too short
+            fail(e)
+        report = Report(args, protocol, draw_passkey, 10)
+        for label, config, _ in settings:
+            for length in args.lengths:
+                figures = passkey(model, tokenizer, length, args.depths, args.trials, config, args.chat, args.seed)
+                report.add({"setting": label, "prune": config.prune if config else 0.0, "length": length, **figures})
+        return
+
+    if args.window > context:
+        fail(f"--window {args.window} is longer than the model's context of {context}")
     if len(ids) < 2:
         fail(f"{args.text}: {len(ids)} tokens are too few: perplexity needs at least two")
-    offsets = args.offsets or range(0, len(ids) - 1, args.window)
-    if not all(0 <= offset < len(ids) - 1 for offset in offsets):
-        fail(f"--offsets must lie in the text's {len(ids)} tokens, at least one before the last")
-    windows = [ids[offset : offset + args.window] for offset in offsets]
-
-    print(
-        f"{args.text}: {len(ids)} tokens, no BOS; {len(windows)} windows of up to {args.window}, each scored alone: "
-        f"{sum(len(w) - 1 for w in windows)} losses; {str(model.embed.weight.dtype).removeprefix('torch.')}"
+    if args.bos and tokenizer.bos_id is None:
+        fail("--bos: the checkpoint's tokenizer has no BOS token")
+    bos = tokenizer.bos_id if args.bos else None
+    windows, overlap = cut(ids, args.window, args.stride, bos)
+    if args.offsets:
+        if not all(0 <= offset < len(ids) - 1 for offset in args.offsets):
+            fail(f"--offsets must lie in the text's {len(ids)} tokens, at least one before the last")
+        windows = [cut(ids[offset:], args.window, None, bos)[0][0] for offset in args.offsets]
+    if args.ablate:
+        bases = settings[1:]
+        settings += rivals(prunes[0], model.config.n_layers, max(map(len, windows)))
+        settings += [(f"{name}, {label}", config, token_filter) for name, base, _ in bases for label, config in variations(base)]
+    losses = sum(len(window) - max(overlap if i else 0, 1) for i, window in enumerate(windows))
+    if args.offsets:
+        layout = f"at tokens {', '.join(map(str, args.offsets))}"
+    else:
+        layout = f"{args.stride} apart, each token scored once" if args.stride else "end to end"
+    protocol = (
+        f"{Path(args.text).name}: {len(ids)} tokens, {'BOS before each window' if args.bos else 'no BOS'}; "
+        f"{len(windows)} windows of up to {args.window} {layout}; {losses} losses; {dtype}\n{COLUMNS}"
     )
-    print(f"{'preset':<10}{'prune':>6}{'perplexity':>13}{'x dense':>10}{'skipped':>10}")
-    dense = None
-    for name, config in filters:
-        steps = tqdm(evaluate(model, windows, config, args.batch), name, unit=" chunks", leave=False)
-        for score in steps:
-            steps.set_postfix_str(f"perplexity {score.perplexity:.2f}")
-        if config is None:
-            dense = score.perplexity
-        ratio = f"{score.perplexity / dense:>10.3f}" if dense else " " * 10
-        prune = config.prune if config else 0.0
-        print(f"{name:<10}{prune:>6.2f}{score.perplexity:>13.3f}{ratio}{score.skip_ratio:>10.4f}", flush=True)
+    report = Report(args, protocol, draw_positions if args.by_position else draw_ratios, 2 + max(len(s[0]) for s in settings))
+    sweep(model, windows, overlap, settings, losses, args, report)
 
 
 if __name__ == "__main__":

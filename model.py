@@ -217,13 +217,18 @@ class LayerCache:
         return averages[rows[:, None], before.to(y.device)]
 
     def measure(self, output, anchor_output, residual, chunk: Chunk, keep: Tokens):
-        """For schedule="adaptive": what attention adds beyond the anchor output, relative to the residual stream; summed
-        over each sequence's kept tokens from position 4 on, and how many those are. All three (B*T, C).
+        """For schedule="adaptive": what attention adds beyond the anchor output, relative to the residual stream, summed
+        over each sequence's kept tokens from position 4 on; and how many tokens they stand for. All three (B*T, C).
+
+        Where only a share 1 - r_l is kept, a kept token stands for 1 / (1 - r_l). Otherwise a layer that happened to look
+        idle at first would be skipped from then on and, with few tokens left to show better, go on looking idle.
         """
         counted = (keep.mask & (chunk.position >= 4)).to(output.device)
+        weight = (1 / (1 - self.ratio.to(self.departure.dtype)))[:, None].where(chunk.at >= max(self.filter.warmup, 1), 1)
+        weight = weight.masked_fill(~counted, 0)  # (B, T)
         size = residual.to(self.departure.dtype).norm(dim=-1).clamp(min=1e-30)
-        share = ((output - anchor_output).norm(dim=-1) / size).view(counted.shape).masked_fill(~counted, 0)
-        self.departure = self.departure + torch.stack((share.sum(1), counted.sum(1)), dim=1)
+        share = ((output - anchor_output).norm(dim=-1) / size).view(weight.shape).masked_fill(~counted, 0)
+        self.departure = self.departure + torch.stack(((weight * share).sum(1), weight.sum(1)), dim=1)
 
     def select(self, rows):
         self.length, self.kept = self.length[rows], self.kept[rows]
@@ -284,8 +289,10 @@ class KVCache:
 
     def update_ratios(self):
         """Where a row has come to a change, set its layers' ratios by what their attention has contributed so far."""
+        if not self.adaptive:
+            return
         due = (self.seen >= self.warmup) & (self.next_change(self.seen - 1) == self.seen)
-        if self.adaptive and due.any():
+        if due.any():
             total, number = torch.stack([layer.departure for layer in self.layers], dim=1).unbind(2)  # (B, L) each
             ratios = adaptive_ratios(total / number.clamp(min=1), self.filter.prune)
             due = due.to(ratios.device)
@@ -474,7 +481,8 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.width)
+        # not nn.Embedding(...), which on the meta device, where loading starts, takes seconds to import what draws its weights
+        self.embed = nn.Embedding.from_pretrained(torch.randn(config.vocab_size, config.width), freeze=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = Linear(config.width, config.vocab_size)

@@ -23,6 +23,7 @@ from token_filter import (
     FilterConfig,
     FilterState,
     above_threshold,
+    adaptive_ratios,
     layer_ratios,
     preset,
     running_average,
@@ -520,6 +521,34 @@ def test_uniform_is_constant_and_last_fills_layers_from_the_end(L):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_one_layer_takes_the_whole_ratio(schedule):
     assert all(ratios(schedule, p, 1) == pytest.approx([p], abs=1e-15) for p in PRUNES)
+
+
+def adaptive_by_bisection(contribution, p):
+    """min(cap, a D^-8) with the a whose mean is p."""
+    cap, weight = max(0.95, p), contribution**-8.0
+    low, high = 0.0, p * len(weight) / weight.min()
+    for _ in range(400):
+        a = (low + high) / 2
+        low, high = (a, high) if np.minimum(cap, a * weight).mean() < p else (low, a)
+    return np.minimum(cap, a * weight)
+
+
+@pytest.mark.parametrize("L", [1, 2, 3, 12, 30])
+@pytest.mark.parametrize("spread", [0.0, 0.02, 0.3, 1.0])
+def test_adaptive_ratios_are_the_formula(L, spread):
+    rng = np.random.default_rng(L)
+    contribution = 0.15 * np.exp(spread * rng.standard_normal((4, L)))
+    for p in PRUNES:
+        got = adaptive_ratios(torch.tensor(contribution), p).numpy()
+        np.testing.assert_allclose(got.mean(1), p, rtol=0, atol=1e-9)
+        for row in range(4):
+            np.testing.assert_allclose(got[row], adaptive_by_bisection(contribution[row], p), rtol=0, atol=1e-6)
+
+
+def test_adaptive_ratios_are_even_while_nothing_is_known():
+    """And a layer that contributes nothing at all takes as much as a layer may."""
+    np.testing.assert_allclose(adaptive_ratios(torch.zeros(2, 5), 0.3), np.full((2, 5), 0.3))
+    np.testing.assert_allclose(adaptive_ratios(torch.tensor([[0.2, 0.0, 0.2, 0.2]]), 0.3)[0], [0.25 / 3, 0.95, 0.25 / 3, 0.25 / 3])
 
 
 # ---------------------------------------------------------------- 7. FilterConfig and presets

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import generate as generate_module
-from eval_ppl import main as eval_main
 from generate import (
     BOLD,
     MOST_STRIPS,
@@ -408,7 +407,7 @@ def truncate(folder):
 @pytest.mark.parametrize("damage, message", [
     (shutil.rmtree, "no such folder"),
     (truncate, "model-00002-of-00003.safetensors"),
-    (lambda folder: sorted(folder.glob("*.safetensors"))[0].unlink(), "model-00001-of-00003.safetensors: no such file"),
+    (lambda folder: min(folder.glob("*.safetensors")).unlink(), "model-00001-of-00003.safetensors: no such file"),
     (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer.json"),
     (lambda folder: (folder / "config.json").write_text("[1"), "config.json"),
     (break_json("config.json", model_type="gpt2"), "model_type 'gpt2' is not supported"),
@@ -438,44 +437,3 @@ def test_the_process_itself_exits_with_2_and_no_traceback(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: {tmp_path / 'nowhere'}: no such folder\n"
-
-
-# -------------------------------------------------------------------------------------------------- perplexity
-
-
-@pytest.mark.parametrize("filter", FILTERS, ids=["dense", *PRESETS])
-def test_perplexity_equals_decoding_token_by_token(filter):
-    from eval_ppl import evaluate
-
-    model, nll, kept = small(), 0.0, 0
-    for prompt in PROMPTS:
-        cache = model.new_cache(1, filter)
-        for token, target in zip(prompt, prompt[1:] + [None]):
-            logits = model(torch.tensor([[token]]), cache)[0, 0]
-            nll -= 0.0 if target is None else float(logits.log_softmax(-1)[target])
-        kept += int(cache.kept())
-    *_, score = evaluate(model, PROMPTS, filter, batch=2, chunk=17)
-    assert score.tokens == sum(LENGTHS) - 3
-    assert score.nll == pytest.approx(nll, abs=1e-9)
-    assert (score.kept, score.pairs) == (kept, sum(LENGTHS) * 4)
-
-
-def test_perplexity_command(checkpoint, capsys, tmp_path):
-    (tmp_path / "text.txt").write_text(LONG * 8, encoding="utf-8")
-    flags = ["--text", str(tmp_path / "text.txt"), "--window", "64", "--device", "cpu"]
-    eval_main([str(checkpoint), *flags, "--prune", "0", "0.5", "--preset", "paper", "cache"])
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [row[:2] for row in rows[2:]] == [["dense", "0.00"], ["paper", "0.50"], ["cache", "0.50"]]
-    assert rows[2][3] == "1.000" and 0.2 < float(rows[3][4]) < 0.6
-
-
-@pytest.mark.parametrize("content, flags, message", [
-    (None, [], "cannot be read"), (b"", ["--window", "64"], "too few"), (b"\xff\xfe\x00binary", [], "cannot be read as UTF-8"),
-    (b"the fox the fox", ["--window", "500"], "context of 200"), (b"the fox the fox", ["--window", "64", "--offsets", "99999"], "--offsets"),
-    (b"the fox the fox", ["--prune", "2"], "prune=2.0"), (b"the fox", ["--window", "1"], "--window"),
-])  # fmt: skip
-def test_perplexity_of_bad_text(checkpoint, capsys, tmp_path, content, flags, message):
-    path = tmp_path / "text.txt"
-    if content is not None:
-        path.write_bytes(content)
-    assert message in refused(capsys, checkpoint, "--text", path, *flags, command=eval_main)

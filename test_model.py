@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from load_weights import load, load_model
+from load_weights import load
 from model import ModelConfig, Transformer, rope_frequencies
 from token_filter import PRESETS, FilterState, layer_ratios, preset, token_filter
 
@@ -71,7 +71,7 @@ def obvious(model, tokens, filter):
     for t, token in enumerate(tokens):
         x = model.embed(token)
         if filter.schedule == "adaptive" and t in [max(filter.warmup, 1) * 2**i for i in range(20)]:
-            weights = [(sum(d) / len(d)) ** -8 if d else 1.0 for d in departures]
+            weights = [(sum(n * d for n, d in ds) / sum(n for n, _ in ds)) ** -8 if ds else 1.0 for ds in departures]
             low, high = 0.0, filter.prune * L / min(weights)
             for _ in range(200):  # bisect for a
                 a = (low + high) / 2
@@ -98,7 +98,8 @@ def obvious(model, tokens, filter):
                 added = block.attn.o(torch.cat(heads))
                 if not redundant:
                     if t >= 4:
-                        departures[l].append(float((added - anchors[l]).norm() / x.norm()))
+                        stands_for = 1.0 if t < max(filter.warmup, 1) else 1 / (1 - ratios[l])
+                        departures[l].append((stands_for, float((added - anchors[l]).norm() / x.norm())))
                     anchors[l] = added if t == 0 else filter.gamma * anchors[l] + (1 - filter.gamma) * added
             x = x + added
             x = x + block.mlp(block.mlp_norm(x))
@@ -330,35 +331,6 @@ def our_logits(model, ids, steps):
     logits = [model(ids[:, :-steps], cache)]
     logits += [model(ids[:, t : t + 1], cache) for t in range(ids.shape[1] - steps, ids.shape[1])]
     return torch.cat(logits, 1)
-
-
-SIZES = {"vocab_size": 131, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "max_position_embeddings": 256}
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 32}  # fmt: skip
-FAMILIES = {
-    "llama": transformers.LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=4, rms_norm_eps=1e-5),
-    "llama-gqa-tied": transformers.LlamaConfig(
-        **SIZES, num_attention_heads=4, num_key_value_heads=1, tie_word_embeddings=True
-    ),
-    "llama3-scaling": transformers.LlamaConfig(
-        **SIZES, num_attention_heads=6, num_key_value_heads=2, head_dim=16, rope_parameters=LLAMA3
-    ),
-    "mistral": transformers.MistralConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, sliding_window=None),
-    "mistral-window": transformers.MistralConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, sliding_window=24),
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_equal_transformers(family, tmp_path):
-    reference = transformers.AutoModelForCausalLM.from_config(FAMILIES[family])
-    for p in reference.parameters():
-        torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.15)
-    reference.save_pretrained(tmp_path, max_shard_size="100KB" if family == "llama" else "5GB")
-    assert (tmp_path / "model.safetensors.index.json").exists() == (family == "llama")
-    ids = torch.randint(0, 131, (2, 100))
-    ours, theirs = our_logits(load_model(tmp_path, "cpu"), ids, 40), hf_logits(tmp_path, ids, 40)
-    assert theirs.std() > 0.3
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
 PROSE = """The lighthouse keeper kept a careful record of every ship that passed the point: its name, if he could read it,

@@ -101,7 +101,7 @@ def adaptive_ratios(contribution, p):
     weight = contribution.double().clamp(min=1e-9) ** -8
     weight, order = (weight / weight.amax(1, keepdim=True)).sort(1, descending=True)
     rest = weight.flip(1).cumsum(1).flip(1)  # each layer's weight and those below it
-    capped = torch.arange(L, device=weight.device)  # if so many layers are at the cap, a is what the others need
+    capped = torch.arange(L, dtype=weight.dtype, device=weight.device)  # if so many layers are at the cap, a is what the others need
     a = (p * L - cap * capped) / rest
     first = (a * weight <= cap * (1 + 1e-12)).int().argmax(1, keepdim=True)  # the fewest that leave no other above it
     return torch.empty_like(weight).scatter_(1, order, (a.gather(1, first) * weight).clamp(max=cap))
