@@ -286,7 +286,7 @@ def slow_model(weights, tokens, config):
     ratio = schedule_ratios(config.schedule, config.prune, L)
     warmup, T = max(config.warmup, 1), len(tokens)
     past = [[] for _ in range(L)]  # of each layer: (position, k, v, redundant) of each token
-    states, anchor_output, departures = [None] * L, [None] * L, [[] for _ in range(L)]
+    states, anchor_output, departures = [None] * L, [None] * L, [[] for _ in range(L)]  # departures: (D of a token, weight)
     out = {name: np.zeros((T, L), np.int32) for name in ("length", "visible")}
     out |= {"ratio": np.zeros((T, L)), "score": np.full((T, L), np.nan), "redundant": np.zeros((T, L), bool)}
     out["logits"] = np.zeros((T, SHAPE["vocab_size"]))
@@ -294,7 +294,7 @@ def slow_model(weights, tokens, config):
     for t, token in enumerate(tokens):
         x = W["embed.weight"][token]
         if config.schedule == "adaptive" and t in [warmup * 2**i for i in range(20)]:
-            ratio = adaptive([sum(d) / len(d) for d in departures], config.prune)
+            ratio = adaptive([sum(w * d for d, w in layer) / sum(w for _, w in layer) for layer in departures], config.prune)
         for l in range(L):
             w = {name[len(f"blocks.{l}.") :]: m for name, m in W.items() if name.startswith(f"blocks.{l}.")}
             normed = rms_norm(x, w["attn_norm.weight"])
@@ -330,7 +330,8 @@ def slow_model(weights, tokens, config):
                     if t == 0:
                         anchor_output[l] = added
                     if t >= 4:
-                        departures[l].append(np.linalg.norm(added - anchor_output[l]) / np.linalg.norm(x))
+                        departure = np.linalg.norm(added - anchor_output[l]) / np.linalg.norm(x)
+                        departures[l].append((departure, 1 / (1 - ratio[l]) if t >= warmup else 1.0))
                     anchor_output[l] = config.gamma * anchor_output[l] + (1 - config.gamma) * added
 
             x = x + added

@@ -119,8 +119,7 @@ class Model:
         while (done < n_new).any():
             count = np.minimum(n_new - done, [min(self.changes[self.changes > seen]) - seen for seen in self.seen])
             row, step = np.nonzero(np.arange(count.max()) < count[:, None])
-            piece = np.zeros((len(tokens), count.max()), int)
-            piece[row, step] = tokens[row, done[row] + step]
+            piece = np.take_along_axis(tokens, np.minimum(done[:, None] + np.arange(count.max()), tokens.shape[1] - 1), 1)
             for name, x in self.feed_piece(piece, count).items():
                 whole = out.setdefault(name, np.zeros(tokens.shape + x.shape[2:], x.dtype))
                 whole[row, done[row] + step] = x[row, step]
@@ -180,12 +179,13 @@ class Model:
         # what the others add, and D_l
         added = np.where(attends[:, :, None], out, 0)
         for t in range(real.shape[1]):
-            first = (position[:, t] == 0)[:, None]
-            before = np.where(first, out[:, t], cache.anchor_output)
+            before = np.where(position[:, t, None] == 0, out[:, t], cache.anchor_output)
             if config["fill"] == "anchor":
                 added[:, t] = np.where(attends[:, t, None], out[:, t], before)
-            size, counted = np.linalg.norm(x[:, t], axis=-1), keep[:, t] & (position[:, t] >= 4)
-            cache.departure += np.where(counted, [np.linalg.norm(out[:, t] - before, axis=-1) / size, counted], 0)
+            departure = np.linalg.norm(out[:, t] - before, axis=-1) / np.linalg.norm(x[:, t], axis=-1)
+            stands_for = np.where(position[:, t] < self.warmup, 1, 1 / (1 - np.minimum(ratio, 0.95)))
+            counted = keep[:, t] & (position[:, t] >= 4)
+            cache.departure += np.where(counted, [stands_for * departure, stands_for], 0)
             after = config["gamma"] * before + (1 - config["gamma"]) * out[:, t]
             cache.anchor_output = np.where(keep[:, t, None], after, cache.anchor_output)
 
