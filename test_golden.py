@@ -215,9 +215,7 @@ class Reference:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FILES)
-def test_token_filter_and_the_model_pass_every_file(name, dtype, request):
-    if dtype == "float64" and name == "model-adaptive":
-        request.applymarker(pytest.mark.xfail(strict=True, reason="scores of a chunk in pieces are recorded in float32"))
+def test_token_filter_and_the_model_pass_every_file(name, dtype):
     check(Reference, name, dtype)
 
 
