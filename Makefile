@@ -1,6 +1,7 @@
 # make demo      set up, then let a small real model answer: dense, and filtered by each preset
 # make test      set up, then run all tests
 # make figures   draw README's pictures of the demo model into figures/
+# make golden    make the files in golden/ again, for those who port the method
 # All build .venv and the demo checkpoint on first use. PYTHON=python3.12 make ... chooses another interpreter.
 
 PYTHON ?= python3
@@ -20,6 +21,9 @@ figures: .venv/dev $(DEMO)
 	$(BIN)/python generate.py --prompt "$(LIST)" --prune 0.3 --preset anchored --max-new-tokens 10 --device cpu \
 	    --skip-map figures/skip-map.png
 
+golden: .venv/dev
+	$(BIN)/python -m golden.make
+
 .venv/base: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -r requirements.txt
@@ -37,4 +41,4 @@ $(DEMO): | .venv/base
 clean:
 	rm -rf .venv checkpoints
 
-.PHONY: demo test figures clean
+.PHONY: demo test figures golden clean

@@ -547,7 +547,8 @@ class Transformer(nn.Module):
         """The same in several pieces, each row's cut where its own ratios change, put together again: (B, T, C)."""
         x = self.embed.weight.new_zeros(*tokens.shape, self.config.width)
         redundant = torch.zeros(len(cache.layers), *tokens.shape, dtype=torch.bool)
-        score = torch.full(redundant.shape, math.nan, device=x.device)
+        stats = torch.promote_types(x.dtype, torch.float32)
+        score = torch.full(redundant.shape, math.nan, dtype=stats, device=x.device)
         for done, count in pieces:
             row, step = (torch.arange(int(count.max())) < count[:, None]).nonzero(as_tuple=True)
             piece = tokens.new_zeros(len(tokens), int(count.max()))
