@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import random
 from collections import defaultdict
 from dataclasses import asdict
 from itertools import groupby
@@ -225,32 +226,33 @@ class FilteredLM(TemplateLM):
 
 
 def load_tasks(names, include_path):
-    """[(a name to report, its Task or Group, the names of its tasks)]; exits with one line if a task cannot be had."""
+    """What the harness loads for these names, {"tasks": {name: Task}, "groups": {name: Group}}, and the lines to report:
+    {name of a group or task: its tasks}. Exits with one line if a task cannot be had.
+    """
     manager = TaskManager(include_path=include_path, include_defaults=False)
     if not set(names) <= set(manager.all_tasks):  # the harness's own are thousands of files to read
         manager = TaskManager(include_path=include_path)
-    found = []
+    loaded, lines = {"tasks": {}, "groups": {}}, {}
     for name in names:
         try:
-            loaded = manager.load([name])
+            found = manager.load([name])
         except KeyError:
             fail(f"task {name}: neither the harness nor {' nor '.join(include_path)} has it")
         except Exception as e:  # noqa: BLE001 (whatever a data set's loading raises)
             fail(f"task {name}: its data cannot be loaded: {e}; to download them, run once with HF_HUB_OFFLINE=0")
-        if name in loaded["groups"]:
-            found.append((name, loaded["groups"][name], list(loaded["tasks"])))
-        else:
-            found += [(task_name, task, [task_name]) for task_name, task in loaded["tasks"].items()]
-    return found
+        loaded["tasks"].update(found["tasks"])
+        loaded["groups"].update(found["groups"])
+        lines.update({name: list(found["tasks"])} if name in found["groups"] else {task: [task] for task in found["tasks"]})
+    return loaded, lines
 
 
-def summarise(results, lm: FilteredLM, tasks):
+def summarise(results, lm: FilteredLM, lines):
     """The harness's results of one setting: {name: {"metrics": {metric: (value, stderr)}, skip ratio and lengths}}.
 
     With several tasks, "average" is over all that report a metric, its stderr as of independent tasks.
     """
     table = {}
-    for name, _, parts in tasks:
+    for name, parts in lines.items():
         metrics = {}
         for key, value in results["results"][name].items():
             metric, _, kind = key.partition(",")
@@ -295,14 +297,14 @@ def main(argv=None):
     parser = Parser(description="Tasks of the lm-evaluation-harness, dense against filtered.")
     add_model_arguments(parser)
     parser.add_argument("--suite", choices=SUITES, help="the paper's: %(choices)s")
-    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="tasks or groups of the harness, or of --include-path")
-    parser.add_argument("--include-path", action="append", metavar="FOLDER", help="more task YAML files, beside those in tasks/")
-    parser.add_argument("--num-fewshot", type=int, metavar="N", help="solved examples before each question (default: the task's)")
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="of the harness, or of --include-path")
+    parser.add_argument("--include-path", action="append", metavar="FOLDER", help="more task files, beside those in tasks/")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="solved examples first (default: the task's)")
     parser.add_argument("--fewshot-seed", type=int, default=1234, help="which examples (default: the harness's, %(default)s)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
     parser.add_argument("--prune", type=float, nargs="+", default=[0.0, 0.2, 0.5], metavar="P")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="continuations at a time (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of --fusion random, and of tasks that sample")
+    parser.add_argument("--seed", type=int, default=0, help="of --fusion random, and of what tasks draw at random")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     add_filter_arguments(parser, several=True)
     args = parser.parse_args(argv)
@@ -310,7 +312,7 @@ def main(argv=None):
     names = SUITES.get(args.suite, []) + args.tasks
     if not names:
         fail("no task: give --suite or --tasks")
-    if args.batch < 1 or args.seed < 0 or (args.limit or 1) < 1 or (args.num_fewshot or 0) < 0:
+    if args.batch < 1 or args.seed < 0 or (args.limit is not None and args.limit < 1) or (args.num_fewshot or 0) < 0:
         fail("--batch and --limit must be at least 1, --seed and --num-fewshot at least 0")
     filters = []  # dense once, then every preset at every ratio
     for name in args.preset or ["paper"]:
@@ -321,8 +323,13 @@ def main(argv=None):
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    random.seed(args.seed)  # a few tasks shuffle their choices with it
     include_path = [str(Path(__file__).resolve().parent / "tasks"), *(args.include_path or [])]
-    tasks = load_tasks(names, include_path)
+    loaded, lines = load_tasks(names, include_path)
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None or (args.num_fewshot is not None and task.get_config("num_fewshot") > 0):
+            task.set_config("num_fewshot", args.num_fewshot or 0)  # a 0 in a task's own file stays, as in the harness
+        task.set_fewshot_seed(args.fewshot_seed)
     try:
         model, tokenizer = load(args.checkpoint, args.device, args.dtype, progress=True)
     except CheckpointError as e:
@@ -332,18 +339,10 @@ def main(argv=None):
     for title, config in filters:
         lm = FilteredLM(model, tokenizer, config, args.batch, args.seed, title)
         try:
-            results = lm_eval.simple_evaluate(
-                lm,
-                tasks=[task for _, task, _ in tasks],
-                num_fewshot=args.num_fewshot,
-                limit=args.limit,
-                log_samples=False,
-                random_seed=args.seed,
-                fewshot_random_seed=args.fewshot_seed,
-            )
+            results = lm_eval.evaluate(lm, loaded, limit=args.limit, log_samples=False)
         except (ValueError, CheckpointError) as e:
             fail(e)
-        settings.append((title, summarise(results, lm, tasks)))
+        settings.append((title, summarise(results, lm, lines)))
 
     if args.json:
         about = {"lm_eval": lm_eval.__version__, "checkpoint": str(args.checkpoint), "limit": args.limit}
