@@ -198,7 +198,8 @@ def test_greedy_is_recognised(tiny):
     lm = FilteredLM(*tiny, FILTERS[1])
     prompt = lm.tok_encode(PUMP)[:40]
     best = [token for _, token in generate(lm.model, [prompt], 5, lm.filter)]
-    assert [greedy for _, greedy, *_ in lm.score_all([(prompt, best), (prompt, best[:-1] + [best[-1] ^ 1])])] == [True, False]
+    answers = lm.score_all([(prompt, best), (prompt, best[:2]), (prompt, best[:-1] + [best[-1] ^ 1])])
+    assert [greedy for _, greedy, *_ in answers] == [True, True, False]
 
 
 @pytest.mark.parametrize("filter", FILTERS[:2], ids=["dense", "paper"])
@@ -372,8 +373,9 @@ def test_the_table_of_a_suite(checkpoint, stand_ins, capsys):  # noqa: F811
     assert list(dense) == names and "".join(shown[0].split()) == "taskmetricsettingvaluestderr-denseskipped"
     for table in (dense, filtered):
         for metric in ("acc", "acc_norm"):
-            values = [table[name]["metrics"][metric][0] for name in names[:-1] if metric in table[name]["metrics"]]
-            assert table["average"]["metrics"][metric][0] == pytest.approx(sum(values) / len(values))
+            values = torch.tensor([table[name]["metrics"][metric] for name in names[:-1] if metric in table[name]["metrics"]])
+            expected = values[:, 0].mean(), values[:, 1].square().sum().sqrt() / len(values)
+            assert table["average"]["metrics"][metric] == pytest.approx([float(x) for x in expected], abs=1e-6)
     assert all(row["skip_ratio"] == 0 for row in dense.values())
     assert filtered["mmlu_astronomy"]["skip_ratio"] > 0.2 and filtered["mmlu_astronomy"]["unfiltered"] == 0
     assert dense["piqa"]["texts"] == 4 and dense["mmlu_astronomy"]["texts"] == 8
