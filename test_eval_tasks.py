@@ -220,16 +220,18 @@ def test_rolling_equals_decoding_one_by_one(tiny, filter):
 def test_generation_equals_generate(tiny, filter):
     """Cut at stop strings and limits of each request's own, and truncated from the left."""
     lm, prompts = FilteredLM(*tiny, filter, batch=2), [*GENERATE, FERRY]
-    free = []
+    free, full = [], 0
     for prompt in prompts:
         ids = lm.tok_encode(prompt)[-(lm.context - 20) :]
         tokens = [token for _, token in generate(lm.model, [ids], 20, filter, lm.tokenizer.eos_ids)]
         free.append(lm.tokenizer.decode(tokens))
+        full += len(ids) + len(tokens)
     stops = [free[0][5:7], free[1][8], "never there", "", free[4][:1]]
     requests = [(prompt, {"until": [stop], "max_gen_toks": 20}) for prompt, stop in zip(prompts, stops)]
     texts = lm.generate_until(instances("generate_until", requests))
     assert texts == [text.split(stop)[0] if stop else text for text, stop in zip(free, stops)]
     assert texts[0] != free[0] and len(lm.fed["t"]) == len(prompts)
+    assert sum(tokens for tokens, _ in lm.fed["t"]) < full - 30  # what has met its stop string is not fed any more
 
 
 def test_a_shared_context_is_fed_once(tiny, monkeypatch):
