@@ -1,0 +1,434 @@
+"""The harness sees the same model as through transformers; filtered scores are those of decoding token by token."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is an extra: pip install -r requirements-extra.txt")
+
+from lm_eval.api.instance import Instance
+
+import eval_tasks
+from eval_tasks import SUITES, FilteredLM, batches, load_tasks, main
+from generate import generate
+from load_weights import load
+from model import KVCache, Transformer
+from test_generate import checkpoint  # noqa: F401 (a fixture)
+from token_filter import PRESETS, preset
+
+FILTERS = [None] + [preset(name, prune=0.5) for name in PRESETS]
+HERE = Path(eval_tasks.__file__).parent
+
+CHOICE = [
+    ("A wet towel left in the sun becomes", ["dry", "wetter", "heavier than before", "a stone"], 0),
+    ("Before cutting bread, one takes a", ["knife", "pillow", "letter", "candle made of wax"], 0),
+    ("Ice that is heated turns into", ["sand", "water", "wood", "a different kind of metal"], 1),
+    ("The mug fell from the shelf onto the stone floor and", ["flew away", "sang", "broke", "grew"], 2),
+    ("To see the stars well one should look up at", ["noon", "breakfast", "the floor", "night"], 3),
+    ("Fish breathe", ["with gills", "through their tails", "only on land", "smoke"], 0),
+]
+FERRY = (
+    "The ferry left the harbour a little after six. Nobody stood at the rail, because the wind came straight from the north "
+    "and carried rain with it. In the saloon an old man was repairing a net, knot by knot, and a girl asked him whether "
+    "the fish would not see it. They see it, he said, but they do not know what a net is."
+)
+PUMP = "A pump that stands still is a pump that rusts. Run it for ten minutes every month, and write the date on the card."
+ROLLING = [FERRY, PUMP]
+GENERATE = ["The three primary colours are red,", "Monday, Tuesday, Wednesday,", "1, 2, 3, 4, 5,", "The capital of Italy is"]
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """Multiple choice, perplexity of whole texts, generation; and two tasks that cannot be run."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = {
+        "choice": [{"question": q, "choices": choices, "answer": answer} for q, choices, answer in CHOICE],
+        "rolling": [{"text": text} for text in ROLLING],
+        "generate": [{"text": text, "answer": "green"} for text in GENERATE],
+    }
+    accuracy = [{"metric": "acc"}, {"metric": "acc_norm"}]
+    settings = {
+        "choice": {
+            "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}",
+            "doc_to_target": "{{answer}}", "metric_list": accuracy,
+        },
+        "rolling": {
+            "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+            "metric_list": [{"metric": "word_perplexity"}, {"metric": "byte_perplexity"}],
+        },
+        "generate": {
+            "output_type": "generate_until", "doc_to_text": "{{text}}", "doc_to_target": "{{answer}}",
+            "generation_kwargs": {"until": [".", "\n"], "max_gen_toks": 12}, "metric_list": [{"metric": "exact_match"}],
+        },
+        "too_long": {
+            "output_type": "multiple_choice", "doc_to_text": "a", "doc_to_choice": "{{[text * 250, 'b']}}", "doc_to_target": 0,
+        },
+        "beams": {
+            "output_type": "generate_until", "doc_to_text": "a", "doc_to_target": "b", "generation_kwargs": {"num_beams": 4},
+        },
+    }  # fmt: skip
+    for name, task in settings.items():
+        stand_in(folder, f"local_{name}", rows.get(name, [{"text": "x"}]), {**task, "test_split": "test"})
+    return folder
+
+
+def stand_in(folder, name, rows, settings):
+    """A task over these rows, in every split that it may want."""
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = dict.fromkeys(("train", "validation", "test", "dev"), str(folder / f"{name}.jsonl"))
+    kwargs = {"data_files": files, "cache_dir": str(folder / "cache")}
+    data = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": kwargs}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump({**settings, "task": name, **data}))
+
+
+@pytest.fixture(scope="module")
+def tiny(checkpoint):  # noqa: F811
+    """The small random checkpoint in float64, its weights scaled up so that attention is far from uniform."""
+    model, tokenizer = load(checkpoint, "cpu", "float64")
+    for p in model.parameters():
+        p.data.mul_(6.0 if p.dim() == 2 else 1.0)
+    return model, tokenizer
+
+
+def instances(kind, arguments, task="t"):
+    return [Instance(kind, {}, args, 0, (task, i, 1)) for i, args in enumerate(arguments)]
+
+
+# ------------------------------------------------------------------------------------------- against transformers
+
+
+@pytest.fixture(scope="module")
+def real(demo):
+    """The demo checkpoint's model and tokenizer."""
+    return load(demo, "cpu", "float32")
+
+
+@pytest.fixture(scope="module")
+def both(demo, real):
+    """Ours and the harness's own `hf` model, dense, on the demo checkpoint."""
+    pytest.importorskip("accelerate", reason="the harness's hf model needs it: pip install -r requirements-extra.txt")
+    from lm_eval.models.huggingface import HFLM
+
+    return FilteredLM(*real), HFLM(pretrained=str(demo), dtype="float32", device="cpu", batch_size=4)
+
+
+def test_agrees_with_the_harness_own_model(both, local):
+    outcomes = []
+    for lm in both:
+        manager = lm_eval.tasks.TaskManager(include_path=str(local), include_defaults=False)
+        outcomes.append(
+            lm_eval.simple_evaluate(lm, tasks=["local_choice", "local_rolling", "local_generate"], task_manager=manager)
+        )
+    ours, theirs = outcomes
+    assert ours["results"]["local_choice"] == theirs["results"]["local_choice"]
+    assert 0 < ours["results"]["local_choice"]["acc,none"]
+    for task in ("local_choice", "local_rolling"):
+        for a, b in zip(ours["samples"][task], theirs["samples"][task], strict=True):
+            for (mine,), (his,) in zip(a["resps"], b["resps"], strict=True):
+                assert torch.tensor(mine).tolist() == pytest.approx(torch.tensor(his).tolist(), abs=1e-3)
+    texts = [[sample["resps"] for sample in outcome["samples"]["local_generate"]] for outcome in outcomes]
+    assert texts[0] == texts[1] and len({str(text) for text in texts[0]}) == len(GENERATE)
+
+
+def test_encodes_and_truncates_as_the_harness_own_model(both, monkeypatch):
+    """Spaces at the context's end, an empty context, special tokens, and texts beyond a context of 32 tokens."""
+    ours, theirs = both
+    pairs = [
+        ("The wind", " blew"), ("The wind ", "blew"), ("", "The wind blew"), ("The wind", "mill"),
+        ("<|im_start|>user\nHello<|im_end|>\n", "Hello"), (FERRY, " and"), (FERRY, PUMP[:100]),
+    ]  # fmt: skip
+    config = dataclasses.replace(ours.model.config, max_positions=32)
+    monkeypatch.setattr(ours, "context", 32)
+    monkeypatch.setattr(ours.model, "config", config)
+    monkeypatch.setattr(theirs, "_max_length", 32)
+    for kind, arguments in (("loglikelihood", pairs), ("loglikelihood_rolling", [(text,) for text in ROLLING])):
+        mine, his = (getattr(lm, kind)(instances(kind, arguments)) for lm in both)
+        assert torch.tensor(mine).flatten().tolist() == pytest.approx(torch.tensor(his).flatten().tolist(), abs=1e-3)
+    prompts = instances("generate_until", [(FERRY, {"until": [], "max_gen_toks": 8})])
+    assert ours.generate_until(prompts) == theirs.generate_until(prompts)
+
+
+# ------------------------------------------------------------------------------------------- against the slow path
+
+
+PAIRS = [(question + " the quick brown fox jumps", " " + choice) for question, choices, _ in CHOICE[:2] for choice in choices]
+PAIRS += [("", "the lazy dog " * 4), (PUMP, " x"), (FERRY[:270], " the end")]
+
+
+def one_by_one(lm, context, continuation):
+    """The same score from tokens fed alone, one at a time: log-probability, greedy, tokens fed, pairs kept."""
+    cache, total, greedy = lm.model.new_cache(1, lm.filter), 0.0, True
+    ids = [*context, *continuation][-(lm.context + 1) :]
+    for t, (token, following) in enumerate(itertools.pairwise(ids)):
+        logprobs = lm.model(torch.tensor([[token]]), cache)[0, 0].log_softmax(0)
+        if t >= len(ids) - 1 - len(continuation):
+            total += float(logprobs[following])
+            greedy &= following == int(logprobs.argmax())
+    return total, greedy, len(ids) - 1, int(cache.kept())
+
+
+@pytest.mark.parametrize("filter", FILTERS, ids=["dense", *PRESETS])
+def test_scores_equal_decoding_one_by_one(tiny, filter):
+    """Whatever shares a batch or a context, and with texts longer than the model's context of 200 tokens."""
+    expected = None
+    for batch in (1, 5, 64):
+        lm = FilteredLM(*tiny, filter, batch)
+        answers = lm.loglikelihood(instances("loglikelihood", PAIRS))
+        if expected is None:
+            ids = [lm._encode_pair(*pair) if pair[0] else ([lm.prefix_token_id], lm.tok_encode(pair[1])) for pair in PAIRS]
+            assert max(len(a) + len(b) for a, b in ids) > 201
+            expected = [one_by_one(lm, *pair) for pair in ids]
+        assert [answer[0] for answer in answers] == pytest.approx([e[0] for e in expected], abs=1e-9)
+        assert [answer[1] for answer in answers] == [e[1] for e in expected]
+        assert lm.fed["t"] == [e[2:] for e in expected]
+    if filter is not None:
+        assert sum(kept for _, kept in lm.fed["t"]) < 0.7 * 3 * sum(tokens for tokens, _ in lm.fed["t"])
+
+
+def test_greedy_is_recognised(tiny):
+    lm = FilteredLM(*tiny, FILTERS[1])
+    prompt = lm.tok_encode(PUMP)[:40]
+    best = [token for _, token in generate(lm.model, [prompt], 5, lm.filter)]
+    answers = lm.score_all([(prompt, best), (prompt, best[:2]), (prompt, best[:-1] + [best[-1] ^ 1])])
+    assert [greedy for _, greedy, *_ in answers] == [True, True, False]
+
+
+@pytest.mark.parametrize("filter", FILTERS[:2], ids=["dense", "paper"])
+def test_rolling_equals_decoding_one_by_one(tiny, filter):
+    lm = FilteredLM(*tiny, filter)
+    texts = [FERRY * 2, PUMP]
+    totals = lm.loglikelihood_rolling(instances("loglikelihood_rolling", [(text,) for text in texts]))
+    for text, total in zip(texts, totals):
+        ids, expected = lm.tok_encode(text), 0.0
+        for start in range(0, len(ids), lm.context):  # the context is as far to the left as the window's length allows
+            window = ids[start : start + lm.context]
+            before = [lm.prefix_token_id, *ids][: start + 1][len(window) - lm.context - 1 if start else 0 :]
+            expected += one_by_one(lm, before, window)[0]
+        assert len(ids) % lm.context and total == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("filter", FILTERS, ids=["dense", *PRESETS])
+def test_generation_equals_generate(tiny, filter):
+    """Cut at stop strings and limits of each request's own, and truncated from the left."""
+    lm, prompts = FilteredLM(*tiny, filter, batch=2), [*GENERATE, FERRY]
+    free, full = [], 0
+    for prompt in prompts:
+        ids = lm.tok_encode(prompt)[-(lm.context - 20) :]
+        tokens = [token for _, token in generate(lm.model, [ids], 20, filter, lm.tokenizer.eos_ids)]
+        free.append(lm.tokenizer.decode(tokens))
+        full += len(ids) + len(tokens)
+    stops = [free[0][5:7], free[1][8], "never there", "", free[4][:1]]
+    requests = [(prompt, {"until": [stop], "max_gen_toks": 20}) for prompt, stop in zip(prompts, stops)]
+    texts = lm.generate_until(instances("generate_until", requests))
+    assert texts == [text.split(stop)[0] if stop else text for text, stop in zip(free, stops)]
+    assert texts[0] != free[0] and len(lm.fed["t"]) == len(prompts)
+    assert sum(tokens for tokens, _ in lm.fed["t"]) < full - 30  # what has met its stop string is not fed any more
+
+
+def test_a_shared_context_is_fed_once(tiny, monkeypatch):
+    fed, forward = [], Transformer.forward
+    monkeypatch.setattr(Transformer, "forward", lambda self, *a, **k: fed.append(a) or forward(self, *a, **k))
+    lm = FilteredLM(*tiny, FILTERS[1], batch=4)
+    pairs = [lm._encode_pair(*pair) for pair in PAIRS[:4]]
+    lm.score_all(pairs)
+    tokens = sum(int(n_new.sum()) for _, _, n_new in fed)
+    assert len({tuple(context) for context, _ in pairs}) == 1
+    assert tokens == len(pairs[0][0]) + sum(len(continuation) - 1 for _, continuation in pairs)
+
+
+def test_batches_keep_a_context_together_and_their_size():
+    pairs = [((name,) * 3, (i,)) for i, name in enumerate("aabbbcccccccccccd")]
+    cut = list(batches(pairs, 4))
+    assert sorted(itertools.chain(*cut)) == list(range(17)) and max(map(len, cut)) == 4
+    assert [0, 1] in cut and [2, 3, 4] in cut
+
+
+# -------------------------------------------------------------------------------------------- decisions in float32
+
+
+def decisions(monkeypatch, work):
+    """Do `work` and return {the tokens a row was fed: its decisions, a tuple of (L,) lists}."""
+    found, forward, select = {}, Transformer.forward, KVCache.select
+
+    def recorded(self, tokens, cache, n_new=None, last=False):
+        logits = forward(self, tokens, cache, n_new, last)
+        rows = getattr(cache, "rows", [((), ())] * len(tokens))
+        redundant = torch.stack([layer.redundant for layer in cache.layers], -1)  # (B, T, L)
+        counts = [tokens.shape[1]] * len(tokens) if n_new is None else n_new.tolist()
+        cache.rows = [
+            (fed + tuple(tokens[b, :n].tolist()), made + tuple(redundant[b, :n].tolist()))
+            for b, ((fed, made), n) in enumerate(zip(rows, counts))
+        ]
+        found.update(cache.rows)
+        return logits
+
+    def forked(self, rows):
+        select(self, rows)
+        self.rows = [self.rows[row] for row in rows]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Transformer, "forward", recorded)
+        patch.setattr(KVCache, "select", forked)
+        work()
+    return found
+
+
+def test_few_decisions_flip_in_float32(real, monkeypatch, record_property):
+    """Batched and shared against alone, on the demo checkpoint: rounding differs, so that a rank may."""
+    solved = "".join(f"Question: {question}\nAnswer: {choices[right]}\n\n" for question, choices, right in CHOICE[1:4])
+    requests = instances("loglikelihood", [(solved + CHOICE[0][0], " " + choice) for choice in CHOICE[0][1][1:]])
+    for name in PRESETS:
+        found = []
+        for batch in (1, 8):
+            lm = FilteredLM(*real, preset(name, prune=0.5), batch)
+            found.append(decisions(monkeypatch, functools.partial(lm.loglikelihood, requests)))
+        texts = sorted(found[0], key=len)[-len(requests) :]
+        alone, shared = (torch.cat([torch.tensor(decided[text]) for text in texts]) for decided in found)
+        flipped = float((alone != shared).double().mean())
+        record_property(f"flipped, {name}", flipped)
+        print(f"{name}: {flipped:.2e} of {alone.numel()} decisions flipped")
+        assert 0.2 < float(alone.double().mean()) < 0.6 and flipped < 0.01
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+QUESTION = {"choices": {"text": ["sand", "water", "wood", "glass"], "label": ["A", "B", "C", "D"]}, "answerKey": "B"}
+ROWS = {  # each data set's own columns
+    "boolq": {"question": "is ice frozen water", "passage": "Ice is frozen water.", "idx": 0, "label": 1},
+    "piqa": {"goal": "To dry a cup,", "sol1": "use a towel.", "sol2": "use a lamp post.", "label": 0},
+    "hellaswag": {
+        "ind": 4, "activity_label": "Cooking", "ctx_a": "A man boils water.", "ctx_b": "he", "ctx": "A man boils water. he",
+        "endings": ["adds the rice.", "paints it [title] red.", "swims off.", "sleeps."], "label": "0",
+    },
+    "winogrande": {"sentence": "Tom thanked Jim because _ had helped.", "option1": "Tom", "option2": "Jim", "answer": "2"},
+    "arc_easy": {"id": "a", "question": "What does ice melt into?", **QUESTION},
+    "arc_challenge": {"id": "b", "question": "What fills the sea?", **QUESTION},
+    "openbookqa": {"id": "c", "question_stem": "Rain consists of", **QUESTION},
+    "wikitext": {"page": " = Ice = \n Ice is water that is frozen , and it floats on water . \n"},
+    "mmlu": {"question": "What is ice? ", "subject": "x", "choices": ["sand", "water", "wood", "glass"], "answer": 1},
+}  # fmt: skip
+FOLDERS = ("super_glue/boolq", "piqa", "hellaswag", "winogrande", "arc", "openbookqa", "wikitext", "mmlu/default")
+FIRST = {  # the first request that must come out of these rows
+    "boolq": ("Ice is frozen water.\nQuestion: is ice frozen water?\nAnswer:", " no"),
+    "piqa": ("Question: To dry a cup,\nAnswer:", " use a towel."),
+    "hellaswag": ("Cooking: A man boils water. He", " adds the rice."),
+    "winogrande": ("Tom thanked Jim because Tom", " had helped."),
+    "arc_easy": ("Question: What does ice melt into?\nAnswer:", " sand"),
+    "arc_challenge": ("Question: What fills the sea?\nAnswer:", " sand"),
+    "openbookqa": ("Rain consists of", " sand"),
+    "wikitext": (" = Ice =\nIce is water that is frozen, and it floats on water.\n",),
+}
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory):
+    """--include-path arguments: the harness's own YAML files, and ones that only put local rows in place of their data."""
+    folder = tmp_path_factory.mktemp("stand-ins")
+    own = [str(Path(lm_eval.__file__).parent / "tasks" / name) for name in FOLDERS]
+    index = lm_eval.tasks.TaskManager(include_path=own, include_defaults=False).task_index
+    for name, entry in index.items():
+        kind = "mmlu" if name.startswith("mmlu_") else name
+        if entry.kind.name == "TASK" and kind in ROWS:
+            stand_in(folder, name, [ROWS[kind]] * 3, {"include": str(entry.yaml_path)})
+    return [argument for path in (*own, folder) for argument in ("--include-path", str(path))]
+
+
+def test_the_paper_s_tasks_build_their_requests(stand_ins):
+    loaded, lines = load_tasks([name for suite in SUITES.values() for name in suite], stand_ins[1::2])
+    assert list(lines) == [name for suite in SUITES.values() for name in suite] and len(lines["mmlu"]) == 57
+    parts = {}
+    for name, task in loaded["tasks"].items():
+        task.build_all_requests(limit=2)
+        parts[name] = [request.args for request in task.instances]
+    assert {name: parts[name][0] for name in FIRST} == FIRST
+    mmlu = {name: requests for name, requests in parts.items() if name.startswith("mmlu_")}
+    assert len(mmlu) == 57 and all(len(requests) == 8 for requests in mmlu.values())
+    header = "The following are multiple choice questions (with answers) about astronomy.\n\n"
+    assert mmlu["mmlu_astronomy"][1] == (header + "What is ice?\nA. sand\nB. water\nC. wood\nD. glass\nAnswer:", " B")
+
+
+def run(capsys, *arguments):
+    main([str(argument) for argument in arguments])
+    return capsys.readouterr().out
+
+
+def test_the_table_of_a_suite(checkpoint, stand_ins, capsys):  # noqa: F811
+    """Every figure comes from the JSON form; averages and differences add up; short texts are named."""
+    arguments = [checkpoint, "--suite", "commonsense", *stand_ins, "--tasks", "mmlu_astronomy", "--limit", 2]
+    arguments += ["--preset", "cache", "--prune", 0.5, 0, "--warmup", 25]
+    shown = run(capsys, *arguments).splitlines()
+    results = json.loads(run(capsys, *arguments, "--json"))["results"]
+    assert [row["setting"] for row in results] == ["dense", "cache 0.5"] and results[1]["filter"]["warmup"] == 25
+
+    dense, filtered = (row["tasks"] for row in results)
+    names = [*SUITES["commonsense"], "mmlu_astronomy", "average"]
+    assert list(dense) == names and "".join(shown[0].split()) == "taskmetricsettingvaluestderr-denseskipped"
+    for table in (dense, filtered):
+        for metric in ("acc", "acc_norm"):
+            values = torch.tensor([table[name]["metrics"][metric] for name in names[:-1] if metric in table[name]["metrics"]])
+            expected = values[:, 0].mean(), values[:, 1].square().sum().sqrt() / len(values)
+            assert table["average"]["metrics"][metric] == pytest.approx([float(x) for x in expected], abs=1e-6)
+    assert all(row["skip_ratio"] == 0 for row in dense.values())
+    assert filtered["mmlu_astronomy"]["skip_ratio"] > 0.2 and filtered["mmlu_astronomy"]["unfiltered"] == 0
+    assert dense["piqa"]["texts"] == 4 and dense["mmlu_astronomy"]["texts"] == 8
+
+    (line,) = (line for line in shown if line.startswith("mmlu_astronomy ") and "cache 0.5" in line)
+    value, change = filtered["mmlu_astronomy"]["metrics"]["acc"][0], dense["mmlu_astronomy"]["metrics"]["acc"][0]
+    expected = [f"{value:.4f}", f"{value - change:+.4f}", f"{filtered['mmlu_astronomy']['skip_ratio']:.4f}"]
+    assert [line.split()[i] for i in (4, 6, 7)] == expected
+    assert any(line.startswith("note: cache 0.5, openbookqa: 100% of the texts") for line in shown)
+    assert not any("mmlu_astronomy" in line for line in shown if line.startswith("note"))
+
+
+def test_a_group_is_one_line(checkpoint, stand_ins, capsys):  # noqa: F811
+    shown = run(capsys, checkpoint, "--suite", "mmlu", *stand_ins, "--prune", 0, "--limit", 1, "--num-fewshot", 0, "--json")
+    (only,) = json.loads(shown)["results"]
+    assert list(only["tasks"]) == ["mmlu"] and only["tasks"]["mmlu"]["texts"] == 57 * 4
+
+
+def test_few_shot_and_generation(checkpoint, local, capsys):  # noqa: F811
+    def longest(shots):
+        arguments = ["--tasks", "local_choice", "local_generate", "--include-path", local, "--prune", 0, "--num-fewshot", shots]
+        return json.loads(run(capsys, checkpoint, *arguments, "--json"))["results"][0]["tasks"]["local_choice"]["longest"]
+
+    assert longest(2) > 2 * longest(0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "--suite or --tasks"),
+        (["--tasks", "local_choice", "--batch", "0"], "--batch"),
+        (["--tasks", "local_choice", "--gamma", "2"], "gamma"),
+        (["--tasks", "no_such_task"], "no_such_task"),
+        (["--tasks", "gone"], "gone: its data cannot be loaded: .*someone/gone.* HF_HUB_OFFLINE=0"),
+        (["--tasks", "local_too_long"], "continuation has 2[0-9]* tokens"),
+        (["--tasks", "local_beams"], "num_beams"),
+    ],
+)
+def test_one_line_says_what_is_wrong(arguments, named, checkpoint, local, capsys, monkeypatch):  # noqa: F811
+    own = functools.partial(eval_tasks.TaskManager, include_defaults=False)  # without the harness's thousands of files
+    monkeypatch.setattr(eval_tasks, "TaskManager", lambda include_path, **_: own(include_path=include_path))
+    text = (local / "local_choice.yaml").read_text().replace("task: local_choice", "task: gone")
+    (local / "gone.yaml").write_text(text.replace("path: json", "path: someone/gone"))
+    with pytest.raises(SystemExit) as stopped:
+        main([str(checkpoint), "--include-path", str(local), "--device", "cpu", *arguments])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert stopped.value.code == 2 and len(lines) == 1
+    assert re.search(named, lines[0])
+
+
+def test_without_the_harness_it_says_what_to_install():
+    code = "import runpy, sys; sys.modules['lm_eval'] = None; runpy.run_path('eval_tasks.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "requirements-extra.txt" in done.stderr
