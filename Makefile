@@ -1,6 +1,7 @@
 # make demo      set up, then let a small real model answer: dense, and filtered by each preset
 # make test      set up, then run all tests
-# make figures   draw README's pictures of the demo model into figures/
+# make bench     time and memory, dense and filtered, side by side
+# make figures   draw README's skip map into figures/; with TEXT=wikitext-2-test.txt its plots too (most of an hour)
 # make golden    make the files in golden/ again, for those who port the method
 # All build .venv and the demo checkpoint on first use. PYTHON=python3.12 make ... chooses another interpreter.
 
@@ -20,6 +21,19 @@ test: .venv/dev $(DEMO)
 figures: .venv/dev $(DEMO)
 	$(BIN)/python generate.py --prompt "$(LIST)" --prune 0.3 --preset anchored --max-new-tokens 10 --device cpu \
 	    --skip-map figures/skip-map.png
+ifdef TEXT
+	$(BIN)/python eval_ppl.py --text $(TEXT) --window 768 --offsets 0 4096 8192 --prune 0.1 0.2 0.3 0.5 0.7 \
+	    --preset paper anchored adaptive cache --plot figures/perplexity.png
+	$(BIN)/python eval_ppl.py --text $(TEXT) --window 4096 --offsets 0 --prune 0.3 --preset paper anchored adaptive cache \
+	    --by-position --plot figures/by-position.png
+	$(BIN)/python bench.py --text $(TEXT) --batch 1 8 32 64 --context 1024 --distinct 4 --new-tokens 8 --repeat 1 --compile \
+	    --nothing-skipped --vs transformers --plot figures/bench-batch.png
+	$(BIN)/python bench.py --text $(TEXT) --batch 8 --context 256 512 1024 2048 4096 8160 --distinct 1 --new-tokens 8 \
+	    --repeat 1 --compile --preset paper cache --plot figures/bench-context.png
+endif
+
+bench: .venv/dev $(DEMO)
+	$(BIN)/python bench.py --vs transformers --nothing-skipped
 
 golden: .venv/dev
 	$(BIN)/python -m golden.make
@@ -41,4 +55,4 @@ $(DEMO): | .venv/base
 clean:
 	rm -rf .venv checkpoints
 
-.PHONY: demo test figures golden clean
+.PHONY: demo test bench figures golden clean

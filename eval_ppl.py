@@ -349,7 +349,7 @@ def draw_positions(pyplot, rows):
     axes.set_xticks(middles, spans, rotation=30, fontsize=8)
     plain_numbers(axes.yaxis)
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right center")
     return figure
 
 
