@@ -18,7 +18,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is an extra: pip instal
 from lm_eval.api.instance import Instance
 
 import eval_tasks
-from eval_tasks import SUITES, FilteredLM, batches, load_tasks, main
+from eval_tasks import SUITES, FilteredLM, batches, load_tasks, main, print_table
 from generate import generate
 from load_weights import load
 from model import KVCache, Transformer
@@ -388,6 +388,14 @@ def test_the_table_of_a_suite(checkpoint, stand_ins, capsys):  # noqa: F811
     assert [line.split()[i] for i in (4, 6, 7)] == expected
     assert any(line.startswith("note: cache 0.5, openbookqa: 100% of the texts") for line in shown)
     assert not any("mmlu_astronomy" in line for line in shown if line.startswith("note"))
+
+
+def test_the_table_compares_with_dense(capsys):
+    rows = [{"metrics": {"acc": figures}, "skip_ratio": ratio} for figures, ratio in (((0.5, 0.1), 0.0), ((0.25, None), 0.2))]
+    print_table([("dense", {"t": rows[0]}), ("paper 0.2", {"t": rows[1]})])
+    _, dense, filtered = capsys.readouterr().out.splitlines()
+    assert dense.split() == ["t", "acc", "dense", "0.5000", "0.1000", "0.0000"]
+    assert filtered.split() == ["t", "acc", "paper", "0.2", "0.2500", "-0.2500", "0.2000"]
 
 
 def test_a_group_is_one_line(checkpoint, stand_ins, capsys):  # noqa: F811
