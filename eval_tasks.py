@@ -129,6 +129,13 @@ class FilteredLM(TemplateLM):
     def tokenizer_name(self):
         return str(self.tokenizer.path)
 
+    def apply_chat_template(self, chat_history, add_generation_prompt=True):
+        text = self.tokenizer.chat_text(chat_history, add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        last = chat_history[-1]["content"].strip()  # a turn that is begun and goes on: without what would end it
+        return text[: text.rindex(last) + len(last)]
+
     def tok_encode(self, string, add_special_tokens=None, **kwargs):
         """Ids; special tokens written out in the string count as such; no second BOS in front of one."""
         ids = self.tokenizer.encode(string, bos=False, parse_special=True)
@@ -301,6 +308,7 @@ def main(argv=None):
     parser.add_argument("--include-path", action="append", metavar="FOLDER", help="more task files, beside those in tasks/")
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="solved examples first (default: the task's)")
     parser.add_argument("--fewshot-seed", type=int, default=1234, help="which examples (default: the harness's, %(default)s)")
+    parser.add_argument("--chat", action="store_true", help="ask through the checkpoint's chat template")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
     parser.add_argument("--prune", type=float, nargs="+", default=[0.0, 0.2, 0.5], metavar="P")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="continuations at a time (default: %(default)s)")
@@ -339,13 +347,14 @@ def main(argv=None):
     for title, config in filters:
         lm = FilteredLM(model, tokenizer, config, args.batch, args.seed, title)
         try:
-            results = lm_eval.evaluate(lm, loaded, limit=args.limit, log_samples=False)
+            options = {"limit": args.limit, "apply_chat_template": args.chat, "log_samples": False}
+            results = lm_eval.evaluate(lm, loaded, **options)
         except (ValueError, CheckpointError) as e:
             fail(e)
         settings.append((title, summarise(results, lm, lines)))
 
     if args.json:
-        about = {"lm_eval": lm_eval.__version__, "checkpoint": str(args.checkpoint), "limit": args.limit}
+        about = {"lm_eval": lm_eval.__version__, "checkpoint": str(args.checkpoint), "limit": args.limit, "chat": args.chat}
         about |= {"num_fewshot": results["n-shot"], "versions": results["versions"]}
         rows = [
             {"setting": title, "filter": config and asdict(config), "tasks": table}

@@ -157,6 +157,12 @@ def test_encodes_and_truncates_as_the_harness_own_model(both, monkeypatch):
     assert ours.generate_until(prompts) == theirs.generate_until(prompts)
 
 
+def test_writes_a_conversation_as_the_harness_own_model(both):
+    messages = [{"role": "user", "content": "Which is wet?"}, {"role": "assistant", "content": "The answer is"}]
+    assert both[0].apply_chat_template(messages[:1]) == both[1].apply_chat_template(messages[:1])
+    assert both[0].apply_chat_template(messages, False) == both[1].apply_chat_template(messages, False)
+
+
 # ------------------------------------------------------------------------------------------- against the slow path
 
 
@@ -405,11 +411,12 @@ def test_a_group_is_one_line(checkpoint, stand_ins, capsys):  # noqa: F811
 
 
 def test_few_shot_and_generation(checkpoint, local, capsys):  # noqa: F811
-    def longest(shots):
-        arguments = ["--tasks", "local_choice", "local_generate", "--include-path", local, "--prune", 0, "--num-fewshot", shots]
+    def longest(shots, *more):
+        arguments = ["--tasks", "local_choice", "local_generate", "--include-path", local, "--prune", 0, "--num-fewshot", shots, *more]
         return json.loads(run(capsys, checkpoint, *arguments, "--json"))["results"][0]["tasks"]["local_choice"]["longest"]
 
     assert longest(2) > 2 * longest(0)
+    assert longest(0, "--chat") > longest(0) + 5
 
 
 @pytest.mark.parametrize(

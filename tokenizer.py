@@ -219,11 +219,9 @@ class Tokenizer:
         """A new Stream: ids in one by one, text out as soon as it is certain."""
         return Stream(self)
 
-    def chat(self, messages: list[dict[str, str]], parse_special: bool = False) -> list[int]:
-        """Ids of a conversation, [{"role": "user", "content": "..."}, ...], up to where the assistant speaks next.
+    def chat_text(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text that the chat template makes of a conversation, by default up to where the assistant speaks next.
 
-        "<|im_end|>" and the like are special where the template writes them; in a message they are ordinary characters,
-        so that nobody can end their own turn by typing it, unless parse_special.
         Raises CheckpointError if there is no chat template or it fails, which it may do on purpose.
         """
         if self._template is None:
@@ -237,6 +235,18 @@ class Tokenizer:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         sandbox.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        known = {"messages": messages, "add_generation_prompt": add_generation_prompt, **self._template_tokens}
+        try:
+            return sandbox.from_string(self._template).render(known)
+        except Exception as error:  # noqa: BLE001 (a template can fail in as many ways as any program)
+            raise CheckpointError(self._template_path, f"the chat template failed ({error})") from None
+
+    def chat(self, messages: list[dict[str, str]], parse_special: bool = False) -> list[int]:
+        """Ids of a conversation, [{"role": "user", "content": "..."}, ...], up to where the assistant speaks next.
+
+        "<|im_end|>" and the like are special where the template writes them; in a message they are ordinary characters,
+        so that nobody can end their own turn by typing it, unless parse_special. Raises CheckpointError as chat_text does.
+        """
         special = self._backend.special
         names, pattern = {str(i): token for token, i in special.items()}, any_of(special)
         if not parse_special:  # special tokens in a message pass through the template as their number between MARKs
@@ -247,11 +257,7 @@ class Tokenizer:
                 }
                 for message in messages
             ]
-        known = {"messages": messages, "add_generation_prompt": True, **self._template_tokens}
-        try:
-            text = sandbox.from_string(self._template).render(known)
-        except Exception as error:  # noqa: BLE001 (a template can fail in as many ways as any program)
-            raise CheckpointError(self._template_path, f"the chat template failed ({error})") from None
+        text = self.chat_text(messages)
         if parse_special or MARK not in text:
             return self.encode(text, bos=False, parse_special=True)
         parts = [
