@@ -133,7 +133,7 @@ class Attention(nn.Module):
                 )
                 if (found := found.cpu()).any():
                     keep = Tokens(keep.mask & ~found, x.device)
-            attends = keep if filter is not None and filter.mode == "attention" else chunk.real
+            attends = keep if filter.mode == "attention" else chunk.real
 
             # queries, attention and output, of the tokens that remain
             if T == 1:
@@ -186,23 +186,20 @@ class Attention(nn.Module):
 
     def attend_decode(self, q, chunk: Chunk, cache: LayerCache, attends: Tokens):
         """One query a row, its own token stored already: q (N, H, D) over the rows' slots -> (N, H, D)."""
-        attention, q = F.scaled_dot_product_attention, q.unflatten(1, (self.kv_heads, -1))
-        # (N, KVH, H/KVH, D): query heads that share a kv head are queries of one head, so that k, v are read once
+        q = q.unflatten(1, (self.kv_heads, -1))  # (N, KVH, H/KVH, D): heads that share k, v are queries of one
         k, v, until = cache.slots()
-        lengths, mask = cache.length.tolist(), None
-        by_row = not attends.all and not q.is_cuda  # there, gathering rows of k, v costs more than it saves
-        if cache.ring or cache.window < FAR or (min(lengths) < max(lengths) and not by_row):
+        mask = None
+        if cache.ring or cache.window < FAR or int(cache.length.min()) < int(cache.length.max()):
             mask = (chunk.at <= until)[:, None, None]  # (B, 1, 1, S)
-        if by_row:
-            outputs = []
-            for q_b, b in zip(q.split(1), attends.row.tolist()):
-                b, used = slice(b, b + 1), slice(cache.ring + lengths[b])
-                mask_b = None if mask is None else mask[b, :, :, used]
-                outputs.append(attention(q_b, k[b, :, used], v[b, :, used], attn_mask=mask_b))
-            return torch.cat(outputs).flatten(1, 2)
-        if not attends.all:
+        # To attend for some rows only, their slots must be copied out, which reads and writes them once more. It pays where
+        # few rows attend. Otherwise the idle rows are read along and their result is dropped.
+        few = 3 * len(attends) <= len(k)
+        if few:
             k, v, mask = k[attends.index], v[attends.index], None if mask is None else mask[attends.index]
-        return attention(q, k, v, attn_mask=mask).flatten(1, 2)
+        else:
+            q = attends.put(q)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1, 2)
+        return y if few else attends.pick(y)
 
 
 class MLP(nn.Module):
