@@ -186,20 +186,21 @@ class Attention(nn.Module):
 
     def attend_decode(self, q, chunk: Chunk, cache: LayerCache, attends: Tokens):
         """One query a row, its own token stored already: q (N, H, D) over the rows' slots -> (N, H, D)."""
-        q = q.unflatten(1, (self.kv_heads, -1))  # (N, KVH, H/KVH, D): heads that share k, v are queries of one
+        attention, q = F.scaled_dot_product_attention, q.unflatten(1, (self.kv_heads, -1))
+        # (N, KVH, H/KVH, D): query heads that share a kv head are queries of one head, so that k, v are read once
         k, v, until = cache.slots()
-        mask = None
-        if cache.ring or cache.window < FAR or int(cache.length.min()) < int(cache.length.max()):
+        lengths, mask = cache.length.tolist(), None
+        if cache.ring or cache.window < FAR or min(lengths) < max(lengths):
             mask = (chunk.at <= until)[:, None, None]  # (B, 1, 1, S)
-        # To attend for some rows only, their slots must be copied out, which reads and writes them once more. It pays where
-        # few rows attend. Otherwise the idle rows are read along and their result is dropped.
-        few = 3 * len(attends) <= len(k)
-        if few:
-            k, v, mask = k[attends.index], v[attends.index], None if mask is None else mask[attends.index]
-        else:
-            q = attends.put(q)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1, 2)
-        return y if few else attends.pick(y)
+        if attends.all or q.is_cuda:  # there, one call that reads the idle rows along beats many, or copying the others out
+            return attends.pick(attention(attends.put(q), k, v, attn_mask=mask)).flatten(1, 2)
+        outputs = []
+        for pair, rows in zip(q.split(2), attends.row.split(2)):  # any two rows are a view, of some stride
+            first, last = rows[0].item(), rows[-1].item()
+            rows, used = slice(first, last + 1, max(1, last - first)), slice(cache.ring + max(lengths[first], lengths[last]))
+            pair_mask = None if mask is None else mask[rows, :, :, used]
+            outputs.append(attention(pair, k[rows, :, used], v[rows, :, used], attn_mask=pair_mask))
+        return torch.cat(outputs).flatten(1, 2)
 
 
 class MLP(nn.Module):
