@@ -8,10 +8,8 @@ import sys
 
 import pytest
 import torch
-import transformers
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import generate as generate_module
 from generate import (
@@ -194,30 +192,6 @@ def test_draw_skip_map(tmp_path, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------- the command line
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    """A small random checkpoint in three shards, with a byte-level tokenizer and a chat template."""
-    folder = tmp_path_factory.mktemp("small") / "checkpoint"
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        ["the quick brown fox"], trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"])
-    )
-    torch.manual_seed(3)
-    config = transformers.LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=200, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="70KB")
-    tokenizer.save(str(folder / "tokenizer.json"))
-    template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
-    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert len(list(folder.glob("*.safetensors"))) == 3
-    return folder
 
 
 LONG = "the quick brown fox " * 3
