@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from generate import CompiledFilter, Parser, add_filter_arguments, add_model_arguments, fail, filter_from
+from command_line import Parser, add_filter_arguments, add_model_arguments, as_process, fail, filter_from
+from generate import CompiledFilter
 from load_weights import CheckpointError, load
 from model import ModelConfig, Transformer
 from token_filter import FilterConfig, token_filter
@@ -330,7 +331,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    as_process(main)

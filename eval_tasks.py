@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from generate import Parser, add_filter_arguments, add_model_arguments, fail, filter_from, sample
+from command_line import Parser, add_filter_arguments, add_model_arguments, as_process, fail, filter_from
+from generate import sample
 from load_weights import CheckpointError, Tokenizer, load
 from model import Transformer
 from token_filter import FilterConfig
@@ -371,7 +372,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    as_process(main)

@@ -1,5 +1,6 @@
 """Generation equals re-scoring, rows do not disturb each other, the command says what went wrong in one line."""
 
+import importlib
 import json
 import re
 import shutil
@@ -251,6 +252,18 @@ def test_every_filter_field_can_be_overridden(checkpoint, capsys):
     used = json.loads(capsys.readouterr().out)["results"][0]["filter"]
     assert used == {"prune": 0.5, "mode": "cache", "fill": "zero", "grace": 3, "schedule": "head", "gamma": 0.8, "warmup": 5,
                     "history": 9, "fusion": "key", "keys": "unrotated", "seed": 7}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["generate", "eval_ppl", "eval_tasks", "bench", "demo_checkpoint"])
+def test_help_says_something_of_every_argument(command, monkeypatch):
+    if command == "eval_tasks":
+        pytest.importorskip("lm_eval", reason="lm_eval is an extra: pip install -r requirements-extra.txt")
+    parsers = []
+    monkeypatch.setattr("argparse.ArgumentParser.parse_args", lambda self, argv: (parsers.append(self), sys.exit()))
+    with pytest.raises(SystemExit):
+        importlib.import_module(command).main([])
+    texts = [action.help for action in parsers[0]._actions]
+    assert all(texts) and len(set(texts)) == len(texts)  # of each its own
 
 
 SKIPS = ["--prune", "0.5", "--preset", "cache", "--dtype", "float64", *RUN]
