@@ -54,7 +54,7 @@ def test_bad_flags(checkpoint, capsys, flags, message):
 ])  # fmt: skip
 def test_shapes_have_the_published_number_of_parameters(shape, billions):
     with torch.device("meta"):
-        model = Transformer(ModelConfig(*SHAPES[shape]))
+        model = Transformer(SHAPES[shape])
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.005)
 
 
