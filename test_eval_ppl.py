@@ -346,7 +346,7 @@ def test_ctrl_c_shows_what_was_measured(checkpoint, capsys, tmp_path, text, monk
     (b"the fox", ["--ablate", "--prune", "0"], "--ablate takes one --prune"),
     (b"the fox", ["--ablate", "--plot", "x.png"], "draws no --plot"),
     (b"the fox", ["--ablate", "--passkey"], "not allowed with"),
-    (b"the fox", ["--plot", "x.jpeg2"], ".png, .svg or .pdf"),
+    (b"the fox", ["--plot", "x.jpeg2"], ".png, .svg, .pdf"),
     (b"the fox", ["--csv", "no/such/folder/x.csv"], "no/such/folder/x.csv: cannot be written"),
     (b"the fox", ["--passkey", "--lengths", "201"], "context of 200"),
     (b"the fox", ["--passkey", "--lengths", "20"], "more than 20 tokens"),
@@ -361,6 +361,6 @@ def test_bad_input(checkpoint, capsys, tmp_path, content, flags, message):
 
 def test_without_text_or_matplotlib(checkpoint, capsys, monkeypatch, tmp_path):
     assert "give --text" in refused(capsys, checkpoint, command=main)
-    monkeypatch.setattr(eval_ppl.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     flags = ["--passkey", "--plot", tmp_path / "x.png"]
     assert "--plot needs matplotlib" in refused(capsys, checkpoint, *flags, command=main)
