@@ -406,6 +406,14 @@ def sweep(model, windows, overlap, settings: list[Setting], losses, args, report
         report.add(row)
 
 
+def sweep_passkeys(model, tokenizer, settings: list[Setting], args, report: Report):
+    """Pass keys found, of each setting at each length."""
+    for label, config, _ in settings:
+        for length in args.lengths:
+            figures = passkey(model, tokenizer, length, args.depths, args.trials, config, args.chat, args.seed)
+            report.add({"setting": label, "prune": config.prune if config else 0.0, "length": length, **figures})
+
+
 def main(argv=None):
     parser = Parser(description="What filtering costs: perplexity of a text, ablations, finding a pass key.")
     add_model_arguments(parser)
@@ -468,17 +476,13 @@ def main(argv=None):
     if args.passkey:
         if max(args.lengths) > context:
             fail(f"--lengths {max(args.lengths)} is longer than the model's context of {context}")
-        form = "question in the chat template" if args.chat else 'plain text to be continued after "The pass key is"'
-        protocol = f"pass key of five digits, {args.trials} for each length and depth, {form}; greedy decoding; {dtype}"
         try:
             passkey_prompt(tokenizer, "00000", min(args.lengths), 0, args.chat)
         except (CheckpointError, ValueError) as e:  # no chat template; too short
             fail(e)
-        report = Report(args, protocol, draw_passkey, 10)
-        for label, config, _ in settings:
-            for length in args.lengths:
-                figures = passkey(model, tokenizer, length, args.depths, args.trials, config, args.chat, args.seed)
-                report.add({"setting": label, "prune": config.prune if config else 0.0, "length": length, **figures})
+        form = "question in the chat template" if args.chat else 'plain text to be continued after "The pass key is"'
+        protocol = f"pass key of five digits, {args.trials} for each length and depth, {form}; greedy decoding; {dtype}"
+        sweep_passkeys(model, tokenizer, settings, args, Report(args, protocol, draw_passkey, 10))
         return
 
     if args.window > context:
