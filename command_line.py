@@ -60,7 +60,7 @@ KNOBS = {  # the fields of FilterConfig that have a flag of their name, and what
 
 def add_filter_arguments(parser, several=False, default="paper"):
     """--preset (one name, or several) and the KNOBS."""
-    about = "What is not given is as in the preset; in [brackets]: as in preset paper."
+    about = "What is not given is as the preset has it; in [brackets] is what preset paper has."
     group = parser.add_argument_group("token filtering", about)
     group.add_argument("--preset", choices=PRESETS, nargs="+" if several else None,
                        help=f"the paper's setting, or ones of ours that README compares (default: {default})")  # fmt: skip

@@ -10,7 +10,6 @@ import sys
 import pytest
 import torch
 from matplotlib.figure import Figure
-from safetensors.torch import load_file, save_file
 
 import generate as generate_module
 from generate import (
@@ -365,52 +364,6 @@ def test_what_keeps_a_skip_map_from_being_drawn_is_found_before_the_work(capsys,
     assert not (tmp_path / "map.png").exists()  # trying left nothing behind
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "--skip-map needs matplotlib: " in refused(capsys, *flags, tmp_path / "map.png")
-
-
-def break_json(name, **changes):
-    def edit(folder):
-        values = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps({**values, **changes}))
-
-    return edit
-
-
-def break_tensors(change):
-    def edit(folder):
-        index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-        shard = folder / index["model.norm.weight"]
-        tensors = load_file(shard)
-        change(tensors)
-        save_file(tensors, shard, metadata={"format": "pt"})
-
-    return edit
-
-
-def truncate(folder):
-    shard = sorted(folder.glob("*.safetensors"))[1]
-    shard.write_bytes(shard.read_bytes()[:-100])
-
-
-@pytest.mark.parametrize("damage, message", [
-    (shutil.rmtree, "no such folder"),
-    (truncate, "model-00002-of-00003.safetensors"),
-    (lambda folder: min(folder.glob("*.safetensors")).unlink(), "model-00001-of-00003.safetensors: no such file"),
-    (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer.json"),
-    (lambda folder: (folder / "config.json").write_text("[1"), "config.json"),
-    (break_json("config.json", model_type="gpt2"), "model_type 'gpt2' is not supported"),
-    (break_json("config.json", num_hidden_layers=4), "'model.layers.3."),
-    (break_json("config.json", hidden_size=64), "config.json asks for"),
-    (break_tensors(lambda t: t.pop("model.norm.weight")), "'model.norm.weight' is missing"),
-    (break_tensors(lambda t: t.update({"model.extra.weight": torch.ones(2)})), "'model.extra.weight'"),
-    (break_tensors(lambda t: t.update({"model.norm.weight": torch.ones(31)})), "shape [31]"),
-    (break_tensors(lambda t: t["model.norm.weight"].fill_(float("nan"))), "not finite"),
-], ids=["no folder", "truncated", "no shard", "no tokenizer", "bad json", "model type", "missing layer", "width",
-        "missing tensor", "extra tensor", "wrong shape", "nan"])  # fmt: skip
-def test_bad_checkpoints(checkpoint, capsys, tmp_path, damage, message):
-    shutil.copytree(checkpoint, tmp_path / "bad")
-    damage(tmp_path / "bad")
-    error = refused(capsys, tmp_path / "bad", "--prompt", "a", "--prune", "0.5", "--device", "cpu")
-    assert message in error and "bad" in error
 
 
 def test_no_chat_template(checkpoint, capsys, tmp_path):
