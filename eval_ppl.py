@@ -348,19 +348,21 @@ def draw_positions(rows):
 
 
 def draw_passkey(rows):
-    """A panel for each setting: lengths down, depths across, the share of keys found in each field."""
+    """A panel for each setting, presets down, ratios across: in each, lengths down, depths across, the share of keys found."""
     from matplotlib.figure import Figure
 
-    settings = list(dict.fromkeys((row["setting"], row["prune"]) for row in rows))
+    settings = dict.fromkeys((row["setting"], row["prune"]) for row in rows)
     depths = [name for name in rows[0] if name.startswith("depth ")]
     lengths = list(dict.fromkeys(row["length"] for row in rows))
-    columns = min(4, len(settings))
-    lines = math.ceil(len(settings) / columns)
-    figure = Figure(figsize=(3.2 * columns, (1.1 + 0.45 * len(lengths)) * lines + 0.5), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False, sharey=True)
-    for panel in panels.flat[len(settings) :]:
+    names, ratios = (list(dict.fromkeys(part)) for part in zip(*settings))
+    ratios = ratios[1:] or ratios  # of dense, which comes first, only the name
+    figure = Figure(figsize=(3.2 * len(ratios) + 1, (0.7 + 0.3 * len(lengths)) * len(names) + 0.7), layout="constrained")
+    panels = figure.subplots(len(names), len(ratios), squeeze=False, sharex=True, sharey=True)
+    for panel in panels.flat:
         panel.set_visible(False)
-    for setting, panel in zip(settings, panels.flat):
+    for setting in settings:
+        panel = panels[names.index(setting[0]), ratios.index(setting[1]) if setting[1] in ratios else 0]
+        panel.set_visible(True)
         mine = {row["length"]: [row[d] for d in depths] for row in rows if (row["setting"], row["prune"]) == setting}
         shares = [mine.get(length, [math.nan] * len(depths)) for length in lengths]
         image = panel.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")

@@ -192,7 +192,7 @@ class Attention(nn.Module):
         lengths, mask = cache.length.tolist(), None
         if cache.ring or cache.window < FAR or min(lengths) < max(lengths):
             mask = (chunk.at <= until)[:, None, None]  # (B, 1, 1, S)
-        if attends.all or q.is_cuda:  # there, one call that reads the idle rows along beats many, or copying the others out
+        if attends.all or q.device.type != "cpu":  # there, one call that reads the idle rows along beats many, or copying the others
             return attends.pick(attention(attends.put(q), k, v, attn_mask=mask)).flatten(1, 2)
         outputs = []
         for pair, rows in zip(q.split(2), attends.row.split(2)):  # any two rows are a view, of some stride
