@@ -1,7 +1,7 @@
 # make demo      set up, then let a small real model answer: dense, and filtered by each preset
 # make test      set up, then run all tests
 # make bench     time and memory, dense and filtered, side by side
-# make figures   draw README's skip map into figures/; with TEXT=wikitext-2-test.txt its plots too (most of an hour)
+# make figures   draw README's idea and skip map into figures/; with TEXT=wikitext-2-test.txt its plots too (most of an hour)
 # make golden    make the files in golden/ again, for those who port the method
 # All build .venv and the demo checkpoint on first use. PYTHON=python3.12 make ... chooses another interpreter.
 
@@ -19,6 +19,7 @@ test: .venv/dev $(DEMO)
 	$(BIN)/python -m pytest -q
 
 figures: .venv/dev $(DEMO)
+	$(BIN)/python -m figures.idea
 	$(BIN)/python generate.py --prompt "$(LIST)" --prune 0.3 --preset anchored --max-new-tokens 10 --device cpu \
 	    --skip-map figures/skip-map.png
 ifdef TEXT
