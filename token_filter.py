@@ -68,43 +68,37 @@ def preset(name, **overrides) -> FilterConfig:
     return FilterConfig(**{**PRESETS[name], **overrides})
 
 
-def layer_ratios(config: FilterConfig, n_layers: int) -> list[float]:
-    """Each layer's target ratio r_l in [0, 1]; their mean is p exactly.
+def spread(weight, p, cap):
+    """r_l = min(cap, a weight_l), a such that their mean is p: weight (..., L) float64 -> (..., L). p is at most cap."""
+    full = torch.zeros_like(weight, dtype=torch.bool)
+    for _ in range(weight.shape[-1]):  # each pass holds at the cap what the last one's a took above it
+        a = (p * weight.shape[-1] - cap * full.double().sum(-1, keepdim=True)) / weight.masked_fill(full, 0).sum(-1, keepdim=True)
+        full |= a * weight >= cap * (1 - 1e-12)
+    return (a * weight).masked_fill(full, cap)
 
-    tail: r_l = min(1, a*l/(L-1)), a such that the mean is p; head: tail reversed; uniform: r_l = p;
-    last: max(0.9, p) in the last layers only, the layer before them taking the remainder; adaptive: as uniform, until the
-    end of the warm-up, from where on adaptive_ratios replaces them.
+
+def layer_ratios(config: FilterConfig, n_layers: int) -> list[float]:
+    """Each layer's target ratio r_l in [0, 1]; their mean is p.
+
+    tail: r_l = min(1, a l/(L-1)), a such that the mean is p; head: tail reversed; uniform: r_l = p; last: max(0.9, p) in the
+    last layers only, the one before them taking the remainder; adaptive: p until adaptive_ratios replaces it.
     """
-    p, L = config.prune, n_layers
+    p, L, layer = config.prune, n_layers, torch.arange(n_layers, dtype=torch.float64)
     if config.schedule in ("uniform", "adaptive"):
         return [p] * L
     if config.schedule == "last":
         top = max(0.9, p)
-        full = int(p * L / top)
-        return ([0.0] * (L - full - 1) + [max(0.0, p * L - full * top)] + [top] * full)[-L:]
-    for full in range(L - 1):  # how many layers the min() holds at 1: as few as leave the last below them at most 1
-        ramp = L - 1 - full  # that layer
-        a = (p * L - full) * (L - 1) / (ramp * (ramp + 1) / 2)
-        if a * ramp <= L - 1:
-            ratios = [a * l / (L - 1) for l in range(ramp + 1)] + [1.0] * full
-            break
-    else:  # p > (L-1)/L
-        ratios = [p * L - (L - 1)] + [1.0] * (L - 1)
-    return ratios[::-1] if config.schedule == "head" else ratios
+        return (p * L - top * layer.flip(0)).clamp(0, top).tolist()  # what the later ones leave
+    ratios = spread(layer, p, 1.0)
+    ratios[0] = max(0.0, p * L - (L - 1))  # layer 0 skips only what is left when all the others skip everything
+    return (ratios.flip(0) if config.schedule == "head" else ratios).tolist()
 
 
 def adaptive_ratios(contribution, p):
-    """r_l = min(0.95, a D_l^-8), a such that their mean over the layers is p: the less a layer's attention contributes,
-    the more of its tokens it skips. contribution: D, (B, L) -> (B, L) float64.
+    """r_l = min(0.95, a D_l^-8), a such that their mean is p: the less a layer's attention contributes, the more of its
+    tokens it skips. contribution: D, (B, L) -> (B, L) float64.
     """
-    L, cap = contribution.shape[1], max(0.95, p)
-    weight = contribution.double().clamp(min=1e-9) ** -8
-    weight, order = (weight / weight.amax(1, keepdim=True)).sort(1, descending=True)
-    rest = weight.flip(1).cumsum(1).flip(1)  # each layer's weight and those below it
-    capped = torch.arange(L, dtype=weight.dtype, device=weight.device)  # if so many layers are at the cap, a is what the others need
-    a = (p * L - cap * capped) / rest
-    first = (a * weight <= cap * (1 + 1e-12)).int().argmax(1, keepdim=True)  # the fewest that leave no other above it
-    return torch.empty_like(weight).scatter_(1, order, (a.gather(1, first) * weight).clamp(max=cap))
+    return spread(contribution.double().clamp(min=1e-9) ** -8, p, max(0.95, p))
 
 
 @dataclass
