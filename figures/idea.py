@@ -1,7 +1,7 @@
 """The picture of the method in README, and the numbers of its worked example: python -m figures.idea
 
 One sentence through the demo model under preset "paper". `stages` computes what a layer does with it once more, one stage
-at a time in NumPy, from the keys and values of the real forward pass; README, the picture and test_readme.py share it.
+at a time in NumPy, from the keys and values of the real forward pass; README, the picture and test_idea.py share it.
 """
 
 import math
@@ -84,7 +84,7 @@ def table(skipped: Stage, kept: Stage) -> str:
         ("score $s_t$", lambda s: f"**{s.score:.3f}**"),
         ("$n$, the scores before it", lambda s: s.n),
         ("$c$, those strictly below $s_t$", lambda s: s.below),
-        (r"needed, $\lceil(1-r_l)\,n-10^{-9}\rceil$", lambda s: s.needed),
+        (r"needed, $\lceil(1-r_l)n-10^{-9}\rceil$", lambda s: s.needed),
         ("verdict", lambda s: f"{s.below} ≥ {s.needed}: **skipped**" if s.redundant else f"{s.below} < {s.needed}: **kept**"),
     ]
     return "\n".join(f"| {name} | {show(skipped)} | {show(kept)} |" for name, show in rows)
