@@ -1,25 +1,19 @@
-"""A LLaMA/Mistral decoder whose layers may filter tokens, and the ragged KV cache that turns filtering into a saving.
+"""A LLaMA/Mistral decoder whose layers may filter tokens. To see the filter at work, read Attention.forward.
 
 Shapes: B sequences, T new tokens, S cache slots, L layers, H query heads, KVH key/value heads (H is a multiple of KVH),
-D head size, C width, N tokens gathered out of a (B, T) chunk. A token's *position* counts from the start of its own
-sequence; its *slot* is where a layer's cache keeps it. Filtering makes the two differ: visibility goes by position.
-
-The masks that decide shapes (which tokens are real, kept, attending) live on the host as (B, T) bool tensors, so that a
-filtered layer waits for the device once, when token_filter's decisions come back, and an unfiltered one never.
+D head size, C width, R channels of a head that RoPE turns, N tokens gathered out of a (B, T) chunk.
 """
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from token_filter import FilterConfig, FilterState, adaptive_ratios, layer_ratios, running_average, token_filter
-
-BLOCK = 32  # a cache grows by this many slots
-FAR = 2**62  # a position no text reaches
+from kv_cache import FAR, Chunk, KVCache, LayerCache, Tokens, wide
+from token_filter import FilterConfig, token_filter
 
 
 @dataclass(frozen=True)
@@ -62,6 +56,13 @@ def rope_frequencies(config: ModelConfig) -> torch.Tensor:
     return freq
 
 
+def rope_table(position, config: ModelConfig, dtype):
+    """cos and sin of every angle at position (B, T), (B*T, 1, R) each, as rotate wants them."""
+    angle = position.flatten().to(wide(dtype))[:, None, None] * rope_frequencies(config).to(position.device, wide(dtype))
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
 def rotate(x, cos, sin):
     """RoPE in Hugging Face's layout, channel i paired with i + R/2: x (..., heads, D), cos and sin (..., 1, R).
 
@@ -72,251 +73,6 @@ def rotate(x, cos, sin):
     if R < x.shape[-1]:
         return torch.cat((rotate(x[..., :R], cos, sin), x[..., R:]), dim=-1)
     return torch.addcmul(x * cos, x.roll(R // 2, dims=-1), sin)
-
-
-# ------------------------------------------------------------------------------------------------------- the cache
-
-
-class Tokens:
-    """Some of the tokens of a (B, T) chunk: `mask` on the host, and what it takes to pick them out of B*T."""
-
-    def __init__(self, mask, device):
-        self.mask, self.counts = mask, mask.sum(1)  # (B, T), (B,)
-        self.row, self.step = mask.nonzero(as_tuple=True)  # (N,) each, row by row
-        self.all = len(self.row) == mask.numel()
-        self.index = None if self.all else (self.row * mask.shape[1] + self.step).to(device)
-
-    @cached_property
-    def nth(self):
-        """(N,) how many of its row come before each."""
-        return (self.mask.cumsum(1) - 1)[self.row, self.step]
-
-    def __len__(self):
-        return len(self.row)
-
-    def pick(self, x):
-        """x (B*T, ...) -> (N, ...)"""
-        return x if self.all else x[self.index]
-
-    def put(self, y):
-        """y (N, ...) -> (B*T, ...), 0 elsewhere"""
-        if self.all:
-            return y
-        x = y.new_zeros(self.mask.numel(), *y.shape[1:])
-        x[self.index] = y
-        return x
-
-
-@dataclass
-class Chunk:
-    """Where the new tokens of a call stand in their sequences. Padding is on the right."""
-
-    n_new: torch.Tensor  # (B,) how many of the T tokens are real
-    position: torch.Tensor  # (B, T) host
-    at: torch.Tensor  # (B, T) the same on the device
-    real: Tokens
-    warm: Tokens  # those in the warm-up
-    cos: torch.Tensor  # (B*T, 1, R)
-    sin: torch.Tensor
-
-
-class LayerCache:
-    """What one layer remembers of B sequences: K, V and who may see them, the filter's state, the anchor output.
-
-    The first `ring` slots hold redundant tokens in their grace period, at position mod ring. Each row's kept tokens
-    follow in order, length[b] of them. A token at position j can be seen by those at j .. j + reach - 1, where reach is
-    the sliding window if it is kept and grace + 1 if not; `until` is the last of them.
-    """
-
-    def __init__(self, config: ModelConfig, B, layer, ratio, filter: FilterConfig | None, criterion, dtype, device):
-        stats = torch.float64 if dtype == torch.float64 else torch.float32
-        self.filter, self.ratio, self.criterion = filter, ratio, criterion
-        # ratio 1: past the warm-up no token queries or is stored, so none is projected or scored either
-        self.closed = filter is not None and ratio == 1 and filter.mode == "attention"
-        self.filters = filter is not None and ratio > 0 and not self.closed
-        self.window = config.window or FAR
-        self.grace_reach = min(filter.grace + 1, self.window) if filter is not None else 1
-        self.ring = 0
-        if self.filters:
-            self.ring = filter.grace + (filter.mode == "cache")  # there a redundant token must find itself
-        self.k = torch.zeros(B, config.kv_heads, 0, config.head_dim, dtype=dtype, device=device)  # (B, KVH, S, D)
-        self.v = torch.zeros_like(self.k)
-        self.until = torch.zeros(B, 0, dtype=torch.int64, device=device)  # (B, S), -1 where the slot is empty
-        self.length = torch.zeros(B, dtype=torch.int64)  # kept slots in use; host
-        self.kept = torch.zeros(B, dtype=torch.int64)  # tokens ever kept: length and what the window has dropped; host
-        self.state = self.anchor_output = self.departure = None
-        if self.filters:
-            self.state = FilterState.new(B, config.kv_heads, config.head_dim, filter, layer, stats, device)
-        adaptive = self.filters and filter.schedule == "adaptive"
-        if adaptive or (self.filters or self.closed) and filter.fill == "anchor":
-            self.anchor_output = torch.zeros(B, config.width, dtype=stats, device=device)
-        if adaptive:
-            self.ratio = torch.full((B,), ratio, dtype=torch.float64, device=device)
-            self.departure = torch.zeros(B, 2, dtype=stats, device=device)  # see measure()
-        self.grow(self.ring)
-        self.redundant = self.score = None  # the latest decisions, (B, T), for whoever wants to look
-
-    def grow(self, slots):
-        missing = math.ceil((slots - self.k.shape[2]) / BLOCK) * BLOCK
-        if missing > 0:
-            B, heads, _, D = self.k.shape
-            self.k = torch.cat((self.k, self.k.new_zeros(B, heads, missing, D)), dim=2)
-            self.v = torch.cat((self.v, self.v.new_zeros(B, heads, missing, D)), dim=2)
-            self.until = torch.cat((self.until, self.until.new_full((B, missing), -1)), dim=1)
-
-    def expire(self, seen):
-        """Drop the kept tokens that the window hides from position seen[b] on, and close the gap they leave."""
-        k, v, until = self.k[:, :, self.ring :], self.v[:, :, self.ring :], self.until[:, self.ring :]  # views
-        gone = ((until >= 0) & (until < seen.to(until.device)[:, None])).sum(1)  # (B,), the oldest come first
-        source = gone[:, None] + torch.arange(until.shape[1], device=until.device)
-        beyond = source >= until.shape[1]
-        source = source.masked_fill(beyond, 0)
-        for kv in (k, v):
-            kv.copy_(kv.gather(2, source[:, None, :, None].expand_as(kv)))
-        until.copy_(until.gather(1, source).masked_fill(beyond, -1))
-        self.length = self.length - gone.cpu()
-
-    def store(self, k, v, chunk: Chunk, keep: Tokens):
-        """Put a chunk's k, v (B*T, KVH, D) in place: kept tokens in the next slots, redundant ones in the ring."""
-        longest = int((self.length + keep.counts).max())
-        if self.window < FAR and self.ring + longest > self.k.shape[2]:
-            self.expire(chunk.position[:, 0])
-            longest = int((self.length + keep.counts).max())
-        self.grow(self.ring + longest)
-        self.write(k, v, chunk, keep, self.ring + self.length[keep.row] + keep.nth, self.window)
-        if self.ring and len(keep) < len(chunk.real):
-            oldest = chunk.position[:, :1] + chunk.real.counts[:, None] - self.ring  # the ring has room from here on
-            graced = Tokens(chunk.real.mask & ~keep.mask & (chunk.position >= oldest), k.device)
-            self.write(k, v, chunk, graced, chunk.position[graced.row, graced.step] % self.ring, self.grace_reach)
-        self.length, self.kept = self.length + keep.counts, self.kept + keep.counts
-
-    def write(self, k, v, chunk: Chunk, tokens: Tokens, slot, reach):
-        row, slot = torch.stack((tokens.row, slot)).to(k.device)
-        self.k[row, :, slot], self.v[row, :, slot] = tokens.pick(k), tokens.pick(v)
-        self.until[row, slot] = tokens.pick(chunk.at.flatten()) + (reach - 1)
-
-    def slots(self, b=slice(None)):
-        """The slots of row b (or of all rows, up to the longest): views of k, v and until."""
-        S = self.ring + int(self.length[b].max())
-        return self.k[b, :, :S], self.v[b, :, :S], self.until[b, :S]
-
-    def anchor_outputs(self, y, chunk: Chunk, keep: Tokens):
-        """For fill="anchor": what each token of the chunk adds if it is skipped, (B, T, C).
-
-        The running average of the attention outputs of the tokens kept before it in the sequence, started at the first
-        one's own. y (N, C): the outputs of this chunk's kept tokens.
-        """
-        y, rows = y.to(self.anchor_output.dtype), torch.arange(len(keep.counts), device=y.device)
-        before = keep.mask.cumsum(1) - keep.mask.long()  # how many of this chunk were kept before each
-        packed = y.new_zeros(len(rows), max(1, int(keep.counts.max())), y.shape[1])  # (B, most kept in a row, C)
-        packed[keep.row.to(y.device), keep.nth.to(y.device)] = y
-        first = (chunk.position[:, :1] == 0).to(y.device)  # a sequence's first token is always kept
-        start = torch.where(first, packed[:, 0], self.anchor_output)
-        averages = running_average(packed, start, self.filter.gamma)
-        self.anchor_output = averages[rows, keep.counts.to(y.device)]
-        return averages[rows[:, None], before.to(y.device)]
-
-    def measure(self, output, anchor_output, residual, chunk: Chunk, keep: Tokens):
-        """For schedule="adaptive": what attention adds beyond the anchor output, relative to the residual stream, summed
-        over each sequence's kept tokens from position 4 on; and how many tokens they stand for. All three (B*T, C).
-
-        Where only a share 1 - r_l is kept, a kept token stands for 1 / (1 - r_l). Otherwise a layer that happened to look
-        idle at first would be skipped from then on and, with few tokens left to show better, go on looking idle.
-        """
-        counted = (keep.mask & (chunk.position >= 4)).to(output.device)
-        weight = (1 / (1 - self.ratio.to(self.departure.dtype)))[:, None].where(chunk.at >= max(self.filter.warmup, 1), 1)
-        weight = weight.masked_fill(~counted, 0)  # (B, T)
-        size = residual.to(self.departure.dtype).norm(dim=-1).clamp(min=1e-30)
-        share = ((output - anchor_output).norm(dim=-1) / size).view(weight.shape).masked_fill(~counted, 0)
-        self.departure = self.departure + torch.stack(((weight * share).sum(1), weight.sum(1)), dim=1)
-
-    def select(self, rows):
-        self.length, self.kept = self.length[rows], self.kept[rows]
-        rows = rows.to(self.k.device)
-        S = math.ceil((self.ring + max(self.length.tolist(), default=0)) / BLOCK) * BLOCK
-        self.k, self.v, self.until = self.k[rows, :, :S], self.v[rows, :, :S], self.until[rows, :S]
-        if self.state is not None:
-            self.state.select(rows)
-        if self.anchor_output is not None:
-            self.anchor_output = self.anchor_output[rows]
-        if self.departure is not None:
-            self.ratio, self.departure = self.ratio[rows], self.departure[rows]
-        self.redundant = self.score = None
-
-    def fixed_bytes(self) -> int:
-        tensors = [t for t in (self.anchor_output, self.departure, self.ratio) if isinstance(t, torch.Tensor)]
-        return sum(t.numel() * t.element_size() for t in tensors) + (0 if self.state is None else self.state.nbytes())
-
-    def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.k, self.v, self.until)) + self.fixed_bytes()
-
-    def live_bytes(self, seen) -> int:
-        slot = 2 * self.k.shape[1] * self.k.shape[3] * self.k.element_size() + self.until.element_size()
-        graced = int((self.until[:, : self.ring] >= seen.to(self.until.device)[:, None]).sum())  # by the next token
-        return (int(self.length.sum()) + graced) * slot + self.fixed_bytes()
-
-
-class KVCache:
-    """All a model remembers of B sequences. Transformer.new_cache makes one, Transformer.forward moves it on."""
-
-    def __init__(self, config: ModelConfig, B, filter: FilterConfig | None, criterion, dtype, device):
-        ratios = layer_ratios(filter, config.n_layers) if filter is not None else [0.0] * config.n_layers
-        self.layers = [LayerCache(config, B, i, r, filter, criterion, dtype, device) for i, r in enumerate(ratios)]
-        self.seen = torch.zeros(B, dtype=torch.int64)  # tokens so far, so the position of the next; host
-        self.warmup = max(filter.warmup, 1) if filter is not None else 0
-        self.filter, self.adaptive = filter, any(layer.departure is not None for layer in self.layers)
-
-    def pieces(self, n_new):
-        """Cut a chunk where its rows' ratios change: [(tokens of each row before the piece, tokens in it), ...], (B,)s.
-
-        With schedule="adaptive" that is at positions warmup, 2 warmup, 4 warmup, ...; otherwise there is one piece.
-        """
-        done, pieces = torch.zeros_like(n_new), []
-        while not pieces or (done < n_new).any():
-            count = n_new - done
-            if self.adaptive:
-                count = torch.minimum(count, self.next_change(self.seen + done) - self.seen - done)
-            pieces.append((done, count))
-            done = done + count
-        return pieces
-
-    def next_change(self, position):
-        """The first of warmup, 2 warmup, 4 warmup, ... beyond position (B,), host."""
-        due = torch.full_like(position, self.warmup)
-        while (due <= position).any():
-            due = torch.where(due <= position, 2 * due, due)
-        return due
-
-    def update_ratios(self):
-        """Where a row has come to a change, set its layers' ratios by what their attention has contributed so far."""
-        if not self.adaptive:
-            return
-        due = (self.seen >= self.warmup) & (self.next_change(self.seen - 1) == self.seen)
-        if due.any():
-            total, number = torch.stack([layer.departure for layer in self.layers], dim=1).unbind(2)  # (B, L) each
-            ratios = adaptive_ratios(total / number.clamp(min=1), self.filter.prune)
-            due = due.to(ratios.device)
-            for layer, ratio in zip(self.layers, ratios.unbind(1)):
-                layer.ratio = torch.where(due, ratio, layer.ratio)
-
-    def select(self, rows):
-        """Keep these rows (a list or int64 tensor), in this order; a row named twice is copied: a forked prefix."""
-        rows = torch.as_tensor(rows, dtype=torch.int64)
-        self.seen = self.seen[rows]
-        for layer in self.layers:
-            layer.select(rows)
-
-    def kept(self):
-        """Of each row's seen * L (token, layer) pairs, how many were not redundant: (B,) int64."""
-        return torch.stack([layer.kept for layer in self.layers]).sum(0)
-
-    def nbytes(self) -> int:
-        """Bytes allocated: slots, ring included, filter state and anchor outputs."""
-        return sum(layer.nbytes() for layer in self.layers)
-
-    def live_bytes(self) -> int:
-        """Bytes in use: the same, but only the slots that hold a visible token."""
-        return sum(layer.live_bytes(self.seen) for layer in self.layers)
 
 
 # ------------------------------------------------------------------------------------------------------- the model
@@ -332,10 +88,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """x W^T + b for x (..., in) -> (..., out); without b unless bias is asked for."""
-
-    def __init__(self, n_in, n_out, bias=False):
-        super().__init__(n_in, n_out, bias)
+    """x W^T + b."""
 
     def forward(self, x):
         if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
@@ -360,10 +113,10 @@ class Attention(nn.Module):
     def forward(self, x, residual, chunk: Chunk, cache: LayerCache):
         """x (B, T, C), the residual stream after its norm -> what attention adds to it, (B, T, C)."""
         (B, T, C), filter = x.shape, cache.filter
-        x, out = x.flatten(0, 1), None  # (B*T, C)
-        keep, redundant = chunk.real, None
+        x = x.flatten(0, 1)  # (B*T, C)
+        keep, out = chunk.real, None
         if cache.closed:
-            keep, redundant = chunk.warm, chunk.real.mask & ~chunk.warm.mask
+            keep = Tokens(keep.mask & (chunk.position < max(filter.warmup, 1)), x.device)
 
         if len(keep):
             # keys and values
@@ -378,9 +131,8 @@ class Attention(nn.Module):
                 found, cache.score = cache.criterion(
                     compared, v.unflatten(0, (B, T)), chunk.n_new, cache.state, cache.ratio, filter
                 )
-                redundant = found.cpu()
-                if redundant.any():
-                    keep = Tokens(chunk.real.mask & ~redundant, x.device)
+                if (found := found.cpu()).any():
+                    keep = Tokens(keep.mask & ~found, x.device)
             attends = keep if filter is not None and filter.mode == "attention" else chunk.real
 
             # queries, attention and output, of the tokens that remain
@@ -401,11 +153,13 @@ class Attention(nn.Module):
         out = x.new_zeros(B * T, C) if out is None else out
         if cache.anchor_output is not None:
             anchor_output = cache.anchor_outputs(keep.pick(out), chunk, keep).flatten(0, 1)  # (B*T, C)
-            if cache.departure is not None:
-                cache.measure(out, anchor_output, residual.flatten(0, 1), chunk, keep)
+            if cache.adaptive is not None:
+                size = residual.flatten(0, 1).to(anchor_output.dtype).norm(dim=-1).clamp(min=1e-30)
+                departure = ((out - anchor_output).norm(dim=-1) / size).view(B, T)
+                cache.adaptive.measure(cache.layer, departure, keep.mask.to(x.device), chunk.at)
             if filter.fill == "anchor":
                 out = torch.where(keep.mask.flatten().to(x.device)[:, None], out, anchor_output.to(x.dtype))
-        cache.redundant = redundant if redundant is not None else torch.zeros_like(chunk.real.mask)
+        cache.redundant = chunk.real.mask & ~keep.mask
         return out.view(B, T, C)
 
     def attend_prefill(self, q, k, v, chunk: Chunk, cache: LayerCache, attends: Tokens, keep: Tokens):
@@ -485,7 +239,7 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding.from_pretrained(torch.randn(config.vocab_size, config.width), freeze=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
-        self.head = Linear(config.width, config.vocab_size)
+        self.head = Linear(config.width, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
 
@@ -513,52 +267,30 @@ class Transformer(nn.Module):
         longest = int((cache.seen + n_new).max())
         if longest > self.config.max_positions:
             raise ValueError(f"{longest} tokens are more than the model's context of {self.config.max_positions}")
-        pieces = cache.pieces(n_new)
-        x = self.feed(tokens, cache, n_new) if len(pieces) == 1 else self.feed_pieces(tokens, cache, pieces)
+        parts, decisions = [], []
+        for first, end in pairwise([0, *cache.cuts(T), T]):  # one part, but for schedule="adaptive"
+            parts.append(self.feed(tokens[:, first:end], cache, (n_new - first).clamp(0, end - first)))
+            decisions.append([(layer.redundant, layer.score) for layer in cache.layers])
+        x = torch.cat(parts, dim=1)
+        if len(parts) > 1:
+            for layer, found in zip(cache.layers, zip(*decisions)):
+                layer.redundant, layer.score = (torch.cat(part, dim=1) for part in zip(*found))
         if last:
             x = x[torch.arange(B), (n_new - 1).clamp(min=0)]
         return self.head(self.norm(x))
 
     def feed(self, tokens, cache: KVCache, n_new):
         """All layers, on tokens (B, T) during which no ratio changes: (B, T, C)."""
-        cache.update_ratios()
+        if cache.adaptive is not None:
+            cache.adaptive.update(cache.seen)
         x = self.embed(tokens.to(self.embed.weight.device))  # (B, T, C)
         step = torch.arange(tokens.shape[1])
-        position, real = cache.seen[:, None] + step, step < n_new[:, None]
-        warm = real & (position < cache.warmup)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        angle = position.flatten().to(x.device, wide)[:, None, None] * rope_frequencies(self.config).to(x.device, wide)
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        chunk = Chunk(
-            n_new.to(x.device),
-            position,
-            position.to(x.device),
-            Tokens(real, x.device),
-            Tokens(warm, x.device),
-            torch.cat((cos, cos), dim=-1),
-            torch.cat((-sin, sin), dim=-1),
-        )
+        position = cache.seen[:, None] + step
+        at, real = position.to(x.device), Tokens(step < n_new[:, None], x.device)
+        chunk = Chunk(n_new.to(x.device), position, at, real, *rope_table(at, self.config, x.dtype))
         for block, layer in zip(self.blocks, cache.layers):
             x = block(x, chunk, layer)
         cache.seen = cache.seen + n_new
-        return x
-
-    def feed_pieces(self, tokens, cache: KVCache, pieces):
-        """The same in several pieces, each row's cut where its own ratios change, put together again: (B, T, C)."""
-        x = self.embed.weight.new_zeros(*tokens.shape, self.config.width)
-        redundant = torch.zeros(len(cache.layers), *tokens.shape, dtype=torch.bool)
-        stats = torch.promote_types(x.dtype, torch.float32)
-        score = torch.full(redundant.shape, math.nan, dtype=stats, device=x.device)
-        for done, count in pieces:
-            row, step = (torch.arange(int(count.max())) < count[:, None]).nonzero(as_tuple=True)
-            piece = tokens.new_zeros(len(tokens), int(count.max()))
-            piece[row, step] = tokens[row, done[row] + step]
-            x[row, done[row] + step] = self.feed(piece, cache, count)[row, step]
-            for i, layer in enumerate(cache.layers):
-                redundant[i, row, done[row] + step] = layer.redundant[row, step]
-                score[i, row, done[row] + step] = layer.score[row, step].to(score.dtype)
-        for i, layer in enumerate(cache.layers):
-            layer.redundant, layer.score = redundant[i], score[i]
         return x
 
     def prefill(self, prompts: list[list[int]], cache: KVCache, chunk=512):

@@ -19,16 +19,8 @@ from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from token_filter import (
-    FilterConfig,
-    FilterState,
-    above_threshold,
-    adaptive_ratios,
-    layer_ratios,
-    preset,
-    running_average,
-    token_filter,
-)
+from schedule import adaptive_ratios, layer_ratios
+from token_filter import FilterConfig, FilterState, above_threshold, preset, running_average, token_filter
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("repeatable")

@@ -16,14 +16,8 @@ from safetensors.numpy import load_file
 
 from golden import make, port
 from model import ModelConfig, Transformer, rotate
-from token_filter import (
-    FilterConfig,
-    FilterState,
-    above_threshold,
-    adaptive_ratios,
-    layer_ratios,
-    token_filter,
-)
+from schedule import adaptive_ratios, layer_ratios
+from token_filter import FilterConfig, FilterState, above_threshold, token_filter
 
 INDEX = json.loads((make.FOLDER / "files.json").read_text())
 SHAPE, LENGTHS, CALLS, PRUNES = (INDEX["model"][part] for part in ("shape", "lengths", "calls", "prune"))

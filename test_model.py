@@ -10,7 +10,8 @@ import transformers
 
 from load_weights import load
 from model import ModelConfig, Transformer, rope_frequencies
-from token_filter import PRESETS, FilterState, layer_ratios, preset, token_filter
+from schedule import layer_ratios
+from token_filter import PRESETS, FilterState, preset, token_filter
 
 LENGTHS = [90, 40, 63]  # of the three rows of most tests
 SHAPES = {"mha": (4, 4), "gqa": (6, 2), "mqa": (4, 1)}  # heads, kv_heads
@@ -279,10 +280,8 @@ def test_cache_bytes_shrink_as_the_skip_ratio_says(name, prune):
     model(tokens, cache)
     c, pairs = model.config, 800 * model.config.n_layers
     slot = 2 * c.kv_heads * c.head_dim * 8 + 8  # float64 K and V, int64 position
-    graced = sum(
-        int(layer.redundant[:, -filter.grace :].sum()) for layer in cache.layers if filter.grace and not layer.closed
-    )
-    fixed = sum(layer.fixed_bytes() for layer in cache.layers)
+    graced = sum(int(layer.redundant[:, -filter.grace :].sum()) for layer in cache.layers if filter.grace and not layer.closed)
+    fixed = sum(layer.fixed_bytes() for layer in cache.layers) + (cache.adaptive.nbytes() if cache.adaptive else 0)
     kept = pairs - sum(int(layer.redundant.sum()) for layer in cache.layers)
     assert abs(kept / pairs - (1 - prune)) < 0.06  # the realised ratio is near the one asked for
     assert cache.live_bytes() == (kept + graced) * slot + fixed
@@ -291,14 +290,13 @@ def test_cache_bytes_shrink_as_the_skip_ratio_says(name, prune):
     assert cache.live_bytes() <= cache.nbytes() <= longest * slot + fixed
 
 
-def test_nbytes_is_what_the_tensors_take():
-    _, _, cache = feed(small(), preset("anchored", prune=0.5), [60])
-    tensors = set()
-    for layer in cache.layers:
-        held = {**vars(layer), **(vars(layer.state) if layer.state else {})}
-        held = {k: t for k, t in held.items() if k not in ("length", "kept", "redundant", "score", "state")}
-        tensors |= {t for t in held.values() if isinstance(t, torch.Tensor)}
-    assert cache.nbytes() == sum(t.untyped_storage().nbytes() for t in tensors)
+@pytest.mark.parametrize("name", PRESETS)
+def test_nbytes_is_what_the_tensors_take(name):
+    _, _, cache = feed(small(), preset(name, prune=0.5), [60])
+    holders = [*cache.layers, *(layer.state for layer in cache.layers if layer.state), *filter(None, [cache.adaptive])]
+    held = [(attribute, t) for holder in holders for attribute, t in vars(holder).items() if isinstance(t, torch.Tensor)]
+    storages = [t.untyped_storage() for attribute, t in held if attribute not in ("length", "kept", "redundant", "score")]
+    assert cache.nbytes() == sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @pytest.mark.parametrize("name", [None, *PRESETS])

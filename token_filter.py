@@ -8,17 +8,11 @@ Shapes: B sequences, T new tokens, KVH key/value heads, D head size, W scores re
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args, get_type_hints
 
 import torch
 
 EPS = 1e-6  # keeps w_k defined, and at 1/2, when the heads agree perfectly on both sides
-CHOICES = {
-    "mode": ("attention", "cache"),
-    "fill": ("zero", "anchor"),
-    "schedule": ("tail", "uniform", "head", "last", "adaptive"),
-    "fusion": ("variance", "equal", "key", "value", "random"),
-    "keys": ("rotated", "unrotated"),
-}
 
 
 @dataclass(frozen=True)
@@ -26,15 +20,15 @@ class FilterConfig:
     """How to filter; the defaults are the paper's. A value out of range raises ValueError, naming the field."""
 
     prune: float = 0.5  # p in [0, 1): the share of (token, layer) pairs to find redundant
-    mode: str = "attention"  # redundant tokens skip attention and are not cached | "cache": they are only not cached
-    fill: str = "zero"  # a skipped attention adds nothing | "anchor": the average output of the tokens kept before
+    mode: Literal["attention", "cache"] = "attention"  # redundant tokens skip attention and are not cached | only the latter
+    fill: Literal["zero", "anchor"] = "zero"  # a skipped attention adds nothing | the average output of the tokens kept before
     grace: int = 0  # a redundant token's k, v stay visible to tokens at most this many positions younger
-    schedule: str = "tail"  # how p is spread over the layers, see layer_ratios and adaptive_ratios
+    schedule: Literal["tail", "uniform", "head", "last", "adaptive"] = "tail"  # how p is spread over the layers: schedule.py
     gamma: float = 0.9  # decay of the running averages, in [0, 1)
     warmup: int = 16  # the first max(warmup, 1) tokens of a sequence are always kept
     history: int = 256  # W: how many past scores a new score is ranked among
-    fusion: str = "variance"  # how key and value similarity become one score; the others are ablations
-    keys: str = "rotated"  # keys are compared as the cache holds them, after RoPE | "unrotated": before it
+    fusion: Literal["variance", "equal", "key", "value", "random"] = "variance"  # key and value similarity -> one score
+    keys: Literal["rotated", "unrotated"] = "rotated"  # keys are compared as the cache holds them, after RoPE | before it
     seed: int = 0  # of fusion="random"
 
     def __post_init__(self):
@@ -53,6 +47,7 @@ class FilterConfig:
             raise ValueError(f"fill={self.fill!r} has no meaning in mode='cache', where every token attends")
 
 
+CHOICES = {name: get_args(hint) for name, hint in get_type_hints(FilterConfig).items() if get_args(hint)}
 PRESETS: dict[str, dict] = {
     "paper": {},
     "anchored": {"fill": "anchor", "grace": 32},
@@ -65,40 +60,7 @@ def preset(name, **overrides) -> FilterConfig:
     """The named preset with some fields changed, preset("cache", prune=0.3); ValueError for an unknown name."""
     if name not in PRESETS:
         raise ValueError(f"preset {name!r} is not one of {', '.join(PRESETS)}")
-    return FilterConfig(**{**PRESETS[name], **overrides})
-
-
-def spread(weight, p, cap):
-    """r_l = min(cap, a weight_l), a such that their mean is p: weight (..., L) float64 -> (..., L). p is at most cap."""
-    full = torch.zeros_like(weight, dtype=torch.bool)
-    for _ in range(weight.shape[-1]):  # each pass holds at the cap what the last one's a took above it
-        a = (p * weight.shape[-1] - cap * full.double().sum(-1, keepdim=True)) / weight.masked_fill(full, 0).sum(-1, keepdim=True)
-        full |= a * weight >= cap * (1 - 1e-12)
-    return (a * weight).masked_fill(full, cap)
-
-
-def layer_ratios(config: FilterConfig, n_layers: int) -> list[float]:
-    """Each layer's target ratio r_l in [0, 1]; their mean is p.
-
-    tail: r_l = min(1, a l/(L-1)), a such that the mean is p; head: tail reversed; uniform: r_l = p; last: max(0.9, p) in the
-    last layers only, the one before them taking the remainder; adaptive: p until adaptive_ratios replaces it.
-    """
-    p, L, layer = config.prune, n_layers, torch.arange(n_layers, dtype=torch.float64)
-    if config.schedule in ("uniform", "adaptive"):
-        return [p] * L
-    if config.schedule == "last":
-        top = max(0.9, p)
-        return (p * L - top * layer.flip(0)).clamp(0, top).tolist()  # what the later ones leave
-    ratios = spread(layer, p, 1.0)
-    ratios[0] = max(0.0, p * L - (L - 1))  # layer 0 skips only what is left when all the others skip everything
-    return (ratios.flip(0) if config.schedule == "head" else ratios).tolist()
-
-
-def adaptive_ratios(contribution, p):
-    """r_l = min(0.95, a D_l^-8), a such that their mean is p: the less a layer's attention contributes, the more of its
-    tokens it skips. contribution: D, (B, L) -> (B, L) float64.
-    """
-    return spread(contribution.double().clamp(min=1e-9) ** -8, p, max(0.95, p))
+    return FilterConfig(**PRESETS[name] | overrides)
 
 
 @dataclass
