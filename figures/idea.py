@@ -16,7 +16,8 @@ from load_weights import load
 from token_filter import preset, token_filter
 
 TEXT = "The cat sat on the mat. The cat sat on the mat. The cat sat on the mat. The cat sat on the hot stove."
-LAYER, SKIPPED, KEPT = 15, 25, 26  # chosen because every decision of this layer is clear: " the", an old word, and " hot", a new one
+LAYER = 15  # chosen because its decisions are clear
+SKIPPED, KEPT = 25, 26  # " the", an old word, and " hot", a new one
 DRAWN = (0, 4, 8, 12, 15, 20, 29)  # the layers whose cache is shown
 BLUE, ORANGE = "#2f6fb0", "#f08c2e"
 
@@ -41,8 +42,12 @@ def stages(k, v, ratio, gamma=0.9, warmup=16, window=256, eps=1e-6, averaged_fir
 
     averaged_first: the mistake of an exercise, a token that is compared with averages it is already part of.
     """
-    cosine = lambda x, y: (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
-    A_K, A_V, scores, out = k[0], v[0], [], []
+
+    def cosine(x, y):
+        return (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
+
+    A_K, A_V, out = k[0], v[0], []
+    scores: list[float] = []
     for k_t, v_t in zip(k, v):
         after = gamma * A_K + (1 - gamma) * k_t, gamma * A_V + (1 - gamma) * v_t
         c_k, c_v = (cosine(k_t, after[0]), cosine(v_t, after[1])) if averaged_first else (cosine(k_t, A_K), cosine(v_t, A_V))
@@ -74,7 +79,10 @@ def watch(prune=0.5):
 
 def table(skipped: Stage, kept: Stage) -> str:
     """README's table, without its head."""
-    heads = lambda c: ", ".join(f"{x:.3f}" for x in c)
+
+    def heads(c):
+        return ", ".join(f"{x:.3f}" for x in c)
+
     rows = [
         ("$c_k$ of the three heads", lambda s: heads(s.c_k)),
         ("$c_v$ of the three heads", lambda s: heads(s.c_v)),
@@ -104,7 +112,7 @@ def draw(path, pieces, steps: list[Stage], cache):
         score.plot(chosen, [steps[t].score for t in chosen], "o", color=colour, markersize=9, label=f"score, {label}")
     score.plot(at, [s.c_k.mean() for s in steps], "^", color="#777777", markersize=4, label="of its key alone")
     score.plot(at, [s.c_v.mean() for s in steps], "v", color="#a8a8a8", markersize=4, label="of its value alone")
-    warm = cache.warmup
+    warm = cache.layers[LAYER].filter.warmup
     score.hlines([s.threshold for s in steps[warm:]], at[warm:] - 0.45, at[warm:] + 0.45, colors="black", linewidth=2,
                  label="threshold: a rank among earlier scores")  # fmt: skip
     score.axvspan(-0.5, warm - 0.5, color="#eeeeee", zorder=0)
@@ -169,7 +177,8 @@ def draw_flow(panel):
 
 if __name__ == "__main__":
     pieces, seen, cache = watch()
-    steps = stages(*seen[LAYER], cache.layers[LAYER].ratio)
+    k, v = seen[LAYER]
+    steps = stages(k, v, cache.layers[LAYER].ratio)
     draw(Path(__file__).parent / "idea.png", pieces, steps, cache)
     print(f"layer {LAYER}, ratio {cache.layers[LAYER].ratio:.4f}: {pieces[SKIPPED]!r} and {pieces[KEPT]!r}")
     print(table(steps[SKIPPED], steps[KEPT]))
