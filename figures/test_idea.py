@@ -81,6 +81,8 @@ def test_the_tables_of_what_is_saved():
     demo, llama = (multiply_adds(*shape, 1024) for shape in ((576, 9, 3, 64, 1536), (5120, 40, 40, 128, 13824)))
     for name in demo:
         assert numbers(name) == [round(demo[name] / 1e6, 2), round(llama[name] / 1e6, 1)]
+    shares = [(part["query, output"] + part["attention"]) / sum(part.values()) for part in (demo, llama)]
+    assert f"saves {shares[0]:.0%} of a layer's multiply-adds in the demo model there, {shares[1]:.0%} in LLaMA-2-13B" in PROSE
     rows = ("a cached token", "the filter, per", "the anchor output, with", "adaptive ratios, per")
     assert [numbers(name) for name in rows] == [[x] for x in layer_bytes(576, 3, 64, 4, preset("adaptive"), 0.5)]
 
@@ -133,7 +135,11 @@ def test_answers_1_and_2(example):
     score = torch.tensor([[step.score for step in example[3]]])
     for t, ratio, redundant in ((25, 0.1999, False), (25, 0.2, True), (26, 0.8846, False), (26, 23 / 26, True)):
         assert above_threshold(score[:, t : t + 1], score[:, :t], torch.tensor([t]), ratio).item() == redundant
-    assert "for $r_l < 0.2$" in PROSE and f"from $r_l = 23/26 = {23 / 26:.3f}$ on" in PROSE
+    assert (
+        f"but in floating point {(1 - 23 / 26) * 26}" in PROSE
+        and "for $r_l < 0.2$" in PROSE
+        and f"from $r_l = 23/26 = {23 / 26:.3f}$ on" in PROSE
+    )
 
 
 def test_answer_3():
@@ -152,7 +158,9 @@ def test_answers_4_to_6(example):
     _, (k, v), cache, steps = example
     after = idea.stages(k, v, cache.layers[15].ratio, averaged_first=True)
     before, then = (sum(step.redundant for step in x) for x in (steps, after))
-    assert f'`" hot"` from {steps[26].score:.3f} to {after[26].score:.3f}' in PROSE
+    the, hot = (f"from {steps[t].score:.3f} to {after[t].score:.3f}" for t in (25, 26))
+    assert f'`" the"` goes {the}, that of `" hot"` {hot}' in PROSE
+    assert all((y.c_k > x.c_k).all() and (y.c_v > x.c_v).all() for x, y in zip(steps[1:], after[1:]))
     assert f"skips {then} tokens of the {len(steps) - 16} past the warm-up instead of {before}" in PROSE
     np.testing.assert_allclose([step.score for step in idea.stages(k, v, 0.5, gamma=0, averaged_first=True)], 1, atol=1e-12)
     ratios = [layer_ratios(FilterConfig(prune=prune), 30) for prune in (0.5, 0.7)]
@@ -163,6 +171,6 @@ def test_answers_4_to_6(example):
     whole, weights = token * 128 * 512 / 1e9, 2 * sum(p.numel() for p in model.parameters()) / 1e9
     assert token == 40 * 20480 and f"{token:,} in all layers" in PROSE and f"{whole:.1f} GB, twice the weights' {weights:.1f} GB" in PROSE
     saved = 0.5 * 496 / 512
-    assert f"496/512 = {100 * saved:.1f}\\%$, {saved * whole:.1f} GB" in PROSE
+    assert f"496/512 / 2 = {saved:.1%}: {saved * whole:.1f} GB" in PROSE
     assert states == 128 * 38 * 41992 and "41,992 bytes in each of the 38 layers" in PROSE
     assert "0.2 GB. These" in PROSE and round(states / 1e9, 1) == 0.2
