@@ -1,5 +1,6 @@
 # make demo      set up, then let a small real model answer: dense, and filtered by each preset
 # make test      set up, then run all tests
+# make check     ruff and mypy over every Python file; their settings are in pyproject.toml
 # make bench     time and memory, dense and filtered, side by side
 # make figures   draw README's idea and skip map into figures/; with TEXT=wikitext-2-test.txt its plots too (most of an hour)
 # make golden    make the files in golden/ again, for those who port the method
@@ -17,6 +18,10 @@ demo: $(DEMO)
 
 test: .venv/dev $(DEMO)
 	$(BIN)/python -m pytest -q
+
+check: .venv/dev
+	$(BIN)/ruff check
+	$(BIN)/mypy
 
 figures: .venv/dev $(DEMO)
 	$(BIN)/python -m figures.idea
@@ -56,4 +61,4 @@ $(DEMO): | .venv/base
 clean:
 	rm -rf .venv checkpoints
 
-.PHONY: demo test bench figures golden clean
+.PHONY: demo test check bench figures golden clean

@@ -21,18 +21,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from generate import CompiledFilter, Parser, add_filter_arguments, add_model_arguments, fail, filter_from
+from command_line import Parser, add_filter_arguments, add_model_arguments, as_process, fail, filter_from, read_text
+from generate import CompiledFilter
 from load_weights import CheckpointError, load
 from model import ModelConfig, Transformer
-from token_filter import FilterConfig, token_filter
+from token_filter import PRESETS, FilterConfig, token_filter
 
-#                        vocab    C   L   H KVH    D    MLP     theta   eps  context  tied  window
+#                               vocab     C   L   H KVH    D    MLP     theta   eps  context
 SHAPES = {
-    "llama-2-7b": (32000, 4096, 32, 32, 32, 128, 11008, 10000.0, 1e-5, 4096, False),
-    "llama-2-13b": (32000, 5120, 40, 40, 40, 128, 13824, 10000.0, 1e-5, 4096, False),
-    "llama-3-8b": (128256, 4096, 32, 32, 8, 128, 14336, 500000.0, 1e-5, 8192, False),
-    "mistral-7b": (32000, 4096, 32, 32, 8, 128, 14336, 10000.0, 1e-5, 32768, False, 4096),
-    "phi-4": (100352, 5120, 40, 40, 10, 128, 17920, 250000.0, 1e-5, 16384, False),
+    "llama-2-7b": ModelConfig(32000, 4096, 32, 32, 32, 128, 11008, 10000.0, 1e-5, 4096, tied=False),
+    "llama-2-13b": ModelConfig(32000, 5120, 40, 40, 40, 128, 13824, 10000.0, 1e-5, 4096, tied=False),
+    "llama-3-8b": ModelConfig(128256, 4096, 32, 32, 8, 128, 14336, 500000.0, 1e-5, 8192, tied=False),
+    "mistral-7b": ModelConfig(32000, 4096, 32, 32, 8, 128, 14336, 10000.0, 1e-5, 32768, tied=False, window=4096),
+    "phi-4": ModelConfig(100352, 5120, 40, 40, 10, 128, 17920, 250000.0, 1e-5, 16384, tied=False),
 }
 
 
@@ -42,7 +43,7 @@ def random_model(shape, device, dtype) -> Transformer:
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return Transformer(ModelConfig(*SHAPES[shape])).requires_grad_(False)
+            return Transformer(SHAPES[shape]).requires_grad_(False)
     finally:
         torch.set_default_dtype(default)
 
@@ -71,17 +72,17 @@ class Ours:
         return result
 
     def prefill(self, tokens):
-        self.cache = self.model.new_cache(len(tokens), self.filter, self.timed_criterion)
-        self.model.prefill(tokens.tolist(), self.cache)
+        cache = self.model.new_cache(len(tokens), self.filter, self.timed_criterion)
+        self.model.prefill(tokens.tolist(), cache)
+        return cache
 
-    def copy(self, rows):
-        self.cache.select(rows)
+    def copy(self, cache, rows):
+        cache.select(rows)
 
-    def step(self, tokens):
-        self.model(tokens, self.cache, last=True)
+    def step(self, cache, tokens):
+        self.model(tokens, cache, last=True)
 
-    def figures(self):
-        cache = self.cache
+    def figures(self, cache):
         pairs = int(cache.seen.sum()) * len(cache.layers)
         return {
             "skipped": 1 - int(cache.kept().sum()) / pairs,
@@ -104,17 +105,17 @@ class Transformers:
 
     @torch.no_grad()
     def prefill(self, tokens):
-        self.cache = self.model(tokens.to(self.device), use_cache=True, logits_to_keep=1).past_key_values
+        return self.model(tokens.to(self.device), use_cache=True, logits_to_keep=1).past_key_values
 
-    def copy(self, rows):
-        self.cache.batch_select_indices(torch.tensor(rows, device=self.device))
+    def copy(self, cache, rows):
+        cache.batch_select_indices(torch.tensor(rows, device=self.device))
 
     @torch.no_grad()
-    def step(self, tokens):
-        self.model(tokens.to(self.device), past_key_values=self.cache, use_cache=True)
+    def step(self, cache, tokens):
+        self.model(tokens.to(self.device), past_key_values=cache, use_cache=True)
 
-    def figures(self):
-        held = sum(t.numel() * t.element_size() for layer in self.cache.layers for t in (layer.keys, layer.values))
+    def figures(self, cache):
+        held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
         return {"skipped": 0.0, "cache_bytes": held, "live_bytes": held, "dense_bytes": held}
 
 
@@ -126,30 +127,29 @@ def session(side, device, tokens, rows, context, new_tokens):
         torch.cuda.reset_peak_memory_stats(device)
     wait(device)
     started = time.perf_counter()
-    side.prefill(tokens[:rows, :context])
+    cache = side.prefill(tokens[:rows, :context])
     wait(device)
-    result = {"prefill_ms": (time.perf_counter() - started) * 1e3, "step_ms": []}
+    prefill_ms, step_ms = (time.perf_counter() - started) * 1e3, []
     if rows < len(tokens):
-        side.copy(copies)
+        side.copy(cache, copies)
     yield None
     for t in range(context, context + new_tokens):
         started = time.perf_counter()
-        side.step(fed[:, t : t + 1])
+        side.step(cache, fed[:, t : t + 1])
         wait(device)
-        result["step_ms"].append((time.perf_counter() - started) * 1e3)
+        step_ms.append((time.perf_counter() - started) * 1e3)
         yield None
-    result |= side.figures()
+    result = {"prefill_ms": prefill_ms, "step_ms": step_ms, **side.figures(cache)}
     if device.type == "cuda":
         result["peak_bytes"] = torch.cuda.max_memory_allocated(device)
     if side.filter is not None:  # the filter's share, on two steps of their own: the stopwatch makes the device wait
         side.clocked, side.filter_seconds = True, 0.0
         started = time.perf_counter()
         for t in range(context + new_tokens, context + new_tokens + 2):
-            side.step(fed[:, t : t + 1])
+            side.step(cache, fed[:, t : t + 1])
         wait(device)
         result["filter_share"] = side.filter_seconds / (time.perf_counter() - started)
         side.clocked = False
-    side.cache = None
     yield result
 
 
@@ -209,13 +209,12 @@ def line(row):
 
 def plot(rows, path):
     """Decode time and cache bytes against batch (against context if only that varies), a line for each setting."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     axis = "context" if len({row["context"] for row in rows}) > len({row["batch"] for row in rows}) else "batch"
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5))
+    figure = Figure(figsize=(11, 4.5))
+    panels = figure.subplots(1, 2)
     for key, label, scale, panel in (("step_ms", "decode, ms per step", 1, panels[0]), ("cache_bytes", "KV cache, MB", 1e6, panels[1])):
         for name in dict.fromkeys(row["setting"] for row in rows):
             points = sorted((row[axis], row[key] / scale) for row in rows if row["setting"] == name)
@@ -226,7 +225,7 @@ def plot(rows, path):
         panel.set_yscale("log", base=2)
         panel.set_xticks([p[0] for p in points])
         for ticks in (panel.xaxis, panel.yaxis):
-            ticks.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+            ticks.set_major_formatter(ScalarFormatter())
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0].legend()
@@ -239,22 +238,25 @@ def plot(rows, path):
 def main(argv=None):
     parser = Parser(description="Time and memory of dense and filtered generation, side by side.")
     add_model_arguments(parser)
-    parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead of a checkpoint")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape in place of a checkpoint")
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to feed (default: this project's own files; random with --shape)")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="N", help="default: 1 8")
-    parser.add_argument("--context", type=int, nargs="+", default=[512], metavar="N", help="tokens in the cache (default: 512)")
-    parser.add_argument("--new-tokens", type=int, default=16, metavar="N", help="decode steps (default: %(default)s)")
-    parser.add_argument("--prune", type=float, nargs="+", default=[0.5], metavar="P", help="default: 0.5; dense is always there")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="N", help="sequences side by side (default: 1 8)")
+    parser.add_argument("--context", type=int, nargs="+", default=[512], metavar="N",
+                        help="tokens in the cache when decoding starts (default: 512)")  # fmt: skip
+    parser.add_argument("--new-tokens", type=int, default=16, metavar="N", help="decode steps that are measured (default: %(default)s)")
+    parser.add_argument("--prune", type=float, nargs="+", default=[0.5], metavar="P",
+                        help="shares of (token, layer) pairs to skip (default: 0.5); dense is always measured too")  # fmt: skip
     parser.add_argument("--nothing-skipped", action="store_true", help="add a setting whose warm-up never ends: the filter's own cost")
     parser.add_argument("--compile", action="store_true", help="run token_filter through torch.compile at decode")
     parser.add_argument("--vs", choices=["transformers"], help="add Hugging Face's model of the same checkpoint")
-    parser.add_argument("--distinct", type=int, metavar="N", help="prefill N rows only, copy them to fill the batch (quicker; the "
-                        "prefill column is then theirs)")  # fmt: skip
+    parser.add_argument("--distinct", type=int, metavar="N",
+                        help="prefill N rows only and copy them to fill the batch: quicker; the prefill column is then theirs")  # fmt: skip
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of each setting (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of random weights and tokens, and of --fusion random")
-    parser.add_argument("--json", metavar="FILE", help="write all figures")
-    parser.add_argument("--plot", metavar="FILE.png", help="decode time and cache against batch or context (needs matplotlib)")
-    add_filter_arguments(parser, several=True)
+    parser.add_argument("--seed", type=int, default=0, metavar="N",
+                        help="of random weights and tokens, and of --fusion random (default: 0)")  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", help="write all figures, after each batch and context")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw time and cache against batch or context (needs matplotlib)")
+    add_filter_arguments(parser, several=True, default="all of them")
     args = parser.parse_args(argv)
 
     numbers = [*args.batch, *args.context, args.new_tokens, args.repeat, args.distinct or 1]
@@ -262,8 +264,8 @@ def main(argv=None):
         fail("--batch, --context, --new-tokens, --repeat and --distinct must be at least 1")
     if args.vs and args.shape:
         fail("--vs transformers needs a checkpoint, not --shape")
-    presets = args.preset or ["paper", "anchored", "cache"]
-    filters = [(f"{name} {prune:g}", filter_from(args, name, prune)) for name in presets for prune in args.prune if prune != 0]
+    names = args.preset or list(PRESETS)
+    filters = [(f"{name} {prune:g}", filter_from(args, name, prune)) for name in names for prune in args.prune if prune != 0]
     longest = max(args.context) + args.new_tokens + 2
 
     torch.manual_seed(args.seed)
@@ -276,10 +278,9 @@ def main(argv=None):
         else:
             model, tokenizer = load(args.checkpoint, args.device, args.dtype, progress=True)
             here = Path(__file__).resolve().parent
-            files = [Path(args.text)] if args.text else [here / "README.md", *sorted(here.glob("*.py"))]
-            text = "\n".join(file.read_text(encoding="utf-8") for file in files)
-            stream = torch.tensor(tokenizer.encode(text, bos=False))
-    except (CheckpointError, OSError, UnicodeDecodeError, RuntimeError) as e:
+            files = [args.text] if args.text else [here / "README.md", *sorted(here.glob("*.py"))]
+            stream = torch.tensor(tokenizer.encode("\n".join(map(read_text, files)), bos=False))
+    except (CheckpointError, RuntimeError) as e:
         fail(e)
     device, dtype = model.embed.weight.device, model.embed.weight.dtype
     if longest > model.config.max_positions:
@@ -288,7 +289,7 @@ def main(argv=None):
         fail(f"the text has {len(stream)} tokens, fewer than the {longest} that --context and --new-tokens ask for")
 
     criterion = CompiledFilter() if args.compile else token_filter
-    sides = [Ours("dense", model, None)] + [Ours(name, model, f, criterion) for name, f in filters]
+    sides: list[Ours | Transformers] = [Ours("dense", model, None), *(Ours(name, model, f, criterion) for name, f in filters)]
     if args.nothing_skipped:
         sides += [Ours("paper, none skipped", model, FilterConfig(prune=0.5, warmup=10**9), criterion)]
     if args.vs:
@@ -312,8 +313,6 @@ def main(argv=None):
                 results = run(sides, device, tokens, rows, context, args.new_tokens, args.repeat, bar)
             except torch.OutOfMemoryError:
                 print(f"\nbatch {batch}, context {context}: out of memory", file=sys.stderr)
-                for side in sides:
-                    side.cache = None
                 continue
         copied = f" ({rows} rows prefilled and copied)" if rows < batch else ""
         print(f"\nbatch {batch}, context {context}{copied}\n{HEAD}")
@@ -330,7 +329,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    as_process(main)

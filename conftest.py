@@ -1,7 +1,9 @@
+import json
 import os
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import demo_checkpoint
 
@@ -14,6 +16,32 @@ def demo():
     if demo_checkpoint.main([]) != 0:
         pytest.fail("there is no demo checkpoint and it cannot be written: `make test` sets it up")
     return demo_checkpoint.FOLDER
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A small random checkpoint in three shards, with a byte-level tokenizer and a chat template."""
+    import transformers  # heavy; most test files do without
+
+    folder = tmp_path_factory.mktemp("small") / "checkpoint"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        ["the quick brown fox"], trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"])
+    )
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=200, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="70KB")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert len(list(folder.glob("*.safetensors"))) == 3
+    return folder
 
 
 @pytest.fixture(autouse=True)

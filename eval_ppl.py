@@ -10,12 +10,11 @@ would: filtering is causal and chunk-free, so one forward pass gives the same fi
 """
 
 import csv
-import importlib.util
 import json
 import math
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from generate import Parser, Stats, add_filter_arguments, add_model_arguments, fail, filter_from, generate
+from command_line import Parser, add_filter_arguments, add_model_arguments, as_process, check_output, fail, filter_from, read_text
+from generate import Stats, generate
 from load_weights import CheckpointError, Tokenizer, load
 from model import Transformer
 from token_filter import CHOICES, PRESETS, FilterConfig, above_threshold, preset, token_filter
@@ -184,7 +184,7 @@ def rivals(p, n_layers, window):
     yield "KeyDiff, online", preset("cache", prune=p, history=32), key_distance
 
 
-VARIED = {
+VARIED: dict[str, tuple] = {
     **{name: CHOICES[name] for name in ("schedule", "fusion", "keys", "fill")},
     "gamma": (0.5, 0.7, 0.9, 0.95, 0.99),
     "warmup": (0, 4, 16, 64),
@@ -246,11 +246,13 @@ def passkey(model, tokenizer: Tokenizer, length, depths, trials, filter, chat=Fa
 
     The same seed and length give the same texts whatever the filter. Each trial is a batch of all depths.
     """
-    rng, found, skipped, live, dense = random.Random(f"{seed} {length}"), [0] * len(depths), [], 0, 0
+    rng, found, live, dense = random.Random(f"{seed} {length}"), [0] * len(depths), 0, 0
+    skipped: list[float] = []
     for _ in tqdm(range(trials), f"{length} tokens", unit=" trials", leave=False):
         keys = [str(rng.randrange(10000, 100000)) for _ in depths]
         prompts = [passkey_prompt(tokenizer, key, length, depth, chat) for key, depth in zip(keys, depths)]
-        answers, stats = [[] for _ in depths], Stats()
+        answers: list[list[int]] = [[] for _ in depths]
+        stats = Stats()
         for row, token in generate(model, prompts, ANSWER, filter, tokenizer.eos_ids, stats=stats):
             answers[row].append(token)
         for row, (key, answer) in enumerate(zip(keys, answers)):
@@ -275,8 +277,9 @@ KV mean  the same on average over the window, taken every 128 tokens"""
 class Report:
     """A table that grows row by row. Each row is printed, and the files that were asked for are written anew, at once."""
 
-    def __init__(self, args, protocol: str, draw, width: int):
-        self.args, self.protocol, self.draw, self.width, self.rows = args, protocol, draw, width, []
+    def __init__(self, args, protocol: str, draw: Callable, width: int):
+        self.args, self.protocol, self.draw, self.width = args, protocol, draw, width
+        self.rows: list[dict] = []
         print(protocol)
 
     def add(self, row: dict):
@@ -296,73 +299,65 @@ class Report:
                 writer.writeheader()
                 writer.writerows(self.rows)
         if self.args.plot:
-            self.plot()
-
-    def plot(self):
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure = self.draw(pyplot, self.rows)
-        figure.suptitle(self.protocol.splitlines()[0], fontsize=8, wrap=True)
-        figure.savefig(self.args.plot, dpi=120)
-        pyplot.close(figure)
+            figure = self.draw(self.rows)
+            figure.suptitle(self.protocol.splitlines()[0], fontsize=8, wrap=True)
+            figure.savefig(self.args.plot, dpi=120)
 
 
-def plain_numbers(axis):
-    """Tick labels like 20, 50, 100 on a logarithmic axis."""
+def perplexity_figure(xlabel):
+    """An empty figure with perplexity on its logarithmic y axis, labelled 20, 50, 100 and so on."""
     from matplotlib import ticker
+    from matplotlib.figure import Figure
 
-    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(ticker.NullFormatter())
+    figure = Figure(figsize=(7, 4.8), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel=xlabel, ylabel="perplexity (logarithmic)", yscale="log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    axes.grid(alpha=0.3)
+    return figure, axes
 
 
-def draw_ratios(pyplot, rows):
+def draw_ratios(rows):
     """Perplexity against the measured skip ratio, a line for each preset."""
-    figure, axes = pyplot.subplots(figsize=(7, 4.8), layout="constrained")
+    figure, axes = perplexity_figure("share of (token, layer) pairs found redundant, as measured")
     for name in dict.fromkeys(row["setting"] for row in rows):
         points = [(row["skipped"], row["perplexity"]) for row in rows if row["setting"] == name]
         if name == "dense":
             axes.axhline(points[0][1], color="black", linestyle="--", label=f"dense: {points[0][1]:.1f}")
         else:
             axes.plot(*zip(*points), marker="o", label=name)
-    axes.set(xlabel="share of (token, layer) pairs found redundant, as measured", ylabel="perplexity (logarithmic)", yscale="log")
     axes.set_xlim(left=0)
-    plain_numbers(axes.yaxis)
-    axes.grid(alpha=0.3)
     axes.legend()
     return figure
 
 
-def draw_positions(pyplot, rows):
+def draw_positions(rows):
     """Perplexity against position, a line for each setting; a point stands at its bucket's middle."""
-    figure, axes = pyplot.subplots(figsize=(7, 4.8), layout="constrained")
+    figure, axes = perplexity_figure("position in the window (logarithmic)")
     for row in rows:
         spans = [name for name in row if name[0].isdigit()]
         middles = [sum(map(int, span.split("-"))) / 2 for span in spans]
         label, style = (row["setting"], "k--") if row["setting"] == "dense" else (f"{row['setting']} {row['prune']:g}", "-")
         axes.plot(middles, [row[span] for span in spans], style, marker="o", label=label)
-    axes.set(xlabel="position in the window (logarithmic)", ylabel="perplexity (logarithmic)", yscale="log")
     axes.set_xscale("log", base=2)
     axes.set_xticks(middles, spans, rotation=30, fontsize=8)
-    plain_numbers(axes.yaxis)
-    axes.grid(alpha=0.3)
     figure.legend(loc="outside right center")
     return figure
 
 
-def draw_passkey(pyplot, rows):
+def draw_passkey(rows):
     """A panel for each setting: lengths down, depths across, the share of keys found in each field."""
+    from matplotlib.figure import Figure
+
     settings = list(dict.fromkeys((row["setting"], row["prune"]) for row in rows))
-    columns = min(4, len(settings))
     depths = [name for name in rows[0] if name.startswith("depth ")]
     lengths = list(dict.fromkeys(row["length"] for row in rows))
-    size = (3.2 * columns, (1.1 + 0.45 * len(lengths)) * math.ceil(len(settings) / columns) + 0.5)
-    figure, panels = pyplot.subplots(
-        math.ceil(len(settings) / columns), columns, figsize=size, squeeze=False, sharey=True, layout="constrained"
-    )
+    columns = min(4, len(settings))
+    lines = math.ceil(len(settings) / columns)
+    figure = Figure(figsize=(3.2 * columns, (1.1 + 0.45 * len(lengths)) * lines + 0.5), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for panel in panels.flat[len(settings) :]:
         panel.set_visible(False)
     for setting, panel in zip(settings, panels.flat):
@@ -384,9 +379,11 @@ def draw_passkey(pyplot, rows):
 
 # ------------------------------------------------------------------------------------------- the command line
 
+Setting = tuple[str, FilterConfig | None, Callable]  # label, filter, criterion
 
-def sweep(model, windows, overlap, settings, losses, args, report: Report):
-    """Perplexity of each setting, (label, filter, criterion); the first is dense. Ctrl-C shows what is known by then."""
+
+def sweep(model, windows, overlap, settings: list[Setting], losses, args, report: Report):
+    """Perplexity of each setting; the first is dense. Ctrl-C shows what is known by then."""
     edges = [0, *(64 << i for i in range(30) if 64 << i < args.window), args.window]
     dense = None
     for label, config, criterion in settings:
@@ -409,27 +406,12 @@ def sweep(model, windows, overlap, settings, losses, args, report: Report):
         report.add(row)
 
 
-def check_files(args):
-    """Output files can be written, and plots drawn: better known before the work than after."""
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        fail("--plot needs matplotlib: pip install -r requirements-dev.txt")
-    if args.plot and Path(args.plot).suffix.lower() not in (".png", ".svg", ".pdf"):
-        fail(f"--plot {args.plot}: the file's name must end in .png, .svg or .pdf")
-    for path in filter(None, (args.json, args.csv, args.plot)):
-        try:
-            open(path, "a").close()
-        except OSError as e:
-            fail(f"{path}: cannot be written: {e.strerror}")
-
-
-def read_text(path) -> str:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        fail(f"{path}: cannot be read as UTF-8 text: {e}")
-    if not text.strip() or "\0" in text:
-        fail(f"{path}: {'is a binary file, not text' if text.strip() else 'the text is empty'}")
-    return text
+def sweep_passkeys(model, tokenizer, settings: list[Setting], args, report: Report):
+    """Pass keys found, of each setting at each length."""
+    for label, config, _ in settings:
+        for length in args.lengths:
+            figures = passkey(model, tokenizer, length, args.depths, args.trials, config, args.chat, args.seed)
+            report.add({"setting": label, "prune": config.prune if config else 0.0, "length": length, **figures})
 
 
 def main(argv=None):
@@ -442,26 +424,25 @@ def main(argv=None):
     parser.add_argument("--offsets", type=int, nargs="+", metavar="N", help="instead, windows that start at these tokens")
     parser.add_argument("--bos", action="store_true", help="begin every window with the BOS token, as one of its N")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="use only the text's first N tokens")
-    parser.add_argument("--prune", type=float, nargs="+", metavar="P", help="default: 0.1 0.2 0.3 0.5; with --ablate or "
-                        "--passkey 0.3; dense is always measured first")  # fmt: skip
+    parser.add_argument("--prune", type=float, nargs="+", metavar="P", help="shares of (token, layer) pairs to skip (default: 0.1 0.2 "
+                        "0.3 0.5; with --ablate or --passkey 0.3); dense is always measured first")  # fmt: skip
     parser.add_argument("--batch", type=int, default=4, metavar="N", help="windows at a time (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of --fusion random and of the pass keys")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of --fusion random and of the pass keys (default: 0)")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--ablate", action="store_true", help="change one thing at a time from each --preset (default: anchored "
-                      "cache) at one ratio, and run what else one could do")  # fmt: skip
+    what.add_argument("--ablate", action="store_true", help="change one thing at a time from each --preset at one ratio, and run "
+                      "what else one could do")  # fmt: skip
     what.add_argument("--by-position", action="store_true", help="also perplexity by position in the window")
-    what.add_argument("--passkey", action="store_true", help="hide a five-digit key in filler text, and ask for it (default: "
-                      "every preset)")  # fmt: skip
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048], metavar="N", help="of --passkey, in tokens, prompt "
-                        "and answer together (default: 1024 2048)")  # fmt: skip
-    parser.add_argument("--depths", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1], metavar="X", help="of --passkey: where "
-                        "the key is, from 0, the start, to 1 (default: 0 0.25 0.5 0.75 1)")  # fmt: skip
+    what.add_argument("--passkey", action="store_true", help="hide a five-digit key in filler text, and ask for it")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048], metavar="N",
+                        help="of --passkey: tokens of prompt and answer together (default: 1024 2048)")  # fmt: skip
+    parser.add_argument("--depths", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1], metavar="X",
+                        help="of --passkey: where the key is, from 0, the start, to 1 (default: 0 0.25 0.5 0.75 1)")  # fmt: skip
     parser.add_argument("--trials", type=int, default=1, metavar="N", help="of --passkey: keys for each length and depth (default: 1)")
     parser.add_argument("--chat", action="store_true", help="of --passkey: ask in the chat template")
-    parser.add_argument("--json", metavar="FILE", help="write the table, after each row")
-    parser.add_argument("--csv", metavar="FILE", help="the same")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw it (needs matplotlib); not with --ablate")
-    add_filter_arguments(parser, several=True)
+    parser.add_argument("--json", metavar="FILE", help="write the table as JSON, after each row")
+    parser.add_argument("--csv", metavar="FILE", help="write the table as CSV, after each row")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the table (needs matplotlib); not with --ablate")
+    add_filter_arguments(parser, several=True, default="paper; with --ablate anchored cache; with --passkey all of them")
     args = parser.parse_args(argv)
 
     if min(args.window, args.max_tokens or 2) < 2 or args.max_tokens == 0 or min(args.batch, args.trials, *args.lengths) < 1:
@@ -476,15 +457,18 @@ def main(argv=None):
         fail("--ablate takes one --prune above 0, and draws no --plot")
     if not args.passkey and not args.text:
         fail("no text: give --text FILE (or --passkey)")
-    settings = [("dense", None, token_filter)]
-    settings += [(name, filter_from(args, name, p), token_filter) for name in names for p in prunes]
-    settings = settings[:1] + [s for s in settings if s[1]]  # --prune 0 is the dense row
-    text = None if args.passkey else read_text(args.text)
-    check_files(args)
+    filters = [(name, config) for name in names for p in prunes if (config := filter_from(args, name, p))]  # 0 is the dense row
+    settings: list[Setting] = [("dense", None, token_filter), *((name, config, token_filter) for name, config in filters)]
+    text = "" if args.passkey else read_text(args.text)
+    if not args.passkey and (not text.strip() or "\0" in text):
+        fail(f"{args.text}: {'is a binary file, not text' if text.strip() else 'the text is empty'}")
+    for flag, path, endings in (("--json", args.json, ()), ("--csv", args.csv, ()), ("--plot", args.plot, (".png", ".svg", ".pdf"))):
+        if path:
+            check_output(flag, path, endings)
 
     try:
         model, tokenizer = load(args.checkpoint, args.device, args.dtype, progress=True)
-        ids = tokenizer.encode(text, bos=False)[: args.max_tokens] if text else []
+        ids = tokenizer.encode(text, bos=False)[: args.max_tokens]
     except CheckpointError as e:
         fail(e)
     context, dtype = model.config.max_positions, str(model.embed.weight.dtype).removeprefix("torch.")
@@ -492,17 +476,13 @@ def main(argv=None):
     if args.passkey:
         if max(args.lengths) > context:
             fail(f"--lengths {max(args.lengths)} is longer than the model's context of {context}")
-        form = "question in the chat template" if args.chat else 'plain text to be continued after "The pass key is"'
-        protocol = f"pass key of five digits, {args.trials} for each length and depth, {form}; greedy decoding; {dtype}"
         try:
             passkey_prompt(tokenizer, "00000", min(args.lengths), 0, args.chat)
         except (CheckpointError, ValueError) as e:  # no chat template; too short
             fail(e)
-        report = Report(args, protocol, draw_passkey, 10)
-        for label, config, _ in settings:
-            for length in args.lengths:
-                figures = passkey(model, tokenizer, length, args.depths, args.trials, config, args.chat, args.seed)
-                report.add({"setting": label, "prune": config.prune if config else 0.0, "length": length, **figures})
+        form = "question in the chat template" if args.chat else 'plain text to be continued after "The pass key is"'
+        protocol = f"pass key of five digits, {args.trials} for each length and depth, {form}; greedy decoding; {dtype}"
+        sweep_passkeys(model, tokenizer, settings, args, Report(args, protocol, draw_passkey, 10))
         return
 
     if args.window > context:
@@ -518,9 +498,8 @@ def main(argv=None):
             fail(f"--offsets must lie in the text's {len(ids)} tokens, at least one before the last")
         windows = [cut(ids[offset:], args.window, None, bos)[0][0] for offset in args.offsets]
     if args.ablate:
-        bases = settings[1:]
         settings += rivals(prunes[0], model.config.n_layers, max(map(len, windows)))
-        settings += [(f"{name}, {label}", config, token_filter) for name, base, _ in bases for label, config in variations(base)]
+        settings += [(f"{name}, {label}", config, token_filter) for name, base in filters for label, config in variations(base)]
     losses = sum(len(window) - max(overlap if i else 0, 1) for i, window in enumerate(windows))
     if args.offsets:
         layout = f"at tokens {', '.join(map(str, args.offsets))}"
@@ -535,7 +514,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    as_process(main)

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from generate import Parser, add_filter_arguments, add_model_arguments, fail, filter_from, sample
+from command_line import Parser, add_filter_arguments, add_model_arguments, as_process, fail, filter_from
+from generate import sample
 from load_weights import CheckpointError, Tokenizer, load
 from model import Transformer
 from token_filter import FilterConfig
@@ -57,7 +58,7 @@ def batches(pairs, size):
 
     Longest first, so that memory runs out early if at all, and rows of a batch are of similar length.
     """
-    batch = []
+    batch: list[int] = []
     order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]), pairs[i][0], -len(pairs[i][1])))
     for _, same in groupby(order, key=lambda i: pairs[i][0]):
         group = list(same)
@@ -151,7 +152,7 @@ class FilteredLM(TemplateLM):
                 raise ValueError(f"a continuation has {len(continuation)} tokens, not 1 to {self.context}, the model's context")
             ids = (*context, *continuation)[-(self.context + 1) :]
             pairs.append((ids[: -len(continuation)], ids[-len(continuation) :]))
-        scored = {}
+        scored: dict[int, tuple] = {}
         with tqdm(total=len(pairs), desc=self.title, unit=" texts", leave=False) as bar:
             for batch in batches(pairs, self.batch):
                 scored.update(zip(batch, score(self.model, [pairs[i] for i in batch], self.filter)))
@@ -239,7 +240,8 @@ def load_tasks(names, include_path):
     manager = TaskManager(include_path=include_path, include_defaults=False)
     if not set(names) <= set(manager.all_tasks):  # the harness's own are thousands of files to read
         manager = TaskManager(include_path=include_path)
-    loaded, lines = {"tasks": {}, "groups": {}}, {}
+    loaded: dict[str, dict] = {"tasks": {}, "groups": {}}
+    lines: dict[str, list[str]] = {}
     for name in names:
         try:
             found = manager.load([name])
@@ -258,7 +260,7 @@ def summarise(results, lm: FilteredLM, lines):
 
     With several tasks, "average" is over all that report a metric, its stderr as of independent tasks.
     """
-    table = {}
+    table: dict[str, dict] = {}
     for name, parts in lines.items():
         metrics = {}
         for key, value in results["results"][name].items():
@@ -303,16 +305,18 @@ def print_table(settings):
 def main(argv=None):
     parser = Parser(description="Tasks of the lm-evaluation-harness, dense against filtered.")
     add_model_arguments(parser)
-    parser.add_argument("--suite", choices=SUITES, help="the paper's: %(choices)s")
-    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="of the harness, or of --include-path")
-    parser.add_argument("--include-path", action="append", metavar="FOLDER", help="more task files, beside those in tasks/")
-    parser.add_argument("--num-fewshot", type=int, metavar="N", help="solved examples first (default: the task's)")
-    parser.add_argument("--fewshot-seed", type=int, default=1234, help="which examples (default: the harness's, %(default)s)")
+    parser.add_argument("--suite", choices=SUITES, help="the benchmarks that the paper reports")
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="tasks of the harness, of tasks/ or of --include-path")
+    parser.add_argument("--include-path", action="append", metavar="FOLDER", help="more task files, beside tasks/ (repeatable)")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="solved examples before each question (default: the task's)")
+    parser.add_argument("--fewshot-seed", type=int, default=1234, metavar="N", help="which examples (default: the harness's, %(default)s)")
     parser.add_argument("--chat", action="store_true", help="ask through the checkpoint's chat template")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
-    parser.add_argument("--prune", type=float, nargs="+", default=[0.0, 0.2, 0.5], metavar="P")
+    parser.add_argument("--prune", type=float, nargs="+", default=[0.0, 0.2, 0.5], metavar="P",
+                        help="shares of (token, layer) pairs to skip (default: 0 0.2 0.5)")  # fmt: skip
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="continuations at a time (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of --fusion random, and of what tasks draw at random")
+    parser.add_argument("--seed", type=int, default=0, metavar="N",
+                        help="of --fusion random, and of what tasks draw at random (default: 0)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     add_filter_arguments(parser, several=True)
     args = parser.parse_args(argv)
@@ -322,7 +326,7 @@ def main(argv=None):
         fail("no task: give --suite or --tasks")
     if args.batch < 1 or args.seed < 0 or (args.limit is not None and args.limit < 1) or (args.num_fewshot or 0) < 0:
         fail("--batch and --limit must be at least 1, --seed and --num-fewshot at least 0")
-    filters = []  # dense once, then every preset at every ratio
+    filters: list[tuple[str, FilterConfig | None]] = []  # dense once, then every preset at every ratio
     for name in args.preset or ["paper"]:
         for prune in sorted(args.prune):
             config = filter_from(args, name, prune)
@@ -371,7 +375,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    as_process(main)

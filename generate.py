@@ -6,7 +6,6 @@
 From Python: `for row, token in generate(model, prompts, filter=preset("cache", prune=0.5)): ...`
 """
 
-import argparse
 import json
 import math
 import os
@@ -14,19 +13,17 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from command_line import KNOBS, Parser, add_filter_arguments, add_model_arguments, as_process, check_output, fail, filter_from, read_text
 from load_weights import CheckpointError, Tokenizer, load
 from model import KVCache, Transformer
-from token_filter import CHOICES, PRESETS, FilterConfig, preset, token_filter
-
-DEMO = Path(__file__).resolve().parent / "checkpoints" / "smollm2-135m"
-
+from token_filter import PRESETS, FilterConfig, token_filter
 
 # ---------------------------------------------------------------------------------------------- from Python
 
@@ -39,7 +36,7 @@ class CompiledFilter:
     """
 
     def __init__(self):
-        self.compiled = torch.compile(token_filter)
+        self.compiled: Callable | None = torch.compile(token_filter)
 
     def __call__(self, k, v, n_new, state, ratio, config):
         if k.shape[1] == 1 and self.compiled is not None:
@@ -277,7 +274,7 @@ def draw_skip_map(path, title, pieces: list[str], n_prompt: int, redundant, scor
         bar = figure.colorbar(ScalarMappable(scale, colours), ax=panels, extend="min", aspect=40, pad=0.01)
         bar.set_label(f"score of {name} tokens")
     missing = ((~redundant, kept, "kept, no score"), (redundant, skipped, "skipped, no score"))
-    patches = [Patch(color=colours.get_bad(), label=name) for here, colours, name in missing if (here & score.mask).any()]
+    patches = [Patch(color=tuple(colours.get_bad()), label=name) for here, colours, name in missing if (here & score.mask).any()]
     if patches:
         figure.legend(handles=patches, loc="outside lower right", ncols=2, frameon=False, fontsize=9)
     figure.suptitle(title)
@@ -289,60 +286,15 @@ def draw_skip_map(path, title, pieces: list[str], n_prompt: int, redundant, scor
 # ----------------------------------------------------------------------------------------- the command line
 
 
-class Parser(argparse.ArgumentParser):
-    """Errors in one line."""
-
-    def error(self, message):
-        fail(message)
-
-
-def fail(message):
-    """One line on stderr, exit code 2."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def add_model_arguments(parser):
-    parser.add_argument("checkpoint", nargs="?", default=DEMO, help="checkpoint folder (default: the demo's, %(default)s)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (auto: cuda if there is one)")
-    dtypes = ("auto", "float32", "bfloat16", "float16", "float64")
-    parser.add_argument("--dtype", default="auto", choices=dtypes, help="auto: the checkpoint's on cuda, float32 on cpu")
-
-
-def add_filter_arguments(parser, several=False):
-    """--preset (one name, or several), and a flag for every field of FilterConfig but prune and seed."""
-    group = parser.add_argument_group("token filtering")
-    group.add_argument("--preset", choices=PRESETS, nargs="+" if several else None, help="default: paper")
-    for f in fields(FilterConfig):
-        if f.name not in ("prune", "seed"):
-            group.add_argument(f"--{f.name}", type=type(f.default), choices=CHOICES.get(f.name), help="overrides the preset")
-
-
-def filter_from(args, name, prune) -> FilterConfig | None:
-    """The named preset with what the flags override, or None for prune 0. Exits with one line if that makes no sense."""
-    chosen = {f.name: getattr(args, f.name) for f in fields(FilterConfig) if f.name not in ("prune", "seed")}
-    overrides = {key: value for key, value in chosen.items() if value is not None}
-    try:
-        config = preset(name, prune=prune, seed=args.seed, **overrides)
-    except ValueError as e:
-        fail(e)
-    return config if prune > 0 else None
-
-
 def read_prompts(args) -> list[str]:
     """The texts of --prompt and --prompts-file."""
     texts = list(args.prompt or [])
     if args.prompts_file:
-        try:
-            lines = Path(args.prompts_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as e:
-            fail(f"{args.prompts_file}: cannot be read as UTF-8 text: {e}")
-        texts += [line for line in lines if line.strip()]
+        texts += [line for line in read_text(args.prompts_file).splitlines() if line.strip()]
     if not texts:
         fail("no prompt: give --prompt TEXT or --prompts-file FILE")
-    for i, text in enumerate(texts):
-        if not text:
-            fail(f"prompt {i + 1} is empty")
+    if "" in texts:
+        fail(f"prompt {texts.index('') + 1} is empty")
     return texts
 
 
@@ -351,74 +303,52 @@ def run(model, tokenizer: Tokenizer, prompts, args, filter, echo=None, watch=Non
 
     `echo`, if given, is called with the text of a single prompt as it comes; `watch` is generate's.
     """
-    stats, streams, pieces = Stats(), [tokenizer.stream() for _ in prompts], [[] for _ in prompts]
+    stats, streams = Stats(), [tokenizer.stream() for _ in prompts]
+    answers: list[list[str]] = [[] for _ in prompts]
     eos_ids = frozenset() if args.ignore_eos else tokenizer.eos_ids
     sampling = (args.temperature, args.top_k, args.top_p, args.seed)
     steps = generate(model, prompts, args.max_new_tokens, filter, eos_ids, *sampling, stats=stats, watch=watch)
     bar = tqdm(steps, desc="tokens", unit="", total=len(prompts) * args.max_new_tokens, disable=echo is not None, leave=False)
     for row, token in bar:
-        pieces[row].append(streams[row].push(token))
+        answers[row].append(streams[row].push(token))
         if echo:
-            echo(pieces[row][-1])
-    for row, stream in enumerate(streams):
+            echo(answers[row][-1])
+    for answer, stream in zip(answers, streams):
         if rest := stream.flush():
-            pieces[row][-1] += rest
+            answer[-1] += rest
             if echo:
                 echo(rest)
-    return pieces, stats
-
-
-def check_skip_map(path):
-    """Find out before the work what would keep the picture from being drawn."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        fail("--skip-map needs matplotlib: pip install -r requirements-dev.txt")
-    if not path.endswith(".png"):
-        fail(f"--skip-map {path}: the name must end in .png")
-    try:
-        existed = os.path.exists(path)
-        open(path, "ab").close()
-        if not existed:
-            os.remove(path)
-    except OSError as e:
-        fail(f"--skip-map {path}: cannot be written: {e.strerror}")
-
-
-def echo_stdout(piece):
-    print(piece, end="", flush=True)
+    return answers, stats
 
 
 def main(argv=None):
     parser = Parser(description="Generate text with token filtering.")
     add_model_arguments(parser)
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be given many times: one batch")
-    parser.add_argument("--prompts-file", metavar="FILE", help="one prompt a line")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; given many times, they are one batch")
+    parser.add_argument("--prompts-file", metavar="FILE", help="more prompts, one a line")
     parser.add_argument("--chat", action="store_true", help="send each prompt as a user's message in the chat template")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="length of an answer (default: %(default)s)")
     parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-text token")
-    parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, the likeliest token always")
-    parser.add_argument("--top-k", type=int, default=0, metavar="N", help="sample from the N likeliest (0: all)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="and from the likeliest that make up P")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling and of --fusion random")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="of sampling (default: 0, always the likeliest)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="N", help="sample from the N likeliest tokens (default: 0, all)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="and from the likeliest that together make up P (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling and of --fusion random (default: 0)")
     parser.add_argument("--prune", type=float, metavar="P", help="share of (token, layer) pairs to skip (default: 0, dense)")
-    add_filter_arguments(parser)
     parser.add_argument("--compare", action="store_true", help="dense, then every preset, at --prune (default: 0.3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--show-skips", action="store_true", help="colour each token by the share of layers that skipped it")
     parser.add_argument("--skip-map", metavar="FILE.png", help="draw what was skipped where, and the scores (needs matplotlib)")
+    add_filter_arguments(parser)
     args = parser.parse_args(argv)
 
     if args.max_new_tokens < 1:
         fail(f"--max-new-tokens {args.max_new_tokens} is not at least 1")
     if not args.temperature >= 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or args.seed < 0:
         fail("--temperature, --top-k and --seed must be at least 0, --top-p in (0, 1]")
-    given = [f"--{f.name}" for f in fields(FilterConfig) if f.name != "seed" and getattr(args, f.name) is not None]
-    if args.preset:
-        given.append("--preset")
+    given = [f"--{name}" for name in ("preset", *KNOBS) if getattr(args, name) is not None]
     if args.compare:
-        if set(given) - {"--prune"}:
-            fail(f"--compare runs every preset as it is: it cannot be combined with {given[-1]}")
+        if given:
+            fail(f"--compare runs every preset as it is: it cannot be combined with {given[0]}")
         args.prune = 0.3 if args.prune is None else args.prune
         settings = [("dense", None)] + [(name, filter_from(args, name, args.prune)) for name in PRESETS]
     else:
@@ -435,7 +365,7 @@ def main(argv=None):
     if args.skip_map is not None:
         if args.compare or len(texts_in) > 1:
             fail("--skip-map draws one prompt with one setting: leave out --compare and all prompts but one")
-        check_skip_map(args.skip_map)
+        check_output("--skip-map", args.skip_map, (".png",))
     coloured = args.show_skips and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     if args.show_skips and not coloured:
         print("note: --show-skips has no effect where stdout is not a terminal, or NO_COLOR is set", file=sys.stderr)
@@ -449,14 +379,17 @@ def main(argv=None):
     except CheckpointError as e:
         fail(e)
 
+    only = None if args.compare else settings[0][1]
     small = sum(p.numel() for p in model.parameters()) < 1e9
-    if small and not args.compare and settings[0][1] and (settings[0][1].mode, settings[0][1].fill) == ("attention", "zero"):
+    if only and small and (only.mode, only.fill) == ("attention", "zero"):
         print(
             "note: models below a billion parameters rarely survive adding nothing for a skipped attention; "
             "try --preset cache, or --compare to see them side by side",
             file=sys.stderr,
         )
 
+    stream = len(prompts) == 1 and not args.json and not coloured
+    echo = partial(print, end="", flush=True) if stream else None
     results = []
     if coloured:
         print(paint_legend())
@@ -464,11 +397,10 @@ def main(argv=None):
         title = name if filter is None else f"{name}, prune {filter.prune}"
         if args.compare and not args.json:
             print(f"\n=== {title}")
-        stream = len(prompts) == 1 and not args.json and not coloured
         decisions = Decisions(len(prompts), model.config.n_layers)
         watch = decisions.watch if coloured or args.skip_map else None
         try:
-            answers, stats = run(model, tokenizer, prompts, args, filter, echo_stdout if stream else None, watch)
+            answers, stats = run(model, tokenizer, prompts, args, filter, echo, watch)
         except ValueError as e:
             fail(e)
         texts = ["".join(answer) for answer in answers]
@@ -482,7 +414,7 @@ def main(argv=None):
         elif not args.json:
             for i, text in enumerate(texts):
                 print(f"[{i + 1}] {texts_in[i]}\n{text}\n")
-        if args.skip_map:
+        if args.skip_map and filter:
             pieces, shown = token_pieces(tokenizer, prompts[0]) + answers[0], (decisions.redundant[0], decisions.score[0])
             draw_skip_map(args.skip_map, title, pieces, len(prompts[0]), *shown, filter.warmup)
         if not args.json:  # a comparison's figures belong to its texts; otherwise stdout is for the text alone
@@ -492,10 +424,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except BrokenPipeError:  # the reader (head, say) has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    as_process(main)

@@ -76,13 +76,13 @@ class LayerCache:
     the sliding window if it is kept and grace + 1 if not; `until` is the last of them.
     """
 
-    def __init__(self, config, B, layer, ratio, filter: FilterConfig | None, criterion, adaptive, dtype, device):
+    def __init__(self, config, B, layer, ratio, filter: FilterConfig, criterion, adaptive, dtype, device):
         self.layer, self.filter, self.ratio, self.criterion = layer, filter, ratio, criterion
         # ratio 1: past the warm-up no token queries or is stored, so none is projected or scored either
-        self.closed = filter is not None and ratio == 1 and filter.mode == "attention"
-        self.filters = filter is not None and ratio > 0 and not self.closed
+        self.closed = ratio == 1 and filter.mode == "attention"
+        self.filters = ratio > 0 and not self.closed
         self.window = config.window or FAR
-        self.grace_reach = min(filter.grace + 1, self.window) if filter is not None else 1
+        self.grace_reach = min(filter.grace + 1, self.window)
         self.ring = 0
         if self.filters:
             self.ring = filter.grace + (filter.mode == "cache")  # there a redundant token must find itself
@@ -98,7 +98,8 @@ class LayerCache:
         if self.adaptive is not None or (self.filters or self.closed) and filter.fill == "anchor":
             self.anchor_output = torch.zeros(B, config.width, dtype=wide(dtype), device=device)
         self.grow(self.ring)
-        self.redundant = self.score = None  # the latest decisions, (B, T), for whoever wants to look
+        self.redundant: torch.Tensor | None = None  # the latest decisions, (B, T), and scores, for whoever wants to look
+        self.score: torch.Tensor | None = None
 
     def grow(self, slots):
         missing = math.ceil((slots - self.k.shape[2]) / BLOCK) * BLOCK
@@ -150,12 +151,14 @@ class LayerCache:
         The running average of the attention outputs of the tokens kept before it in the sequence, started at the first
         one's own. y (N, C): the outputs of this chunk's kept tokens.
         """
-        y, rows = y.to(self.anchor_output.dtype), torch.arange(len(keep.counts), device=y.device)
+        past = self.anchor_output
+        assert past is not None
+        y, rows = y.to(past.dtype), torch.arange(len(keep.counts), device=y.device)
         before = keep.mask.cumsum(1) - keep.mask.long()  # how many of this chunk were kept before each
         packed = y.new_zeros(len(rows), max(1, int(keep.counts.max())), y.shape[1])  # (B, most kept in a row, C)
         packed[keep.row.to(y.device), keep.nth.to(y.device)] = y
         first = (chunk.position[:, :1] == 0).to(y.device)  # a sequence's first token is always kept
-        start = torch.where(first, packed[:, 0], self.anchor_output)
+        start = torch.where(first, packed[:, 0], past)
         averages = running_average(packed, start, self.filter.gamma)
         self.anchor_output = averages[rows, keep.counts.to(y.device)]
         return averages[rows[:, None], before.to(y.device)]
@@ -189,13 +192,15 @@ class KVCache:
     """All a model remembers of B sequences. Transformer.new_cache makes one, Transformer.forward moves it on."""
 
     def __init__(self, config, B, filter: FilterConfig | None, criterion, dtype, device):
-        L = config.n_layers
+        filter = filter or FilterConfig(prune=0.0)
         self.seen = torch.zeros(B, dtype=torch.int64)  # tokens so far, so the position of the next; host
         self.adaptive = None
-        if filter is not None and filter.schedule == "adaptive" and filter.prune > 0:
-            self.adaptive = Adaptive(filter, B, L, wide(dtype), device)
-        ratios = layer_ratios(filter, L) if filter is not None else [0.0] * L
-        self.layers = [LayerCache(config, B, l, ratios[l], filter, criterion, self.adaptive, dtype, device) for l in range(L)]
+        if filter.schedule == "adaptive" and filter.prune > 0:
+            self.adaptive = Adaptive(filter, B, config.n_layers, wide(dtype), device)
+        self.layers = [
+            LayerCache(config, B, layer, ratio, filter, criterion, self.adaptive, dtype, device)
+            for layer, ratio in enumerate(layer_ratios(filter, config.n_layers))
+        ]
         self.share_ratios()
 
     def share_ratios(self):

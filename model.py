@@ -133,7 +133,7 @@ class Attention(nn.Module):
                 )
                 if (found := found.cpu()).any():
                     keep = Tokens(keep.mask & ~found, x.device)
-            attends = keep if filter is not None and filter.mode == "attention" else chunk.real
+            attends = keep if filter.mode == "attention" else chunk.real
 
             # queries, attention and output, of the tokens that remain
             if T == 1:
@@ -190,19 +190,17 @@ class Attention(nn.Module):
         # (N, KVH, H/KVH, D): query heads that share a kv head are queries of one head, so that k, v are read once
         k, v, until = cache.slots()
         lengths, mask = cache.length.tolist(), None
-        by_row = not attends.all and not q.is_cuda  # there, gathering rows of k, v costs more than it saves
-        if cache.ring or cache.window < FAR or (min(lengths) < max(lengths) and not by_row):
+        if cache.ring or cache.window < FAR or min(lengths) < max(lengths):
             mask = (chunk.at <= until)[:, None, None]  # (B, 1, 1, S)
-        if by_row:
-            outputs = []
-            for q_b, b in zip(q.split(1), attends.row.tolist()):
-                b, used = slice(b, b + 1), slice(cache.ring + lengths[b])
-                mask_b = None if mask is None else mask[b, :, :, used]
-                outputs.append(attention(q_b, k[b, :, used], v[b, :, used], attn_mask=mask_b))
-            return torch.cat(outputs).flatten(1, 2)
-        if not attends.all:
-            k, v, mask = k[attends.index], v[attends.index], None if mask is None else mask[attends.index]
-        return attention(q, k, v, attn_mask=mask).flatten(1, 2)
+        if attends.all or q.is_cuda:  # there, one call that reads the idle rows along beats many, or copying the others out
+            return attends.pick(attention(attends.put(q), k, v, attn_mask=mask)).flatten(1, 2)
+        outputs = []
+        for pair, rows in zip(q.split(2), attends.row.split(2)):  # any two rows are a view, of some stride
+            first, last = rows[0].item(), rows[-1].item()
+            rows, used = slice(first, last + 1, max(1, last - first)), slice(cache.ring + max(lengths[first], lengths[last]))
+            pair_mask = None if mask is None else mask[rows, :, :, used]
+            outputs.append(attention(pair, k[rows, :, used], v[rows, :, used], attn_mask=pair_mask))
+        return torch.cat(outputs).flatten(1, 2)
 
 
 class MLP(nn.Module):

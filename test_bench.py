@@ -10,14 +10,14 @@ import generate as generate_module
 from bench import SHAPES, main
 from generate import CompiledFilter
 from model import ModelConfig, Transformer
-from test_generate import checkpoint, refused  # noqa: F401 (checkpoint is a fixture)
+from test_generate import refused
 from test_model import small, texts
 from token_filter import PRESETS, preset, token_filter
 
 RUN = ["--device", "cpu", "--batch", "1", "3", "--context", "60", "--new-tokens", "4", "--repeat", "1"]
 
 
-def test_figures(checkpoint, capsys, tmp_path):  # noqa: F811
+def test_figures(checkpoint, capsys, tmp_path):
     out, picture = tmp_path / "bench.json", tmp_path / "bench.png"
     main([str(checkpoint), *RUN, "--preset", "paper", "cache", "--prune", "0", "0.5", "--nothing-skipped",
           "--vs", "transformers", "--json", str(out), "--plot", str(picture)])  # fmt: skip
@@ -45,7 +45,7 @@ def test_figures(checkpoint, capsys, tmp_path):  # noqa: F811
     (["--shape", "llama-2-7b", "--vs", "transformers"], "--vs transformers needs a checkpoint"),
     (["--text", "no/such/file"], "no/such/file"), (["--prune", "1"], "prune=1.0"), (["--shape", "gpt-2"], "--shape"),
 ])  # fmt: skip
-def test_bad_flags(checkpoint, capsys, flags, message):  # noqa: F811
+def test_bad_flags(checkpoint, capsys, flags, message):
     assert message in refused(capsys, checkpoint, *flags, command=main)
 
 
@@ -54,7 +54,7 @@ def test_bad_flags(checkpoint, capsys, flags, message):  # noqa: F811
 ])  # fmt: skip
 def test_shapes_have_the_published_number_of_parameters(shape, billions):
     with torch.device("meta"):
-        model = Transformer(ModelConfig(*SHAPES[shape]))
+        model = Transformer(SHAPES[shape])
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.005)
 
 

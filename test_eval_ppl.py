@@ -14,7 +14,7 @@ from eval_ppl import cut, evaluate, key_distance, main, passkey, passkey_prompt,
 from load_weights import load
 from model import rope_frequencies
 from test_filter import drift, is_above
-from test_generate import FILTERS, LONG, PROMPTS, checkpoint, refused  # noqa: F401 (checkpoint is a fixture)
+from test_generate import FILTERS, LONG, PROMPTS, refused
 from test_model import LENGTHS, small, texts, turned
 from token_filter import PRESETS, FilterConfig, FilterState, preset
 
@@ -193,7 +193,7 @@ def test_passkey_prompts_fit_and_have_the_key_at_its_depth(demo):
         passkey_prompt(tokenizer, "12345", 40, 0)
 
 
-def test_passkey_counts_the_keys_that_are_reproduced(checkpoint, monkeypatch):  # noqa: F811
+def test_passkey_counts_the_keys_that_are_reproduced(checkpoint, monkeypatch):
     model, tokenizer = load(checkpoint, "cpu")
     real, seen = eval_ppl.generate, []
 
@@ -237,7 +237,7 @@ def table(out):
     return [re.split(r"\s{2,}", line.strip()) for line in lines]
 
 
-def test_sweep_prints_and_writes_the_same_rows(checkpoint, capsys, tmp_path, text):  # noqa: F811
+def test_sweep_prints_and_writes_the_same_rows(checkpoint, capsys, tmp_path, text):
     files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "csv", "png")}
     flags = ["--json", files["json"], "--csv", files["csv"], "--plot", files["png"], "--prune", "0", "0.5"]
     main([str(checkpoint), *text, *map(str, flags), "--preset", "paper", "cache"])
@@ -256,7 +256,7 @@ def test_sweep_prints_and_writes_the_same_rows(checkpoint, capsys, tmp_path, tex
     assert files["png"].read_bytes()[1:4] == b"PNG"
 
 
-def test_flags_choose_the_windows(checkpoint, capsys, text):  # noqa: F811
+def test_flags_choose_the_windows(checkpoint, capsys, text):
     model, tokenizer = load(checkpoint, "cpu")
     ids = tokenizer.encode(LONG * 8, bos=False)
     for flags, windows, overlap in (
@@ -272,7 +272,7 @@ def test_flags_choose_the_windows(checkpoint, capsys, text):  # noqa: F811
         assert f"{score.tokens} losses" in out and (", no BOS" in out) == ("--bos" not in flags)
 
 
-def test_by_position(checkpoint, capsys, tmp_path, text):  # noqa: F811
+def test_by_position(checkpoint, capsys, tmp_path, text):
     picture = tmp_path / "positions.png"
     main([str(checkpoint), *text, "--window", "150", "--prune", "0.5", "--by-position", "--plot", str(picture)])
     head, *rows = table(capsys.readouterr().out)
@@ -280,7 +280,7 @@ def test_by_position(checkpoint, capsys, tmp_path, text):  # noqa: F811
     assert len({*rows[0][-3:]}) == 3
 
 
-def test_ablate_changes_one_thing_a_row_and_adds_rivals(checkpoint, capsys, text):  # noqa: F811
+def test_ablate_changes_one_thing_a_row_and_adds_rivals(checkpoint, capsys, text):
     main([str(checkpoint), *text, "--max-tokens", "128", "--ablate", "--prune", "0.5"])
     rows = {row[0]: row[1:] for row in table(capsys.readouterr().out)[1:]}
     assert list(rows)[:3] == ["dense", "anchored", "cache"]
@@ -293,7 +293,7 @@ def test_ablate_changes_one_thing_a_row_and_adds_rivals(checkpoint, capsys, text
     assert "cache, gamma=0.9" in rows and "cache, gamma=0.5" not in rows and "anchored" not in rows
 
 
-def test_passkey_command(checkpoint, capsys, tmp_path):  # noqa: F811
+def test_passkey_command(checkpoint, capsys, tmp_path):
     out, picture = tmp_path / "passkey.json", tmp_path / "passkey.png"
     flags = ["--passkey", "--device", "cpu", "--lengths", "180", "200", "--depths", "0", "0.5", "--json", out, "--plot", picture]
     main([str(checkpoint), *map(str, flags)])
@@ -307,7 +307,7 @@ def test_passkey_command(checkpoint, capsys, tmp_path):  # noqa: F811
     assert len(json.loads(out.read_text())["rows"]) == len(rows) and picture.read_bytes()[1:4] == b"PNG"
 
 
-def test_ctrl_c_shows_what_was_measured(checkpoint, capsys, tmp_path, text, monkeypatch):  # noqa: F811
+def test_ctrl_c_shows_what_was_measured(checkpoint, capsys, tmp_path, text, monkeypatch):
     real, out = eval_ppl.evaluate, tmp_path / "out.json"
 
     def interrupted(model, windows, filter, *rest, **more):
@@ -346,21 +346,21 @@ def test_ctrl_c_shows_what_was_measured(checkpoint, capsys, tmp_path, text, monk
     (b"the fox", ["--ablate", "--prune", "0"], "--ablate takes one --prune"),
     (b"the fox", ["--ablate", "--plot", "x.png"], "draws no --plot"),
     (b"the fox", ["--ablate", "--passkey"], "not allowed with"),
-    (b"the fox", ["--plot", "x.jpeg2"], ".png, .svg or .pdf"),
+    (b"the fox", ["--plot", "x.jpeg2"], ".png, .svg, .pdf"),
     (b"the fox", ["--csv", "no/such/folder/x.csv"], "no/such/folder/x.csv: cannot be written"),
     (b"the fox", ["--passkey", "--lengths", "201"], "context of 200"),
     (b"the fox", ["--passkey", "--lengths", "20"], "more than 20 tokens"),
     (b"the fox", ["--passkey", "--depths", "1.5"], "--depths"), (b"the fox", ["--passkey", "--trials", "0"], "--trials"),
 ])  # fmt: skip
-def test_bad_input(checkpoint, capsys, tmp_path, content, flags, message):  # noqa: F811
+def test_bad_input(checkpoint, capsys, tmp_path, content, flags, message):
     path = tmp_path / "text.txt"
     if content is not None:
         path.write_bytes(content)
     assert message in refused(capsys, checkpoint, "--device", "cpu", "--text", path, *flags, command=main)
 
 
-def test_without_text_or_matplotlib(checkpoint, capsys, monkeypatch, tmp_path):  # noqa: F811
+def test_without_text_or_matplotlib(checkpoint, capsys, monkeypatch, tmp_path):
     assert "give --text" in refused(capsys, checkpoint, command=main)
-    monkeypatch.setattr(eval_ppl.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     flags = ["--passkey", "--plot", tmp_path / "x.png"]
     assert "--plot needs matplotlib" in refused(capsys, checkpoint, *flags, command=main)

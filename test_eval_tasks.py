@@ -22,10 +22,9 @@ from eval_tasks import SUITES, FilteredLM, batches, load_tasks, main, print_tabl
 from generate import generate
 from load_weights import load
 from model import KVCache, Transformer
-from test_generate import checkpoint  # noqa: F401 (a fixture)
+from test_generate import FILTERS
 from token_filter import PRESETS, preset
 
-FILTERS = [None] + [preset(name, prune=0.5) for name in PRESETS]
 HERE = Path(eval_tasks.__file__).parent
 
 CHOICE = [
@@ -91,7 +90,7 @@ def stand_in(folder, name, rows, settings):
 
 
 @pytest.fixture(scope="module")
-def tiny(checkpoint):  # noqa: F811
+def tiny(checkpoint):
     """The small random checkpoint in float64, its weights scaled up so that attention is far from uniform."""
     model, tokenizer = load(checkpoint, "cpu", "float64")
     for p in model.parameters():
@@ -368,7 +367,7 @@ def run(capsys, *arguments):
     return capsys.readouterr().out
 
 
-def test_the_table_of_a_suite(checkpoint, stand_ins, capsys):  # noqa: F811
+def test_the_table_of_a_suite(checkpoint, stand_ins, capsys):
     """Every figure comes from the JSON form; averages and differences add up; short texts are named."""
     arguments = [checkpoint, "--suite", "commonsense", *stand_ins, "--tasks", "mmlu_astronomy", "--limit", 2]
     arguments += ["--preset", "cache", "--prune", 0.5, 0, "--warmup", 25]
@@ -404,13 +403,13 @@ def test_the_table_compares_with_dense(capsys):
     assert filtered.split() == ["t", "acc", "paper", "0.2", "0.2500", "-0.2500", "0.2000"]
 
 
-def test_a_group_is_one_line(checkpoint, stand_ins, capsys):  # noqa: F811
+def test_a_group_is_one_line(checkpoint, stand_ins, capsys):
     shown = run(capsys, checkpoint, "--suite", "mmlu", *stand_ins, "--prune", 0, "--limit", 1, "--num-fewshot", 0, "--json")
     (only,) = json.loads(shown)["results"]
     assert list(only["tasks"]) == ["mmlu"] and only["tasks"]["mmlu"]["texts"] == 57 * 4
 
 
-def test_few_shot_and_generation(checkpoint, local, capsys):  # noqa: F811
+def test_few_shot_and_generation(checkpoint, local, capsys):
     def longest(shots, *more):
         arguments = ["--tasks", "local_choice", "local_generate", "--include-path", local, "--prune", 0, "--num-fewshot", shots, *more]
         return json.loads(run(capsys, checkpoint, *arguments, "--json"))["results"][0]["tasks"]["local_choice"]["longest"]
@@ -431,7 +430,7 @@ def test_few_shot_and_generation(checkpoint, local, capsys):  # noqa: F811
         (["--tasks", "local_beams"], "num_beams"),
     ],
 )
-def test_one_line_says_what_is_wrong(arguments, named, checkpoint, local, capsys, monkeypatch):  # noqa: F811
+def test_one_line_says_what_is_wrong(arguments, named, checkpoint, local, capsys, monkeypatch):
     own = functools.partial(eval_tasks.TaskManager, include_defaults=False)  # without the harness's thousands of files
     monkeypatch.setattr(eval_tasks, "TaskManager", lambda include_path, **_: own(include_path=include_path))
     text = (local / "local_choice.yaml").read_text().replace("task: local_choice", "task: gone")

@@ -1,5 +1,6 @@
 """Generation equals re-scoring, rows do not disturb each other, the command says what went wrong in one line."""
 
+import importlib
 import json
 import re
 import shutil
@@ -8,10 +9,7 @@ import sys
 
 import pytest
 import torch
-import transformers
 from matplotlib.figure import Figure
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import generate as generate_module
 from generate import (
@@ -196,30 +194,6 @@ def test_draw_skip_map(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------- the command line
 
 
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    """A small random checkpoint in three shards, with a byte-level tokenizer and a chat template."""
-    folder = tmp_path_factory.mktemp("small") / "checkpoint"
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        ["the quick brown fox"], trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"])
-    )
-    torch.manual_seed(3)
-    config = transformers.LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=200, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="70KB")
-    tokenizer.save(str(folder / "tokenizer.json"))
-    template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
-    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert len(list(folder.glob("*.safetensors"))) == 3
-    return folder
-
-
 LONG = "the quick brown fox " * 3
 RUN = ["--max-new-tokens", "12", "--ignore-eos", "--device", "cpu"]
 
@@ -277,6 +251,18 @@ def test_every_filter_field_can_be_overridden(checkpoint, capsys):
     used = json.loads(capsys.readouterr().out)["results"][0]["filter"]
     assert used == {"prune": 0.5, "mode": "cache", "fill": "zero", "grace": 3, "schedule": "head", "gamma": 0.8, "warmup": 5,
                     "history": 9, "fusion": "key", "keys": "unrotated", "seed": 7}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["generate", "eval_ppl", "eval_tasks", "bench", "demo_checkpoint"])
+def test_help_says_something_of_every_argument(command, monkeypatch):
+    if command == "eval_tasks":
+        pytest.importorskip("lm_eval", reason="lm_eval is an extra: pip install -r requirements-extra.txt")
+    parsers = []
+    monkeypatch.setattr("argparse.ArgumentParser.parse_args", lambda self, argv: (parsers.append(self), sys.exit()))
+    with pytest.raises(SystemExit):
+        importlib.import_module(command).main([])
+    texts = [action.help for action in parsers[0]._actions]
+    assert all(texts) and len(set(texts)) == len(texts)  # of each its own
 
 
 SKIPS = ["--prune", "0.5", "--preset", "cache", "--dtype", "float64", *RUN]
@@ -378,52 +364,6 @@ def test_what_keeps_a_skip_map_from_being_drawn_is_found_before_the_work(capsys,
     assert not (tmp_path / "map.png").exists()  # trying left nothing behind
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "--skip-map needs matplotlib: " in refused(capsys, *flags, tmp_path / "map.png")
-
-
-def break_json(name, **changes):
-    def edit(folder):
-        values = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps({**values, **changes}))
-
-    return edit
-
-
-def break_tensors(change):
-    def edit(folder):
-        index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-        shard = folder / index["model.norm.weight"]
-        tensors = load_file(shard)
-        change(tensors)
-        save_file(tensors, shard, metadata={"format": "pt"})
-
-    return edit
-
-
-def truncate(folder):
-    shard = sorted(folder.glob("*.safetensors"))[1]
-    shard.write_bytes(shard.read_bytes()[:-100])
-
-
-@pytest.mark.parametrize("damage, message", [
-    (shutil.rmtree, "no such folder"),
-    (truncate, "model-00002-of-00003.safetensors"),
-    (lambda folder: min(folder.glob("*.safetensors")).unlink(), "model-00001-of-00003.safetensors: no such file"),
-    (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer.json"),
-    (lambda folder: (folder / "config.json").write_text("[1"), "config.json"),
-    (break_json("config.json", model_type="gpt2"), "model_type 'gpt2' is not supported"),
-    (break_json("config.json", num_hidden_layers=4), "'model.layers.3."),
-    (break_json("config.json", hidden_size=64), "config.json asks for"),
-    (break_tensors(lambda t: t.pop("model.norm.weight")), "'model.norm.weight' is missing"),
-    (break_tensors(lambda t: t.update({"model.extra.weight": torch.ones(2)})), "'model.extra.weight'"),
-    (break_tensors(lambda t: t.update({"model.norm.weight": torch.ones(31)})), "shape [31]"),
-    (break_tensors(lambda t: t["model.norm.weight"].fill_(float("nan"))), "not finite"),
-], ids=["no folder", "truncated", "no shard", "no tokenizer", "bad json", "model type", "missing layer", "width",
-        "missing tensor", "extra tensor", "wrong shape", "nan"])  # fmt: skip
-def test_bad_checkpoints(checkpoint, capsys, tmp_path, damage, message):
-    shutil.copytree(checkpoint, tmp_path / "bad")
-    damage(tmp_path / "bad")
-    error = refused(capsys, tmp_path / "bad", "--prompt", "a", "--prune", "0.5", "--device", "cpu")
-    assert message in error and "bad" in error
 
 
 def test_no_chat_template(checkpoint, capsys, tmp_path):

@@ -67,8 +67,7 @@ def one_by_one(lengths):
 
 def turned(implementation, raw_k, theta, calls):
     """Keys after RoPE, each row at its own positions."""
-    feed = lambda at, n_new: {"k": implementation.rotate(raw_k[at], at[1], theta)}
-    return in_calls(calls, raw_k.shape[1], feed)["k"]
+    return in_calls(calls, raw_k.shape[1], lambda at, n_new: {"k": implementation.rotate(raw_k[at], at[1], theta)})["k"]
 
 
 def filtered(implementation, k, v, ratio, config, calls, dtype):
@@ -268,7 +267,7 @@ def changed(change):
     before, after, _ = CHANGES[change]
     assert PORT.count(before) == 1
     module = types.ModuleType(change)
-    exec(PORT.replace(before, after), module.__dict__)  # noqa: S102, our own file with one change
+    exec(PORT.replace(before, after), module.__dict__)  # our own file with one change
     return module
 
 

@@ -132,9 +132,18 @@ def map_norm_to(file):
     return damage
 
 
-loop = lambda path: path.symlink_to(path.name)
-endless = lambda path: path.symlink_to("/dev/zero")
-bad_disk = lambda path: path.symlink_to("/proc/self/mem")  # whose first byte is an input/output error
+def loop(path):
+    path.symlink_to(path.name)
+
+
+def endless(path):
+    path.symlink_to("/dev/zero")
+
+
+def bad_disk(path):
+    path.symlink_to("/proc/self/mem")  # whose first byte is an input/output error
+
+
 inf, nan = torch.full((24,), float("inf")), torch.full((24,), float("nan"))
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}
 

@@ -36,12 +36,10 @@ class FilterConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
         for name in ("prune", "gamma"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value < 1:
+            if not isinstance(value := getattr(self, name), (int, float)) or not 0 <= value < 1:
                 raise ValueError(f"{name}={value!r} is not a number in [0, 1)")
         for name, least in (("grace", 0), ("warmup", 0), ("history", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
+            if type(value := getattr(self, name)) is not int or value < least:
                 raise ValueError(f"{name}={value!r} is not a whole number of at least {least}")
         if self.mode == "cache" and self.fill != "zero":
             raise ValueError(f"fill={self.fill!r} has no meaning in mode='cache', where every token attends")
@@ -155,7 +153,7 @@ def token_filter(k, v, n_new, state: FilterState, ratio, config: FilterConfig):
     (var_k, var_v), (mean_k, mean_v) = var.unbind(-1), mean.unbind(-1)  # (B, T) each
     w_k = (var_v + EPS) / (var_k + var_v + 2 * EPS)
     if config.fusion != "variance":
-        w_k = {"equal": 0.5, "key": 1.0, "value": 0.0, "random": 0.5}[config.fusion]
+        w_k = torch.full_like(w_k, {"equal": 0.5, "key": 1.0, "value": 0.0, "random": 0.5}[config.fusion])
     score = w_k * mean_k + (1 - w_k) * mean_v
     if config.fusion == "random":
         score = pseudo_random(position, state.layer, config.seed).to(score.dtype)

@@ -12,8 +12,10 @@ Shapes: B sequences, T tokens, KVH key/value heads, D head size, L layers, V voc
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -62,7 +64,7 @@ def stages(k, v, lengths, ratio, config):
         for t in range(lengths[b]):
             x = np.stack((k[b, t], v[b, t]))
             anchor = np.stack((state[0].A_K, state[0].A_V)) if state else x
-            recent = state[0].scores[-config.history :] if state else []
+            recent: list[float] = state[0].scores[-config.history :] if state else []
             one = np.s_[b : b + 1, t : t + 1]
             redundant, score, _, state = filter_loop(k[one], v[one], [1], [ratio[b]], config, state)
             c = np.array([[cosine(x[side, h], anchor[side, h]) for h in range(KVH)] for side in range(2)])
@@ -143,13 +145,13 @@ class Case:
     """One of the filter's files: k, v of this shape, of which calls[i][b] tokens of row b are fed in call i."""
 
     what: str
-    shape: tuple  # B, T, KVH, D
-    ratio: list
-    calls: list
+    shape: tuple[int, int, int, int]  # B, T, KVH, D
+    ratio: list[float]
+    calls: list[list[int]]
     config: FilterConfig = field(default_factory=lambda: FilterConfig(warmup=4))
-    change: object = lambda k, v: (k, v)  # to the drifting k, v
+    change: Callable = lambda k, v: (k, v)  # to the drifting k, v
     dtype: type = np.float32
-    also: object = lambda out: True  # what else must hold of the stages
+    also: Callable = lambda out: True  # what else must hold of the stages
     contribution: list | None = None
 
 
@@ -210,13 +212,13 @@ for _name in ("tail", "uniform", "head", "last", "adaptive"):
     )  # fmt: skip
 
 
-def filter_file(case, seed):
+def filter_file(case: Case, seed):
     """A case's tensors made from a seed, or None if a decision in it would be too close for float32."""
     B, T = case.shape[:2]
     lengths, config = np.sum(case.calls, 0), case.config
     k, v = case.change(*(x.numpy() for x in drift(*case.shape, seed)))
     k, v = (np.where((np.arange(T) < lengths[:, None])[:, :, None, None], x, 0).astype(case.dtype) for x in (k, v))
-    ratio, inputs = np.array(case.ratio), {"k": k, "v": v}
+    ratio, inputs = np.array(case.ratio), dict[str, np.ndarray](k=k, v=v)
     if case.contribution:
         inputs["contribution"] = np.array(case.contribution, np.float32)
         ratio = adaptive(inputs["contribution"], config.prune)
@@ -246,7 +248,7 @@ def ties_file():
 
 # -------------------------------------------------------------------------------------------------------- the model
 
-SHAPE = {
+SHAPE: dict[str, Any] = {  # as in files.json
     "vocab_size": 32, "width": 32, "n_layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp_width": 48,
     "rope_theta": THETA, "norm_eps": 1e-5, "max_positions": 64, "tied": False,
 }  # fmt: skip
@@ -259,7 +261,7 @@ def random_weights(rng):
     """float32 weights by the names that model.py gives them; scaled up, so that attention is far from uniform."""
     V, C, M, D = SHAPE["vocab_size"], SHAPE["width"], SHAPE["mlp_width"], SHAPE["head_dim"]
     Q, KV = SHAPE["heads"] * D, SHAPE["kv_heads"] * D
-    matrices = {"embed": (V, C), "head": (V, C)}
+    matrices: dict[str, tuple[int, ...]] = {"embed": (V, C), "head": (V, C)}
     for block in (f"blocks.{l}." for l in range(SHAPE["n_layers"])):
         matrices |= {block + "attn.q": (Q, C), block + "attn.k": (KV, C), block + "attn.v": (KV, C)}
         matrices |= {block + "attn.o": (C, Q)}
@@ -285,9 +287,10 @@ def slow_model(weights, tokens, config):
     L, H, KVH, D = (SHAPE[name] for name in ("n_layers", "heads", "kv_heads", "head_dim"))
     ratio = schedule_ratios(config.schedule, config.prune, L)
     warmup, T = max(config.warmup, 1), len(tokens)
-    past = [[] for _ in range(L)]  # of each layer: (position, k, v, redundant) of each token
-    states, anchor_output, departures = [None] * L, [None] * L, [[] for _ in range(L)]  # departures: (D of a token, weight)
-    out = {name: np.zeros((T, L), np.int32) for name in ("length", "visible")}
+    past: list[list[tuple]] = [[] for _ in range(L)]  # of each layer: (position, k, v, redundant) of each token
+    states, anchor_output = [None] * L, [np.zeros(SHAPE["width"])] * L
+    departures: list[list[tuple]] = [[] for _ in range(L)]  # of each layer: (D, weight) of each token kept
+    out: dict[str, np.ndarray] = {name: np.zeros((T, L), np.int32) for name in ("length", "visible")}
     out |= {"ratio": np.zeros((T, L)), "score": np.full((T, L), np.nan), "redundant": np.zeros((T, L), bool)}
     out["logits"] = np.zeros((T, SHAPE["vocab_size"]))
 
@@ -398,8 +401,8 @@ def as_json(value, depth=3, indent="\n"):
 
 def make(folder):
     """Write all files to a folder (a Path)."""
-    model = {"shape": SHAPE, "lengths": LENGTHS, "calls": CALLS, "prune": PRUNES}
-    index = {"tensors": TENSORS, "filter": {}, "model": model}
+    model: dict[str, Any] = {"shape": SHAPE, "lengths": LENGTHS, "calls": CALLS, "prune": PRUNES}
+    index: dict[str, Any] = {"tensors": TENSORS, "filter": {}, "model": model}
     for name, case in CASES.items():
         tensors, seed = search(filter_file, case)
         save_file(tensors, folder / f"{name}.safetensors")

@@ -115,7 +115,7 @@ class Model:
 
     def feed(self, tokens, n_new):
         """tokens (B, T), row b's first n_new[b] real: {"logits": (B, T, V)} and, by (B, T, L), what else is expected."""
-        done, out = np.zeros(len(tokens), int), {}
+        done, out = np.zeros(len(tokens), int), dict[str, np.ndarray]()
         while (done < n_new).any():
             count = np.minimum(n_new - done, [min(self.changes[self.changes > seen]) - seen for seen in self.seen])
             row, step = np.nonzero(np.arange(count.max()) < count[:, None])
@@ -134,7 +134,7 @@ class Model:
                 self.ratio[:, b] = adaptive_ratios(total / number, self.config["prune"])
         step = np.arange(tokens.shape[1])
         real, position = step < n_new[:, None], self.seen[:, None] + step
-        x, traces = self.w["embed.weight"][tokens], []
+        x, traces = self.w["embed.weight"][tokens], list[dict]()
         for l, cache in enumerate(self.layers):
             added, trace = self.attention(x, l, cache, real, position, n_new)
             traces, x = [*traces, trace], x + added

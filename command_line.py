@@ -1,0 +1,103 @@
+"""What the commands share: flags for the model and the filter, files that are read and written, errors in one line."""
+
+import argparse
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from token_filter import CHOICES, PRESETS, FilterConfig, preset
+
+DEMO = Path(__file__).resolve().parent / "checkpoints" / "smollm2-135m"
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line."""
+
+    def error(self, message):
+        fail(message)
+
+
+def fail(message) -> NoReturn:
+    """One line on stderr, exit code 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def as_process(main):
+    """Call main(); Ctrl-C, or a reader that has enough (head, say), ends the process without a traceback."""
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def add_model_arguments(parser):
+    parser.add_argument("checkpoint", nargs="?", default=DEMO, help="checkpoint folder (default: the demo's, %(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto, cuda if there is one)")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16", "float64"),
+                        help="of weights and cache (default: auto, the checkpoint's own on cuda, float32 on cpu)")  # fmt: skip
+
+
+KNOBS = {  # the fields of FilterConfig that have a flag of their name, and what --help says of them
+    "mode": "attention: a redundant token skips attention and is not cached; cache: it attends, and is only not cached",
+    "fill": "what a skipped attention adds: nothing (zero), or the average output of the tokens kept before (anchor)",
+    "grace": "for how many more tokens a redundant one's key and value can be seen",
+    "schedule": "how the ratio is spread over the layers: growing from the first to the last (tail), falling (head), the same in "
+                "all (uniform), the last ones alone (last), or the less attention adds in this text the more (adaptive)",
+    "gamma": "decay of the running averages, 0 <= X < 1",
+    "warmup": "how many tokens at the start of a text are always kept",
+    "history": "how many past scores a new one is ranked among",
+    "fusion": "how key and value similarity become one score: the side whose heads agree counts more (variance), both alike "
+              "(equal), one alone (key, value), or by chance instead (random)",
+    "keys": "whether keys are compared after RoPE (rotated) or before it (unrotated)",
+}  # fmt: skip
+
+
+def add_filter_arguments(parser, several=False, default="paper"):
+    """--preset (one name, or several) and the KNOBS."""
+    about = "What is not given is as the preset has it; in [brackets] is what preset paper has."
+    group = parser.add_argument_group("token filtering", about)
+    group.add_argument("--preset", choices=PRESETS, nargs="+" if several else None,
+                       help=f"the paper's setting, or ones of ours that README compares (default: {default})")  # fmt: skip
+    for name, text in KNOBS.items():
+        value = getattr(FilterConfig, name)
+        metavar = {int: "N", float: "X"}.get(type(value))
+        group.add_argument(f"--{name}", type=type(value), choices=CHOICES.get(name), metavar=metavar, help=f"{text} [{value}]")
+
+
+def filter_from(args, name, prune) -> FilterConfig | None:
+    """The named preset with the KNOBS that were given, or None for prune 0. Exits with one line if that makes no sense."""
+    overrides = {knob: getattr(args, knob) for knob in KNOBS if getattr(args, knob) is not None}
+    try:
+        config = preset(name, prune=prune, seed=args.seed, **overrides)
+    except ValueError as e:
+        fail(e)
+    return config if prune > 0 else None
+
+
+def read_text(path) -> str:
+    """A file's text. Exits with one line if there is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        fail(f"{path}: cannot be read as UTF-8 text: {e}")
+
+
+def check_output(flag, path, endings=()):
+    """Find out before the work what would keep a file from being written; a picture's name has one of the endings."""
+    if endings and importlib.util.find_spec("matplotlib") is None:
+        fail(f"{flag} needs matplotlib: pip install -r requirements-dev.txt")
+    if endings and not path.lower().endswith(endings):
+        fail(f"{flag} {path}: the name must end in {', '.join(endings)}")
+    try:
+        existed = os.path.exists(path)
+        open(path, "ab").close()
+        if not existed:
+            os.remove(path)
+    except OSError as e:
+        fail(f"{flag} {path}: cannot be written: {e.strerror}")
