@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import bench
+import command_line
 import eval_ppl
 import generate
 import load_weights
@@ -38,7 +39,7 @@ load = functools.cache(load_weights.load)  # once for all commands
 @functools.cache
 def load_tiny(*_, **__):
     torch.manual_seed(0)
-    return Transformer(ModelConfig(49152, 16, 3, 2, 1, 8, 16, 1e4, 1e-5, 512, True)), load(generate.DEMO)[1]
+    return Transformer(ModelConfig(49152, 16, 3, 2, 1, 8, 16, 1e4, 1e-5, 512, True)), load(command_line.DEMO)[1]
 
 
 def blocks(language):
@@ -66,7 +67,7 @@ def main_of_eval_tasks(monkeypatch):
         monkeypatch.setitem(sys.modules, name, MagicMock(TemplateLM=object))
     spec = importlib.util.spec_from_file_location("eval_tasks_alone", HERE / "eval_tasks.py")
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    module.load_tasks = lambda *_: generate.fail("nowhere")
+    module.load_tasks = lambda *_: command_line.fail("nowhere")
     return module.main
 
 

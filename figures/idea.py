@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from generate import DEMO, token_pieces
+from command_line import DEMO
+from generate import token_pieces
 from load_weights import load
 from token_filter import preset, token_filter
 

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-import bench
 from figures import idea
 from model import ModelConfig, Transformer
 from schedule import layer_ratios
@@ -166,7 +165,7 @@ def test_answers_4_to_6(example):
     ratios = [layer_ratios(FilterConfig(prune=prune), 30) for prune in (0.5, 0.7)]
     assert ratios[0][-2] < ratios[0][-1] == 1 and f"at 0.7 the last {ratios[1].count(1.0)} have it" in PROSE
     with torch.device("meta"):
-        model = Transformer(ModelConfig(*bench.SHAPES["llama-2-13b"])).to(torch.bfloat16)
+        model = Transformer(ModelConfig(32000, 5120, 40, 40, 40, 128, 13824, 1e4, 1e-5, 4096, False)).to(torch.bfloat16)
     states, token = model.new_cache(128, preset("paper", prune=0.5)).nbytes(), model.kv_bytes_per_token()  # no token yet
     whole, weights = token * 128 * 512 / 1e9, 2 * sum(p.numel() for p in model.parameters()) / 1e9
     assert token == 40 * 20480 and f"{token:,} in all layers" in PROSE and f"{whole:.1f} GB, twice the weights' {weights:.1f} GB" in PROSE
