@@ -95,11 +95,11 @@ class LayerCache:
         if self.filters:
             self.state = FilterState.new(B, config.kv_heads, config.head_dim, filter, layer, wide(dtype), device)
             self.adaptive = adaptive
-        if self.adaptive is not None or (self.filters or self.closed) and filter.fill == "anchor":
+        if self.adaptive is not None or (filter.fill == "anchor" and ratio > 0):
             self.anchor_output = torch.zeros(B, config.width, dtype=wide(dtype), device=device)
         self.grow(self.ring)
-        self.redundant: torch.Tensor | None = None  # the latest decisions, (B, T), and scores, for whoever wants to look
-        self.score: torch.Tensor | None = None
+        self.redundant = torch.zeros(B, 0, dtype=torch.bool)  # for whoever wants to look: the latest decisions, (B, T) on the
+        self.score: torch.Tensor | None = None  # host, and scores, (B, T)
 
     def grow(self, slots):
         missing = math.ceil((slots - self.k.shape[2]) / BLOCK) * BLOCK
@@ -172,7 +172,7 @@ class LayerCache:
             self.state.select(rows)
         if self.anchor_output is not None:
             self.anchor_output = self.anchor_output[rows]
-        self.redundant = self.score = None
+        self.redundant, self.score = self.redundant[:0], None
 
     def fixed_bytes(self) -> int:
         """Of the filter's state and the anchor output."""
