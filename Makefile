@@ -2,7 +2,7 @@
 # make test      set up, then run all tests
 # make check     ruff and mypy over every Python file; their settings are in pyproject.toml
 # make bench     time and memory, dense and filtered, side by side
-# make figures   draw README's skip map into figures/; with TEXT=wikitext-2-test.txt its plots too (most of an hour)
+# make figures   draw README's idea and skip map into figures/; with TEXT=wikitext-2-test.txt its plots too (most of an hour)
 # make golden    make the files in golden/ again, for those who port the method
 # All build .venv and the demo checkpoint on first use. PYTHON=python3.12 make ... chooses another interpreter.
 
@@ -24,6 +24,7 @@ check: .venv/dev
 	$(BIN)/mypy
 
 figures: .venv/dev $(DEMO)
+	$(BIN)/python -m figures.idea
 	$(BIN)/python generate.py --prompt "$(LIST)" --prune 0.3 --preset anchored --max-new-tokens 10 --device cpu \
 	    --skip-map figures/skip-map.png
 ifdef TEXT

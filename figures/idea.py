@@ -1,0 +1,185 @@
+"""The picture of the method in README, and the numbers of its worked example: python -m figures.idea
+
+One sentence through the demo model under preset "paper". `stages` computes what a layer does with it once more, one stage
+at a time in NumPy, from the keys and values of the real forward pass; README, the picture and test_idea.py share it.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from command_line import DEMO
+from generate import token_pieces
+from load_weights import load
+from token_filter import preset, token_filter
+
+TEXT = "The cat sat on the mat. The cat sat on the mat. The cat sat on the mat. The cat sat on the hot stove."
+LAYER = 15  # chosen because its decisions are clear
+SKIPPED, KEPT = 25, 26  # " the", an old word, and " hot", a new one
+DRAWN = (0, 4, 8, 12, 15, 20, 29)  # the layers whose cache is shown
+BLUE, ORANGE = "#2f6fb0", "#f08c2e"
+
+
+@dataclass
+class Stage:
+    """One token in one layer: everything between its k, v and the verdict."""
+
+    c_k: np.ndarray  # (KVH,) cosines
+    c_v: np.ndarray
+    w_k: float
+    score: float
+    n: int  # how many scores there are to be ranked among
+    below: int  # how many of them are strictly below; redundant needs `needed`
+    needed: int
+    threshold: float  # the score it must exceed for that; NaN while there is none
+    redundant: bool
+
+
+def stages(k, v, ratio, gamma=0.9, warmup=16, window=256, eps=1e-6, averaged_first=False) -> list[Stage]:
+    """k, v (T, KVH, D) of one sequence in one layer, one token after the other.
+
+    averaged_first: the mistake of an exercise, a token that is compared with averages it is already part of.
+    """
+
+    def cosine(x, y):
+        return (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
+
+    A_K, A_V, out = k[0], v[0], []
+    scores: list[float] = []
+    for k_t, v_t in zip(k, v):
+        after = gamma * A_K + (1 - gamma) * k_t, gamma * A_V + (1 - gamma) * v_t
+        c_k, c_v = (cosine(k_t, after[0]), cosine(v_t, after[1])) if averaged_first else (cosine(k_t, A_K), cosine(v_t, A_V))
+        w_k = (c_v.var() + eps) / (c_k.var() + c_v.var() + 2 * eps)
+        s = w_k * c_k.mean() + (1 - w_k) * c_v.mean()
+        recent = sorted(scores[-window:])
+        n, below = len(recent), sum(x < s for x in recent)
+        needed = math.ceil((1 - ratio) * n - 1e-9)
+        redundant = len(scores) >= warmup and below >= needed
+        out.append(Stage(c_k, c_v, w_k, s, n, below, needed, recent[needed - 1] if needed else math.nan, redundant))
+        scores.append(s)
+        A_K, A_V = after
+    return out
+
+
+def watch(prune=0.5):
+    """TEXT through the demo model in float64: the text of its tokens, (k, v) of every layer that filters, and the cache."""
+    model, tokenizer = load(DEMO, "cpu", "float64")
+    tokens, seen = tokenizer.encode(TEXT), {}
+
+    def criterion(k, v, n_new, state, ratio, config):  # what the model calls in every layer, with a look at what it is given
+        seen[state.layer] = k[0].numpy(), v[0].numpy()
+        return token_filter(k, v, n_new, state, ratio, config)
+
+    cache = model.new_cache(1, preset("paper", prune=prune), criterion)
+    model(torch.tensor([tokens]), cache)
+    return token_pieces(tokenizer, tokens), seen, cache
+
+
+def table(skipped: Stage, kept: Stage) -> str:
+    """README's table, without its head."""
+
+    def heads(c):
+        return ", ".join(f"{x:.3f}" for x in c)
+
+    rows = [
+        ("$c_k$ of the three heads", lambda s: heads(s.c_k)),
+        ("$c_v$ of the three heads", lambda s: heads(s.c_v)),
+        ("mean of $c_k$, of $c_v$", lambda s: heads((s.c_k.mean(), s.c_v.mean()))),
+        ("variance of $c_k$, of $c_v$", lambda s: f"{s.c_k.var():.5f}, {s.c_v.var():.5f}"),
+        ("$w_k$", lambda s: f"{s.w_k:.3f}"),
+        ("score $s_t$", lambda s: f"**{s.score:.3f}**"),
+        ("$n$, the scores before it", lambda s: s.n),
+        ("$c$, those strictly below $s_t$", lambda s: s.below),
+        (r"needed, $\lceil(1-r_l)n-10^{-9}\rceil$", lambda s: s.needed),
+        ("verdict", lambda s: f"{s.below} ≥ {s.needed}: **skipped**" if s.redundant else f"{s.below} < {s.needed}: **kept**"),
+    ]
+    return "\n".join(f"| {name} | {show(skipped)} | {show(kept)} |" for name, show in rows)
+
+
+def draw(path, pieces, steps: list[Stage], cache):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 10.4), layout="constrained")
+    flow, score, slots = figure.subplots(3, 1, height_ratios=[2.6, 4.4, 3.4])
+    draw_flow(flow)
+
+    at = np.arange(len(pieces))
+    for redundant, colour, label in ((False, BLUE, "kept: attends, and is cached"), (True, ORANGE, "skipped: no attention, not cached")):
+        chosen = [t for t in at if steps[t].redundant == redundant]
+        score.vlines(chosen, 0, [steps[t].score for t in chosen], colors=colour, linewidth=3, alpha=0.35)
+        score.plot(chosen, [steps[t].score for t in chosen], "o", color=colour, markersize=9, label=f"score, {label}")
+    score.plot(at, [s.c_k.mean() for s in steps], "^", color="#777777", markersize=4, label="of its key alone")
+    score.plot(at, [s.c_v.mean() for s in steps], "v", color="#a8a8a8", markersize=4, label="of its value alone")
+    warm = cache.layers[LAYER].filter.warmup
+    score.hlines([s.threshold for s in steps[warm:]], at[warm:] - 0.45, at[warm:] + 0.45, colors="black", linewidth=2,
+                 label="threshold: a rank among earlier scores")  # fmt: skip
+    score.axvspan(-0.5, warm - 0.5, color="#eeeeee", zorder=0)
+    score.axhline(0, color="#aaaaaa", linewidth=0.8, zorder=0)
+    score.text(-0.2, 1.09, "warm-up: always kept, the averages have yet to settle", va="center", color="#555555")
+    score.set(xlim=(-0.5, len(at) - 0.5), ylim=(-0.22, 1.36), yticks=np.arange(0, 1.1, 0.2), ylabel="likeness to the averages")
+    score.set_xticks(at, [piece.strip() for piece in pieces], fontsize=10)
+    for t in (SKIPPED, KEPT):  # the two of README's table
+        score.get_xticklabels()[t].set(fontweight="bold")
+    score.set_title(f"2. One sentence in layer {LAYER} of the demo model: what is above its threshold is skipped", loc="left")
+    score.legend(loc="upper center", ncols=5, fontsize=8.5, frameon=False, columnspacing=1.2)
+
+    for row, number in enumerate(DRAWN):
+        kept = [t for t in at if not cache.layers[number].redundant[0, t]]
+        for slot in at:
+            used = slot < len(kept)
+            slots.barh(row, 0.94, left=slot - 0.47, height=0.8, facecolor="#cfe2f3" if used else "white", edgecolor="#b8c4d0",
+                       linewidth=1 if used else 0.4)  # fmt: skip
+            if used:
+                slots.text(slot, row, pieces[kept[slot]].strip(), ha="center", va="center", fontsize=8.5)
+        slots.text(len(at) - 0.3, row, f"{len(kept)} of {len(at)}", va="center", fontsize=9)
+    slots.set(xlim=(-0.5, len(at) + 1.3), ylim=(len(DRAWN) - 0.5, -0.5), xticks=[])
+    slots.set_xlabel("cache slot (white: what a dense cache would hold and this one does not)")
+    slots.set_yticks(range(len(DRAWN)), [f"layer {number}, $r$ = {cache.layers[number].ratio:.2f}" for number in DRAWN])
+    slots.set_title("3. What the caches of some layers hold afterwards: each layer its own tokens, so the cache is ragged", loc="left")
+    for panel in (score, slots):
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def draw_flow(panel):
+    """The way of a token through one layer."""
+    from matplotlib.patches import FancyBboxPatch
+
+    panel.set(xlim=(0, 100), ylim=(0, 22))
+    panel.axis("off")
+    panel.set_title("1. One token in one layer", loc="left")
+
+    def box(x, y, width, text, colour="#f3f3f3", edge="#888888"):
+        style = {"boxstyle": "round,pad=0.3", "facecolor": colour, "edgecolor": edge}
+        panel.add_patch(FancyBboxPatch((x, y - 2.6), width, 5.2, **style))
+        panel.text(x + width / 2, y, text, ha="center", va="center", fontsize=9.5)
+
+    def arrow(x, y, to_x, to_y, colour="#555555"):
+        panel.annotate("", (to_x, to_y), (x, y), arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 1.6})
+
+    box(1, 11, 9, "token")
+    box(15, 11, 12, "project\nkey $k$, value $v$")
+    box(32, 11, 18, "compare with the averages\n(anchors) of those before:\nscore $s$")
+    box(55, 17.5, 27, "query, attention, output projection\n$k, v$ go into the cache", "#cfe2f3", BLUE)
+    box(55, 4.5, 27, "nothing is added\n$k, v$ are dropped", "#fde3c8", ORANGE)
+    box(89, 11, 9, "MLP,\nnext layer")
+    arrow(10.5, 11, 14.5, 11)
+    arrow(27.5, 11, 31.5, 11)
+    arrow(50.5, 12, 54.5, 17, BLUE)
+    arrow(50.5, 10, 54.5, 5, ORANGE)
+    panel.text(50.5, 18, "new", ha="center", color=BLUE, fontsize=11)
+    panel.text(50.5, 3, "redundant", ha="center", color=ORANGE, fontsize=11)
+    arrow(82.5, 17, 88.5, 12, BLUE)
+    arrow(82.5, 5, 88.5, 10, ORANGE)
+
+
+if __name__ == "__main__":
+    pieces, seen, cache = watch()
+    k, v = seen[LAYER]
+    steps = stages(k, v, cache.layers[LAYER].ratio)
+    draw(Path(__file__).parent / "idea.png", pieces, steps, cache)
+    print(f"layer {LAYER}, ratio {cache.layers[LAYER].ratio:.4f}: {pieces[SKIPPED]!r} and {pieces[KEPT]!r}")
+    print(table(steps[SKIPPED], steps[KEPT]))

@@ -1,0 +1,175 @@
+"""The numbers of README's lesson: the worked example, the formulas of what is saved, the answers to the exercises."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from figures import idea
+from model import ModelConfig, Transformer
+from schedule import layer_ratios
+from test_model import small
+from token_filter import PRESETS, FilterConfig, FilterState, above_threshold, preset, token_filter
+
+HERE = Path(__file__).resolve().parent.parent
+README = (HERE / "README.md").read_text(encoding="utf-8")
+PROSE = " ".join(README.split())
+
+# ----------------------------------------------------------------------------------------------- the worked example
+
+
+@pytest.fixture(scope="module")
+def example(demo):
+    pieces, seen, cache = idea.watch()
+    return pieces, seen[idea.LAYER], cache, idea.stages(*seen[idea.LAYER], cache.layers[idea.LAYER].ratio)
+
+
+def test_the_worked_example(example):
+    """No other score is near the two, and no figure near where it would be printed otherwise: rounding moves nothing."""
+    pieces, _, cache, steps = example
+    layer, two = cache.layers[15], (idea.SKIPPED, idea.KEPT)
+    np.testing.assert_allclose([step.score for step in steps], layer.score[0], rtol=0, atol=1e-9)
+    assert [step.redundant for step in steps] == layer.redundant[0].tolist()
+    assert min(abs(steps[t].score - step.score) for t in two for step in steps if step is not steps[t]) > 1e-3
+    for row in idea.table(*(steps[t] for t in two)).splitlines():
+        assert row in README
+    for step in (steps[t] for t in two):
+        figures = 1e3 * np.array([*step.c_k, *step.c_v, step.c_k.mean(), step.c_v.mean(), step.w_k, step.score])
+        figures = np.append(figures, 1e5 * np.array([step.c_k.var(), step.c_v.var()]))
+        assert abs(figures % 1 - 0.5).min() > 1e-4
+    # what is said around it, and about the picture
+    assert [pieces[t] for t in two] == [" the", " hot"] and idea.LAYER == 15 and f"= 15/29 = {layer.ratio:.3f}$" in PROSE
+    assert f"gets {steps[25].w_k:.0%} of the weight" in PROSE and f"gets {1 - steps[26].w_k:.0%} of the weight" in PROSE
+    assert [piece for piece, step in zip(pieces[16:], steps[16:]) if not step.redundant] == [" mat", " sat", " hot", " stove"]
+    assert cache.layers[20].redundant[0, 26] and f"{len(pieces)} tokens through the demo model" in PROSE
+
+
+def test_the_picture(example, tmp_path):
+    pytest.importorskip("matplotlib")
+    idea.draw(tmp_path / "idea.png", example[0], example[3], example[2])
+
+
+# -------------------------------------------------------------------------------------------------- what is saved
+
+
+def numbers(name):
+    """The cells of README's table row of this name that are a number."""
+    row = next(line for line in README.splitlines() if line.startswith(f"| {name}"))
+    return [float(x) for x in re.findall(r"(?<=\| )[\d.]+(?= \|)", row)]
+
+
+def multiply_adds(C, H, KVH, D, M, S):
+    return {"key, value": 2 * C * KVH * D, "query, output": 2 * C * H * D, "attention": 2 * H * D * S, "MLP": 3 * C * M}
+
+
+def layer_bytes(C, KVH, D, e, filter, ratio):
+    """Of a cached token; of what a layer keeps for each sequence: the filter's, the anchor output, for adaptive ratios."""
+    stats, scores = 8 if e == 8 else 4, 0 < ratio < 1
+    adaptive = filter.schedule == "adaptive"
+    filters = (stats * (2 * KVH * D + 256) + 8) * scores
+    return 2 * KVH * D * e + 8, filters, stats * C * (ratio > 0 and filter.fill == "anchor"), (2 * stats + 8) * adaptive
+
+
+def test_the_tables_of_what_is_saved():
+    demo, llama = (multiply_adds(*shape, 1024) for shape in ((576, 9, 3, 64, 1536), (5120, 40, 40, 128, 13824)))
+    for name in demo:
+        assert numbers(name) == [round(demo[name] / 1e6, 2), round(llama[name] / 1e6, 1)]
+    shares = [(part["query, output"] + part["attention"]) / sum(part.values()) for part in (demo, llama)]
+    assert f"saves {shares[0]:.0%} of a layer's multiply-adds in the demo model there, {shares[1]:.0%} in LLaMA-2-13B" in PROSE
+    rows = ("a cached token", "the filter, per", "the anchor output, with", "adaptive ratios, per")
+    assert [numbers(name) for name in rows] == [[x] for x in layer_bytes(576, 3, 64, 4, preset("adaptive"), 0.5)]
+
+
+@pytest.mark.parametrize("prune", [0.3, 0.7])
+def test_multiply_adds_are_what_the_model_does(prune):
+    """Every decode step, counted by torch, is the sum of the formulas."""
+    model, aten, skipped = small(), torch.ops.aten, 0
+    attention = {aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+    c, cache = model.config, model.new_cache(1, preset("paper", prune=prune))
+    for t, token in enumerate(torch.randint(0, 97, (40, 1, 1))):
+        with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+            model(token, cache)
+        expected = c.width * c.vocab_size
+        for layer in cache.layers:
+            part = multiply_adds(c.width, c.heads, c.kv_heads, c.head_dim, c.mlp_width, int(layer.length))
+            saved = ["query, output", "attention"] * layer.redundant.item() + ["key, value"] * (layer.ratio == 1 and t >= 16)
+            skipped, expected = skipped + layer.redundant.item(), expected + sum(part[x] for x in part if x not in saved)
+        assert counter.get_total_flops() == 2 * expected
+    assert skipped > 20
+
+
+@pytest.mark.parametrize("e, dtype", [(2, torch.bfloat16), (4, torch.float32), (8, torch.float64)])
+@pytest.mark.parametrize("name", PRESETS)
+def test_bytes_are_what_the_cache_counts(name, e, dtype):
+    filter, lengths, live, allocated = preset(name, prune=0.5), [90, 50], 0, 0
+    model = Transformer(ModelConfig(97, 32, 4, 6, 2, 8, 48, 1e4, 1e-5, 512, False)).to(dtype)
+    cache = model.new_cache(2, filter)
+    model(torch.randint(0, 97, (2, 90)), cache, lengths)
+    for layer, ratio in zip(cache.layers, layer_ratios(filter, 4)):
+        token, *state = layer_bytes(32, 2, 8, e, filter, ratio)
+        G = filter.grace if state[0] else 0
+        graced = sum(int(layer.redundant[b, n - G : n].sum()) for b, n in enumerate(lengths))
+        kept = [n - int(layer.redundant[b].sum()) for b, n in enumerate(lengths)]
+        slots = max(kept) + G + (filter.mode == "cache")  # where a redundant token must find itself
+        live += (sum(kept) + graced) * token + 2 * sum(state)
+        allocated += 2 * (math.ceil(slots / 32) * 32 * token + sum(state))
+    assert (cache.live_bytes(), cache.nbytes()) == (live, allocated)
+
+
+# --------------------------------------------------------------------------------------- the answers to the exercises
+
+
+def test_answers_1_and_2(example):
+    k, v = torch.randn(2, 1, 30, 1, 8, dtype=torch.float64)
+    state = FilterState.new(1, 1, 8, FilterConfig(), 0, torch.float64, "cpu")
+    _, score = token_filter(k, v, torch.tensor([30]), state, 0.5, FilterConfig())
+    plain = [(step.c_k[0] + step.c_v[0]) / 2 for step in idea.stages(k[0].numpy(), v[0].numpy(), 0.5)]
+    np.testing.assert_allclose(score[0], plain, rtol=0, atol=1e-12)
+    score = torch.tensor([[step.score for step in example[3]]])
+    for t, ratio, redundant in ((25, 0.1999, False), (25, 0.2, True), (26, 0.8846, False), (26, 23 / 26, True)):
+        assert above_threshold(score[:, t : t + 1], score[:, :t], torch.tensor([t]), ratio).item() == redundant
+    assert (
+        f"but in floating point {(1 - 23 / 26) * 26}" in PROSE
+        and "for $r_l < 0.2$" in PROSE
+        and f"from $r_l = 23/26 = {23 / 26:.3f}$ on" in PROSE
+    )
+
+
+def test_answer_3():
+    changed = {"__name__": "token_filter"}
+    exec((HERE / "token_filter.py").read_text().replace("before < score", "before <= score"), changed)
+    ties, about = load_file(HERE / "golden" / "ties.safetensors"), json.loads((HERE / "golden" / "files.json").read_text())
+    ratio, empty = ties["ratio"].double(), torch.full((len(ties["ratio"]), about["ties"]["config"]["history"]), math.nan)
+    assert "all 74 past the warm-up would be skipped, even at $r_l = 0.1$" in PROSE
+    for rule, right, of_90 in ((above_threshold, True, 0), (changed["above_threshold"], False, 74)):
+        above = rule(ties["score"], empty, torch.zeros(len(empty), dtype=torch.int64), ratio)
+        assert torch.equal(above, ties["redundant"]) == right
+        assert rule(torch.zeros(1, 90), empty[:1, :1].expand(1, 256), torch.tensor([0]), 0.1)[0, 16:].sum() == of_90
+
+
+def test_answers_4_to_6(example):
+    _, (k, v), cache, steps = example
+    after = idea.stages(k, v, cache.layers[15].ratio, averaged_first=True)
+    before, then = (sum(step.redundant for step in x) for x in (steps, after))
+    the, hot = (f"from {steps[t].score:.3f} to {after[t].score:.3f}" for t in (25, 26))
+    assert f'`" the"` goes {the}, that of `" hot"` {hot}' in PROSE
+    assert all((y.c_k > x.c_k).all() and (y.c_v > x.c_v).all() for x, y in zip(steps[1:], after[1:]))
+    assert f"skips {then} tokens of the {len(steps) - 16} past the warm-up instead of {before}" in PROSE
+    np.testing.assert_allclose([step.score for step in idea.stages(k, v, 0.5, gamma=0, averaged_first=True)], 1, atol=1e-12)
+    ratios = [layer_ratios(FilterConfig(prune=prune), 30) for prune in (0.5, 0.7)]
+    assert ratios[0][-2] < ratios[0][-1] == 1 and f"at 0.7 the last {ratios[1].count(1.0)} have it" in PROSE
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(32000, 5120, 40, 40, 40, 128, 13824, 1e4, 1e-5, 4096, False)).to(torch.bfloat16)
+    states, token = model.new_cache(128, preset("paper", prune=0.5)).nbytes(), model.kv_bytes_per_token()  # no token yet
+    whole, weights = token * 128 * 512 / 1e9, 2 * sum(p.numel() for p in model.parameters()) / 1e9
+    assert token == 40 * 20480 and f"{token:,} in all layers" in PROSE and f"{whole:.1f} GB, twice the weights' {weights:.1f} GB" in PROSE
+    saved = 0.5 * 496 / 512
+    assert f"496/512 / 2 = {saved:.1%}: {saved * whole:.1f} GB" in PROSE
+    assert states == 128 * 38 * 41992 and "41,992 bytes in each of the 38 layers" in PROSE
+    assert "0.2 GB. These" in PROSE and round(states / 1e9, 1) == 0.2

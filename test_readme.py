@@ -1,0 +1,125 @@
+"""README holds: its commands run, what it quotes and links to is there. Its numbers: figures/test_idea.py.
+
+How its ```sh blocks are tested (```python is run with 4 new tokens, ```py blocks are quotes): generate.py runs, with 2 new
+tokens; eval_ppl.py and bench.py run on a tiny random model and a short text, bench uncompiled; eval_tasks.py (its harness is an
+extra), `--shape` and the reader's own checkpoint stop at the first thing past their arguments; of make, pip and -m, only
+the target, the file or the module is looked up.
+"""
+
+import functools
+import importlib.util
+import re
+import shlex
+import sys
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+
+import bench
+import command_line
+import eval_ppl
+import generate
+import load_weights
+from model import ModelConfig, Transformer
+from token_filter import token_filter
+
+HERE = Path(__file__).resolve().parent
+README = (HERE / "README.md").read_text(encoding="utf-8")
+LESS = {  # what comes last on a command line counts
+    "generate.py": "--max-new-tokens 2",
+    "eval_ppl.py": "--window 24 --max-tokens 48 --offsets 0 16 --prune 0.3 --lengths 128 --depths 0.5",
+    "bench.py": "--batch 1 --context 20 --new-tokens 1 --repeat 1",
+    "eval_tasks.py": "",
+}
+load = functools.cache(load_weights.load)  # once for all commands
+
+
+@functools.cache
+def load_tiny(*_, **__):
+    torch.manual_seed(0)
+    return Transformer(ModelConfig(49152, 16, 3, 2, 1, 8, 16, 1e4, 1e-5, 512, True)), load(command_line.DEMO)[1]
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+
+
+def commands():
+    lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+@pytest.fixture
+def reader(demo, tmp_path, monkeypatch):
+    """The reader's folder: WikiText (a stand-in) is there, and figures/."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "wikitext-2-test.txt").write_text(README, encoding="utf-8")
+    monkeypatch.setattr(bench, "CompiledFilter", lambda: token_filter)
+    for module, loader in ((generate, load), (load_weights, load), (eval_ppl, load_tiny), (bench, load_tiny)):
+        monkeypatch.setattr(module, "load", loader)
+
+
+def main_of_eval_tasks(monkeypatch):
+    for name in ("datasets", "lm_eval", "lm_eval.api.model", "lm_eval.models.utils", "lm_eval.tasks", "lm_eval.utils"):
+        monkeypatch.setitem(sys.modules, name, MagicMock(TemplateLM=object))
+    spec = importlib.util.spec_from_file_location("eval_tasks_alone", HERE / "eval_tasks.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    module.load_tasks = lambda *_: command_line.fail("nowhere")
+    return module.main
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_a_command(command, reader, capsys, monkeypatch):
+    program, script, *arguments = command
+    if program == "make":
+        assert re.search(rf"^{script}:", (HERE / "Makefile").read_text(), re.M)
+    elif program == ".venv/bin/pip":
+        assert [script, arguments[0]] == ["install", "-r"] and (HERE / arguments[1]).is_file()
+    elif script == "-m":
+        assert arguments[0] == "pytest" or (HERE / arguments[0].replace(".", "/")).with_suffix(".py").is_file()
+        assert arguments[0] != "pytest" or (HERE / arguments[-1]).is_file()
+    else:
+        assert program == ".venv/bin/python"
+        files = [arguments[i + 1] for i, flag in enumerate(arguments) if flag in ("--plot", "--skip-map")]
+        for module in ["matplotlib"] * bool(files) + ["transformers"] * ("--vs" in arguments):
+            pytest.importorskip(module)
+        main = {"generate.py": generate.main, "eval_ppl.py": eval_ppl.main, "bench.py": bench.main}.get(script)
+        main, less = main or main_of_eval_tasks(monkeypatch), LESS[script] + " --device nowhere" * ("--shape" in arguments)
+        if script == "eval_tasks.py" or arguments[0] in ("--help", "--shape", "path/to/Llama-2-13b-hf"):
+            with pytest.raises(SystemExit) as end:
+                main([*arguments, *less.split()])
+            code, shown = end.value.code, capsys.readouterr()
+            assert (code, shown.err) == (0, "") or (code == 2 and re.fullmatch("error: .*(nowhere|Llama-2-13b-hf).*\n", shown.err))
+        else:
+            main([*arguments, *less.split()])
+        assert all(Path(file).is_file() for file in files)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_as_shown(code, reader, capsys, monkeypatch):
+    monkeypatch.chdir(HERE)
+    exec(code.replace("prompts, 64, ", "prompts, 4, "), {})
+    assert re.search(r"\S.*\nprefill \d+ tokens at .*; decode .*", capsys.readouterr().out)
+
+
+def test_links_files_and_quotes():
+    links = set(re.findall(r"\]\(([^)\s]+)\)", README))
+    for path, _, anchor in (link.partition("#") for link in links if not link.startswith("https://")):
+        assert (HERE / path).exists(), path
+        titles = re.findall(r"^#+ (.*)$", (HERE / path).read_text() if path else README, re.M) if anchor else []
+        assert not anchor or anchor in [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles], anchor
+    for target in re.findall(r"`make (\w+)", README):
+        assert re.search(rf"^{target}:", (HERE / "Makefile").read_text(), re.M), target
+    table = README[README.index("## The files") : README.index("## Licence")]
+    modules = {path.name for path in HERE.glob("*.py") if not path.name.startswith("test_")}
+    assert modules <= set(re.findall(r"\]\(([\w.]+)\)", table))
+
+    source = [line.strip() for name in ("token_filter.py", "schedule.py") for line in (HERE / name).read_text().splitlines()]
+    quotes, labels = "".join(blocks("py")).splitlines(), re.findall(r"\[`(# \w+)`", README)
+    assert len(quotes) >= 11 and set(quotes) <= set(source), set(quotes) - set(source)
+    assert len(labels) == 4 and all(any(line.startswith(label) for line in source) for label in labels)
+    for label in ("# filter\n", "# what the others add instead\n"):
+        assert f"`{label.strip()}`" in README and label in (HERE / "model.py").read_text()
