@@ -2,7 +2,7 @@
 # make test      set up, then run all tests
 # make check     ruff and mypy over every Python file; their settings are in pyproject.toml
 # make bench     time and memory, dense and filtered, side by side
-# make figures   draw README's idea and skip map into figures/; with TEXT=wikitext-2-test.txt its plots too (most of an hour)
+# make figures   draw README's idea and skip map into figures/; with TEXT=wikitext-2-test.txt its plots too (hours)
 # make golden    make the files in golden/ again, for those who port the method
 # All build .venv and the demo checkpoint on first use. PYTHON=python3.12 make ... chooses another interpreter.
 
@@ -28,11 +28,12 @@ figures: .venv/dev $(DEMO)
 	$(BIN)/python generate.py --prompt "$(LIST)" --prune 0.3 --preset anchored --max-new-tokens 10 --device cpu \
 	    --skip-map figures/skip-map.png
 ifdef TEXT
+	$(BIN)/python eval_ppl.py --passkey --lengths 512 1024 2048 --prune 0.1 0.2 0.5 --plot figures/passkey.png
 	$(BIN)/python eval_ppl.py --text $(TEXT) --window 768 --offsets 0 4096 8192 --prune 0.1 0.2 0.3 0.5 0.7 \
 	    --preset paper anchored adaptive cache --plot figures/perplexity.png
 	$(BIN)/python eval_ppl.py --text $(TEXT) --window 4096 --offsets 0 --prune 0.3 --preset paper anchored adaptive cache \
 	    --by-position --plot figures/by-position.png
-	$(BIN)/python bench.py --text $(TEXT) --batch 1 8 32 64 --context 1024 --distinct 4 --new-tokens 8 --repeat 1 --compile \
+	$(BIN)/python bench.py --text $(TEXT) --batch 1 8 32 64 --context 1024 --distinct 8 --new-tokens 8 --repeat 1 --compile \
 	    --nothing-skipped --vs transformers --plot figures/bench-batch.png
 	$(BIN)/python bench.py --text $(TEXT) --batch 8 --context 256 512 1024 2048 4096 8160 --distinct 1 --new-tokens 8 \
 	    --repeat 1 --compile --preset paper cache --plot figures/bench-context.png
