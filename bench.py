@@ -16,13 +16,13 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from command_line import Parser, add_filter_arguments, add_model_arguments, as_process, fail, filter_from, read_text
-from generate import CompiledFilter
 from load_weights import CheckpointError, load
 from model import ModelConfig, Transformer
 from token_filter import PRESETS, FilterConfig, token_filter
@@ -51,6 +51,29 @@ def random_model(shape, device, dtype) -> Transformer:
 def wait(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class CompiledFilter:
+    """token_filter through torch.compile at decode, where its sixty small kernels become a few; prefill runs it as it is.
+
+    The first token takes half a minute. Where torch.compile cannot work (no C++ compiler, say), one line on stderr says
+    so, and token_filter runs as it is.
+    """
+
+    def __init__(self):
+        self.compiled: Callable | None = torch.compile(token_filter)
+
+    def __call__(self, k, v, n_new, state, ratio, config):
+        if k.shape[1] == 1 and self.compiled is not None:
+            try:
+                if not isinstance(ratio, torch.Tensor):  # a float would be compiled in
+                    ratio = torch.full((len(k),), ratio, dtype=torch.float64, device=k.device)
+                return self.compiled(k, v, n_new, state, ratio, config)
+            except Exception as e:  # noqa: BLE001 (compilers fail in many ways; nothing has run yet when they do)
+                self.compiled = None
+                reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+                print(f"note: torch.compile failed, the filter runs uncompiled: {reason}", file=sys.stderr)
+        return token_filter(k, v, n_new, state, ratio, config)
 
 
 class Ours:

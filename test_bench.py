@@ -7,8 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate as generate_module
-from bench import SHAPES, main
-from generate import CompiledFilter
+from bench import SHAPES, CompiledFilter, main
 from model import ModelConfig, Transformer
 from test_generate import refused
 from test_model import small, texts

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from command_line import DEMO
-from generate import token_pieces
 from load_weights import load
+from skip_map import token_pieces
 from token_filter import preset, token_filter
 
 TEXT = "The cat sat on the mat. The cat sat on the mat. The cat sat on the mat. The cat sat on the hot stove."

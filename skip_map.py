@@ -1,0 +1,130 @@
+"""What was skipped where: a text in colours for a terminal, or a picture of layers by tokens.
+
+Shapes: L layers, T tokens of one sequence, prompt and answer.
+"""
+
+import math
+import warnings
+
+import numpy as np
+import torch
+
+from kv_cache import KVCache
+from tokenizer import Tokenizer
+
+SHADES = (230, 222, 214, 208, 202)  # backgrounds for up to 20%, 40%, ... of the layers, of a terminal's 256 colours
+BOLD, UNDERLINE, RESET = "\033[1m", "\033[4m", "\033[0m"
+STRIP, MOST_STRIPS = 72, 6  # a skip map is wrapped after so many tokens, and ends after so many strips
+
+
+class Decisions:
+    """What every layer decided about every token that was fed; `watch` is for generate().
+
+    redundant[row] (L, T) bool and score[row] (L, T), NaN where a layer gave none, of the row's T tokens so far: its
+    prompt and its answer, but for a last token that was not fed back.
+    """
+
+    def __init__(self, n_rows, n_layers):
+        self.redundant = [torch.zeros(n_layers, 0, dtype=torch.bool)] * n_rows
+        self.score = [torch.zeros(n_layers, 0)] * n_rows
+
+    def watch(self, rows, cache: KVCache):
+        redundant = torch.stack([layer.redundant for layer in cache.layers], 1)  # (B, L, T)
+        none = torch.full_like(cache.layers[0].redundant, math.nan, dtype=torch.float32)
+        score = torch.stack([none if layer.score is None else layer.score.cpu() for layer in cache.layers], 1)
+        for i, row in enumerate(rows):
+            new = int(cache.seen[i]) - self.redundant[row].shape[1]  # without padding
+            self.redundant[row] = torch.cat((self.redundant[row], redundant[i, :, :new]), 1)
+            self.score[row] = torch.cat((self.score[row], score[i, :, :new]), 1)
+
+
+def token_pieces(tokenizer: Tokenizer, tokens) -> list[str]:
+    """The text each token brings; "" for a special token, or one that ends within a character."""
+    stream = tokenizer.stream()
+    pieces = [stream.push(token) for token in tokens]
+    return pieces[:-1] + [pieces[-1] + stream.flush()]
+
+
+def shade(level) -> str:
+    return f"\033[48;5;{SHADES[level]};38;5;16m"  # black on the shade
+
+
+def paint(pieces: list[str], n_prompt: int, redundant) -> str:
+    """A row's text for a terminal: backgrounds show what share of the layers skipped each token, the answer is bold.
+
+    pieces: the text of each token, n_prompt of them the prompt's; redundant (L, T), as in Decisions.
+    """
+    skips, text = redundant.sum(0).tolist(), ""  # (T,)
+    for i, piece in enumerate(pieces):
+        style = BOLD if i >= n_prompt else ""
+        if i >= len(skips):
+            style += UNDERLINE
+        elif skips[i] > 0:
+            style += shade(math.ceil(skips[i] * len(SHADES) / len(redundant)) - 1)
+        # a line ends without colour: some terminals would draw it to the margin
+        text += style + piece.replace("\n", f"↵{RESET}\n{style}") + RESET
+    return text
+
+
+def paint_legend() -> str:
+    shades = "".join(f"{shade(i)} up to {(i + 1) / len(SHADES):.0%} {RESET}" for i in range(len(SHADES)))
+    return f"skipped by {shades} of the layers; {BOLD}answer{RESET}; {UNDERLINE}last token{RESET}, which no layer has seen"
+
+
+def draw_skip_map(path, title, pieces: list[str], n_prompt: int, redundant, score, warmup: int):
+    """A row as a PNG picture, layers by tokens: orange where skipped, blue where kept, the darker the higher the score.
+
+    pieces: the text of each token, n_prompt of them the prompt's; redundant, score (L, T): as in Decisions. Wrapped after
+    STRIP tokens; what MOST_STRIPS strips cannot hold is left out, and the title says so. In the labels ␣ is a space, ↵ a
+    line's end, · a token without text of its own (a special token, or one that ends within a character).
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    redundant, score = redundant.numpy(), np.ma.masked_invalid(score.double().numpy())  # masked: no score
+    (L, T), T_drawn = redundant.shape, min(redundant.shape[1], STRIP * MOST_STRIPS)
+    n_strips = math.ceil(T_drawn / STRIP)
+    width = math.ceil(T_drawn / n_strips)
+    title += f": {redundant.mean():.1%} of (token, layer) pairs skipped"
+    title += f" (the first {T_drawn} of {T} tokens are drawn)" if T_drawn < T else ""
+
+    known = score.compressed()
+    scale = Normalize(*(np.quantile(known, (0.03, 1)) if known.size else (0, 1)))  # the lowest would take most of it
+    kept = LinearSegmentedColormap.from_list("kept", ["#f4f9fe", "#6aaed6", "#08306b"]).with_extremes(bad="#cccccc")
+    skipped = LinearSegmentedColormap.from_list("skipped", ["#fff3c4", "#fd9a3c", "#a02c00"]).with_extremes(bad="#3d1000")
+    image = np.where(redundant[..., None], skipped(scale(score)), kept(scale(score)))  # (L, T, RGBA)
+
+    tall = 0.1 * max(L, 8)  # inches of a strip
+    figure = Figure(figsize=(13, 0.6 + n_strips * (1.8 + tall)), layout="constrained")
+    panels = figure.subplots(2 * n_strips, 1, squeeze=False, height_ratios=[0.5, tall] * n_strips)[:, 0]
+    for start, share, layers in zip(range(0, T_drawn, width), panels[::2], panels[1::2]):
+        at = range(start, min(start + width, T_drawn))
+        share.bar(at, redundant[:, at].mean(0), width=1, color="#fd9a3c")
+        share.set(ylim=(0, 1), xticks=[], yticks=[0, 1], ylabel="share of\nlayers")
+        corners = (at[0] - 0.5, at[-1] + 0.5, -0.5, L - 0.5)
+        layers.imshow(image[:, at], extent=corners, origin="lower", aspect="auto", interpolation="nearest")
+        layers.set_ylabel("layer")
+        names = [pieces[i].replace("\n", "↵").strip()[:12] or ("␣" if pieces[i] else "·") for i in at]
+        layers.set_xticks(at, names, rotation=90, fontsize=9)
+        for i, label in zip(at, layers.get_xticklabels()):
+            label.set(parse_math=False, fontweight="bold" if i >= n_prompt else "normal")  # "$" is a token like others
+        for panel in (share, layers):
+            panel.set_xlim(start - 0.5, start + width - 0.5)
+            for edge, name in ((max(warmup, 1), "warm-up ends"), (n_prompt, "answer")):
+                if edge in at:
+                    panel.axvline(edge - 0.5, color="black", linewidth=1.2)
+                    if panel is share:
+                        panel.text(edge - 0.5, 1.05, name, fontsize=9)
+    for name, colours in (("skipped", skipped), ("kept", kept)):
+        bar = figure.colorbar(ScalarMappable(scale, colours), ax=panels, extend="min", aspect=40, pad=0.01)
+        bar.set_label(f"score of {name} tokens")
+    missing = ((~redundant, kept, "kept, no score"), (redundant, skipped, "skipped, no score"))
+    patches = [Patch(color=tuple(colours.get_bad()), label=name) for here, colours, name in missing if (here & score.mask).any()]
+    if patches:
+        figure.legend(handles=patches, loc="outside lower right", ncols=2, frameon=False, fontsize=9)
+    figure.suptitle(title)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a character the font lacks is drawn as a box
+        figure.savefig(path, format="png", dpi=110)
