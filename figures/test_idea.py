@@ -47,6 +47,7 @@ def test_the_worked_example(example):
     assert [pieces[t] for t in two] == [" the", " hot"] and idea.LAYER == 15 and f"= 15/29 = {layer.ratio:.3f}$" in PROSE
     assert f"gets {steps[25].w_k:.0%} of the weight" in PROSE and f"gets {1 - steps[26].w_k:.0%} of the weight" in PROSE
     assert [piece for piece, step in zip(pieces[16:], steps[16:]) if not step.redundant] == [" mat", " sat", " hot", " stove"]
+    assert '"hot" and "stove" are kept, and so are "mat" and one "sat"' in PROSE
     assert cache.layers[20].redundant[0, 26] and f"{len(pieces)} tokens through the demo model" in PROSE
 
 
