@@ -233,7 +233,7 @@ def line(row):
 def plot(rows, path):
     """Decode time and cache bytes against batch (against context if only that varies), a line for each setting."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import LogLocator, ScalarFormatter
 
     axis = "context" if len({row["context"] for row in rows}) > len({row["batch"] for row in rows}) else "batch"
     figure = Figure(figsize=(11, 4.5))
@@ -245,7 +245,8 @@ def plot(rows, path):
         unit = "batch (sequences)" if axis == "batch" else "context (tokens)"
         panel.set(xlabel=unit, ylabel=label)
         panel.set_xscale("log", base=2)
-        panel.set_yscale("log", base=2)
+        panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         panel.set_xticks([p[0] for p in points])
         for ticks in (panel.xaxis, panel.yaxis):
             ticks.set_major_formatter(ScalarFormatter())
