@@ -7,8 +7,8 @@ Every setting gets the same weights and the same tokens: `context` tokens are pr
 text's own next token, so the cache holds what it would hold in real use. The settings take turns, step by step on the
 CPU, run by run on CUDA, so that a machine whose speed drifts treats them alike. Figures are medians.
 
-The *bound* is what a step must read (weights and live cache) over what the dense step must read: no filter can bring the
-time below it while all else stays the same, on a machine that is limited by memory.
+The *bound* is what a step reads, all weights and the live cache, over what the dense step reads: about where the time would
+be on a machine that is limited by memory.
 """
 
 import json

@@ -1,8 +1,8 @@
 """The ragged KV cache that turns filtering into a saving: each layer and sequence keeps as many tokens as it needs.
 
-Shapes: B sequences, T new tokens, S cache slots, L layers, KVH key/value heads, D head size, C width, N tokens gathered out
-of a (B, T) chunk. A token's *position* counts from the start of its own sequence; its *slot* is where a layer's cache keeps
-it. Filtering makes the two differ: visibility goes by position.
+Shapes: B sequences, T new tokens, S cache slots, L layers, KVH key/value heads, D head size, R channels of a head that RoPE
+turns, C width, N tokens gathered out of a (B, T) chunk. A token's *position* counts from the start of its own sequence; its
+*slot* is where a layer's cache keeps it. Filtering makes the two differ: visibility goes by position.
 
 The masks that decide shapes (which tokens are real, kept, attending) live on the host as (B, T) bool tensors, so that a
 filtered layer waits for the device once, when token_filter's decisions come back, and an unfiltered one never.

@@ -1,7 +1,7 @@
 """Token Filtering's specification in executable form. Read it from the top.
 
 1. `filter_loop`, the method as a literal loop     5. properties that hold whatever the input
-2. token_filter agrees with the loop               6. layer_ratios
+2. token_filter agrees with the loop               6. schedule.py
 3. chunk-free, batch-invariant, causal             7. FilterConfig and presets
 4. the threshold rule on scores                    8. FilterState, half precision    9. no host synchronisation
 
@@ -28,7 +28,7 @@ settings.load_profile("repeatable")
 # ---------------------------------------------------------------- 1. the method, one token and one head at a time
 
 
-EPS = 1e-6  # of the fusion, equation 3
+EPS = 1e-6  # of the fusion, step 3 in README
 
 
 def cosine(x, y):

@@ -1,9 +1,9 @@
 """Token Filtering: decide, while the model runs, which tokens a layer can do without (arXiv 2512.07090).
 
 A token is redundant in a layer when its key and value look like the running averages (anchors) of those before it.
-Nothing is calibrated and no weight changes; the function `token_filter` at the end of this file is all there is to it.
+The function `token_filter`, at the end, decides; schedule.py says what share of its tokens a layer is to skip.
 
-Shapes: B sequences, T new tokens, KVH key/value heads, D head size, W scores remembered, L layers.
+Shapes: B sequences, T new tokens, KVH key/value heads, D head size, W scores remembered.
 """
 
 import math
@@ -17,7 +17,7 @@ EPS = 1e-6  # keeps w_k defined, and at 1/2, when the heads agree perfectly on b
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """How to filter; the defaults are the paper's. A value out of range raises ValueError, naming the field."""
+    """How to filter; the defaults are preset "paper". A value out of range raises ValueError, naming the field."""
 
     prune: float = 0.5  # p in [0, 1): the share of (token, layer) pairs to find redundant
     mode: Literal["attention", "cache"] = "attention"  # redundant tokens skip attention and are not cached | only the latter
