@@ -142,6 +142,21 @@ class Transformers:
         return {"skipped": 0.0, "cache_bytes": held, "live_bytes": held, "dense_bytes": held}
 
 
+def shares(side, cache, tokens, device):
+    """What attention and the products with the weights take of the steps that feed tokens (B, T) one by one, by torch's profiler."""
+    with torch.profiler.profile() as profiler:
+        for t in range(tokens.shape[1]):
+            side.step(cache, tokens[:, t : t + 1])
+        wait(device)
+    time_of = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    spent = {e.key: getattr(e, time_of) for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CPU}
+    products = ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")
+    return {
+        "attention_share": sum(time for name, time in spent.items() if "attention" in name) / sum(spent.values()),
+        "products_share": sum(spent.get(name, 0) for name in products) / sum(spent.values()),
+    }
+
+
 def session(side, device, tokens, rows, context, new_tokens):
     """One run of one setting, as a generator that hands over after each measured piece; its last word is the result."""
     copies = [i % rows for i in range(len(tokens))]
@@ -173,7 +188,7 @@ def session(side, device, tokens, rows, context, new_tokens):
         wait(device)
         result["filter_share"] = side.filter_seconds / (time.perf_counter() - started)
         side.clocked = False
-    yield result
+    yield result | shares(side, cache, fed[:, -2:], device)
 
 
 def run(sides, device, tokens, rows, context, new_tokens, repeat, bar):
@@ -203,7 +218,7 @@ def summarise(results, batch, context, weights):
         quartiles = statistics.quantiles(steps, n=4) if len(steps) > 1 else [steps[0]] * 3
         row |= {"step_ms": quartiles[1], "step_ms_quartiles": [quartiles[0], quartiles[2]]}
         row["tokens_per_second"] = batch / quartiles[1] * 1e3
-        for key in ("skipped", "cache_bytes", "live_bytes", "dense_bytes", "peak_bytes", "filter_share"):
+        for key in ("skipped", "cache_bytes", "live_bytes", "dense_bytes", "peak_bytes", "filter_share", "attention_share", "products_share"):
             if key in runs[0]:
                 row[key] = statistics.median(r[key] for r in runs)
         row["bound"] = (weights + row["live_bytes"]) / (weights + row["dense_bytes"])
@@ -216,7 +231,7 @@ def summarise(results, batch, context, weights):
 
 
 HEAD = f"{'setting':<22}{'prefill ms':>11}{'x dense':>8}{'step ms':>9}{'quartiles':>16}{'x dense':>8}{'bound':>7}{'tokens/s':>10}"
-HEAD += f"{'cache MB':>10}{'live':>7}{'skipped':>9}{'filter':>8}{'peak GB':>9}"
+HEAD += f"{'cache MB':>10}{'live':>7}{'skipped':>9}{'filter':>8}{'attention':>11}{'products':>10}{'peak GB':>9}"
 
 
 def line(row):
@@ -226,7 +241,8 @@ def line(row):
     return (
         f"{row['setting']:<22}{row['prefill_ms']:>11.1f}{row['prefill_ratio']:>8.3f}{row['step_ms']:>9.1f}"
         f"{f'{low:.1f}-{high:.1f}':>16}{row['step_ratio']:>8.3f}{row['bound']:>7.3f}{row['tokens_per_second']:>10.1f}"
-        f"{row['cache_bytes'] / 1e6:>10.1f}{row['live_bytes'] / row['dense_bytes']:>7.3f}{row['skipped']:>9.3f}{share:>8}{peak:>9}"
+        f"{row['cache_bytes'] / 1e6:>10.1f}{row['live_bytes'] / row['dense_bytes']:>7.3f}{row['skipped']:>9.3f}{share:>8}"
+        f"{row['attention_share']:>11.1%}{row['products_share']:>10.1%}{peak:>9}"
     )
 
 
@@ -290,7 +306,7 @@ def main(argv=None):
         fail("--vs transformers needs a checkpoint, not --shape")
     names = args.preset or list(PRESETS)
     filters = [(f"{name} {prune:g}", filter_from(args, name, prune)) for name in names for prune in args.prune if prune != 0]
-    longest = max(args.context) + args.new_tokens + 2
+    longest = max(args.context) + args.new_tokens + 4
 
     torch.manual_seed(args.seed)
     try:
