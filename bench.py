@@ -142,7 +142,7 @@ class Transformers:
         return {"skipped": 0.0, "cache_bytes": held, "live_bytes": held, "dense_bytes": held}
 
 
-def shares(side, cache, tokens, device):
+def profiled(side, cache, tokens, device):
     """What attention and the products with the weights take of the steps that feed tokens (B, T) one by one, by torch's profiler."""
     with torch.profiler.profile() as profiler:
         for t in range(tokens.shape[1]):
@@ -188,7 +188,7 @@ def session(side, device, tokens, rows, context, new_tokens):
         wait(device)
         result["filter_share"] = side.filter_seconds / (time.perf_counter() - started)
         side.clocked = False
-    yield result | shares(side, cache, fed[:, -2:], device)
+    yield result | profiled(side, cache, fed[:, -2:], device)
 
 
 def run(sides, device, tokens, rows, context, new_tokens, repeat, bar):
@@ -218,7 +218,8 @@ def summarise(results, batch, context, weights):
         quartiles = statistics.quantiles(steps, n=4) if len(steps) > 1 else [steps[0]] * 3
         row |= {"step_ms": quartiles[1], "step_ms_quartiles": [quartiles[0], quartiles[2]]}
         row["tokens_per_second"] = batch / quartiles[1] * 1e3
-        for key in ("skipped", "cache_bytes", "live_bytes", "dense_bytes", "peak_bytes", "filter_share", "attention_share", "products_share"):
+        shares = ("filter_share", "attention_share", "products_share")
+        for key in ("skipped", "cache_bytes", "live_bytes", "dense_bytes", "peak_bytes", *shares):
             if key in runs[0]:
                 row[key] = statistics.median(r[key] for r in runs)
         row["bound"] = (weights + row["live_bytes"]) / (weights + row["dense_bytes"])
