@@ -208,11 +208,12 @@ class KVCache:
             for layer, ratio in zip(self.layers, self.adaptive.ratio.unbind(1)):
                 layer.ratio = ratio  # (B,), a view
 
-    def cuts(self, T):
-        """Where the ratios of some row change within its next T tokens: the steps, from 1 to T-1, that a chunk is cut before."""
+    def cuts(self, n_new):
+        """Where the ratios of some row change within its next n_new[b] tokens: the steps, 1 or more, that a chunk is cut before."""
         if self.adaptive is None:
             return []
-        return (self.adaptive.changes(self.seen[:, None] + torch.arange(1, T)).any(0).nonzero()[:, 0] + 1).tolist()
+        step = torch.arange(1, max(1, int(n_new.max())))
+        return (1 + (self.adaptive.changes(self.seen[:, None] + step) & (step < n_new[:, None])).any(0).nonzero()[:, 0]).tolist()
 
     def select(self, rows):
         """Keep these rows (a list or int64 tensor), in this order; a row named twice is copied: a forked prefix."""

@@ -114,7 +114,7 @@ class Attention(nn.Module):
         """x (B, T, C), the residual stream after its norm -> what attention adds to it, (B, T, C)."""
         (B, T, C), filter = x.shape, cache.filter
         x = x.flatten(0, 1)  # (B*T, C)
-        keep, out = chunk.real, None
+        keep, out, cache.score = chunk.real, None, None
         if cache.closed:
             keep = Tokens(keep.mask & (chunk.position < max(filter.warmup, 1)), x.device)
 
@@ -266,7 +266,7 @@ class Transformer(nn.Module):
         if longest > self.config.max_positions:
             raise ValueError(f"{longest} tokens are more than the model's context of {self.config.max_positions}")
         parts, decisions = [], []
-        for first, end in pairwise([0, *cache.cuts(T), T]):  # one part, but for schedule="adaptive"
+        for first, end in pairwise([0, *cache.cuts(n_new), T]):  # one part, but for schedule="adaptive"
             parts.append(self.feed(tokens[:, first:end], cache, (n_new - first).clamp(0, end - first)))
             decisions.append([(layer.redundant, layer.score) for layer in cache.layers])
         x = torch.cat(parts, dim=1)

@@ -163,6 +163,21 @@ def test_chunks_and_neighbours_change_nothing_with_other_settings(changes):
         same(whole, feed(model, filter, [length], rows=[row]), row, 0, length)
 
 
+@pytest.mark.parametrize("name", [None, *PRESETS])
+def test_padding_and_empty_chunks_change_nothing(name):
+    """Not even padding beyond where adaptive ratios change, or a chunk without a single token."""
+    model, filter, tokens = small(), name and preset(name, prune=0.5), texts()[:2, :60]
+    cache = model.new_cache(2, filter)
+    logits = model(tokens, cache, [20, 10])[0, :20]
+    assert all(layer.redundant.shape == (2, 60) for layer in cache.layers)
+    assert all(layer.score is None or layer.score.shape == (2, 60) for layer in cache.layers)
+    model(tokens[:, :40], cache, [0, 0])
+    assert all(layer.redundant.shape == (2, 40) and not layer.redundant.any() for layer in cache.layers)
+    assert all(layer.score is None or layer.score.isnan().all() for layer in cache.layers)
+    logits = torch.cat((logits, model(tokens[:, 20:], cache, [40, 0])[0]))
+    torch.testing.assert_close(logits, model(tokens[:1], model.new_cache(1, filter))[0], rtol=0, atol=1e-9)
+
+
 def test_the_future_changes_nothing():
     model, filter = small(), preset("anchored", prune=0.5)
     tokens = texts()[:1]
