@@ -26,6 +26,11 @@ def wide(dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def send(x, device):
+    """A tensor from the host to the device, without waiting for what the device is at."""
+    return x.to(device, non_blocking=True)
+
+
 class Tokens:
     """Some of the tokens of a (B, T) chunk: `mask` on the host, and what it takes to pick them out of B*T."""
 
@@ -33,7 +38,7 @@ class Tokens:
         self.mask, self.counts = mask, mask.sum(1)  # (B, T), (B,)
         self.row, self.step = mask.nonzero(as_tuple=True)  # (N,) each, row by row
         self.all = len(self.row) == mask.numel()
-        self.index = None if self.all else (self.row * mask.shape[1] + self.step).to(device)
+        self.index = None if self.all else send(self.row * mask.shape[1] + self.step, device)
 
     @cached_property
     def nth(self):
@@ -112,7 +117,7 @@ class LayerCache:
     def expire(self, seen):
         """Drop the kept tokens that the window hides from position seen[b] on, and close the gap they leave."""
         k, v, until = self.k[:, :, self.ring :], self.v[:, :, self.ring :], self.until[:, self.ring :]  # views
-        gone = ((until >= 0) & (until < seen.to(until.device)[:, None])).sum(1)  # (B,), the oldest come first
+        gone = ((until >= 0) & (until < send(seen, until.device)[:, None])).sum(1)  # (B,), the oldest come first
         source = gone[:, None] + torch.arange(until.shape[1], device=until.device)
         beyond = source >= until.shape[1]
         source = source.masked_fill(beyond, 0)
@@ -136,7 +141,7 @@ class LayerCache:
         self.length, self.kept = self.length + keep.counts, self.kept + keep.counts
 
     def write(self, k, v, chunk: Chunk, tokens: Tokens, slot, reach):
-        row, slot = torch.stack((tokens.row, slot)).to(k.device)
+        row, slot = send(torch.stack((tokens.row, slot)), k.device)
         self.k[row, :, slot], self.v[row, :, slot] = tokens.pick(k), tokens.pick(v)
         self.until[row, slot] = tokens.pick(chunk.at.flatten()) + (reach - 1)
 
@@ -156,12 +161,12 @@ class LayerCache:
         y, rows = y.to(past.dtype), torch.arange(len(keep.counts), device=y.device)
         before = keep.mask.cumsum(1) - keep.mask.long()  # how many of this chunk were kept before each
         packed = y.new_zeros(len(rows), max(1, int(keep.counts.max())), y.shape[1])  # (B, most kept in a row, C)
-        packed[keep.row.to(y.device), keep.nth.to(y.device)] = y
-        first = (chunk.position[:, :1] == 0).to(y.device)  # a sequence's first token is always kept
+        packed[send(keep.row, y.device), send(keep.nth, y.device)] = y
+        first = send(chunk.position[:, :1] == 0, y.device)  # a sequence's first token is always kept
         start = torch.where(first, packed[:, 0], past)
         averages = running_average(packed, start, self.filter.gamma)
-        self.anchor_output = averages[rows, keep.counts.to(y.device)]
-        return averages[rows[:, None], before.to(y.device)]
+        self.anchor_output = averages[rows, send(keep.counts, y.device)]
+        return averages[rows[:, None], send(before, y.device)]
 
     def select(self, rows):
         self.length, self.kept = self.length[rows], self.kept[rows]

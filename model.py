@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kv_cache import FAR, Chunk, KVCache, LayerCache, Tokens, wide
+from kv_cache import FAR, Chunk, KVCache, LayerCache, Tokens, send, wide
 from token_filter import FilterConfig, token_filter
 
 
@@ -58,7 +58,7 @@ def rope_frequencies(config: ModelConfig) -> torch.Tensor:
 
 def rope_table(position, config: ModelConfig, dtype):
     """cos and sin of every angle at position (B, T), (B*T, 1, R) each, as rotate wants them."""
-    angle = position.flatten().to(wide(dtype))[:, None, None] * rope_frequencies(config).to(position.device, wide(dtype))
+    angle = position.flatten().to(wide(dtype))[:, None, None] * send(rope_frequencies(config), position.device)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
@@ -95,6 +95,13 @@ class Linear(nn.Linear):
             # oneDNN instead of the default library, on some CPUs twice as fast
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return super().forward(x)
+
+
+def idle_rows_ride_along(device) -> bool:
+    """Whether a batch's attention at decode reads the rows whose token is skipped too, and drops their result: not on the
+    CPU; elsewhere one call for all beats many, or copying the other rows out.
+    """
+    return device.type != "cpu"
 
 
 class Attention(nn.Module):
@@ -156,9 +163,9 @@ class Attention(nn.Module):
             if cache.adaptive is not None:
                 size = residual.flatten(0, 1).to(anchor_output.dtype).norm(dim=-1).clamp(min=1e-30)
                 departure = ((out - anchor_output).norm(dim=-1) / size).view(B, T)
-                cache.adaptive.measure(cache.layer, departure, keep.mask.to(x.device), chunk.at)
+                cache.adaptive.measure(cache.layer, departure, send(keep.mask, x.device), chunk.at)
             if filter.fill == "anchor":
-                out = torch.where(keep.mask.flatten().to(x.device)[:, None], out, anchor_output.to(x.dtype))
+                out = torch.where(send(keep.mask.flatten(), x.device)[:, None], out, anchor_output.to(x.dtype))
         cache.redundant = chunk.real.mask & ~keep.mask
         return out.view(B, T, C)
 
@@ -170,12 +177,12 @@ class Attention(nn.Module):
             if not len(row_q):
                 continue
             new = candidates.mask[b].nonzero()[:, 0]
-            index = (b * T + new).to(k.device)
+            index = send(b * T + new, k.device)
             row_k, row_v, until = cache.slots(b)  # (KVH, S, D) twice, (S,)
             mask = None  # nothing cached, nothing graced, no window: plain causal attention among the kept
             if len(until) or cache.window < T:
-                query, key = chunk.position[b, attends.mask[b]].to(k.device)[:, None], chunk.at.flatten()[index]
-                reach = torch.where(keep.mask[b, new], cache.window, cache.grace_reach).to(k.device)
+                query, key = send(chunk.position[b, attends.mask[b]], k.device)[:, None], chunk.at.flatten()[index]
+                reach = send(torch.where(keep.mask[b, new], cache.window, cache.grace_reach), k.device)
                 mask = torch.cat((query <= until, (key <= query) & (query < key + reach)), dim=1)
             row_k = torch.cat((row_k, k[index].transpose(0, 1)), dim=1).repeat_interleave(share, 0)[None]
             row_v = torch.cat((row_v, v[index].transpose(0, 1)), dim=1).repeat_interleave(share, 0)[None]
@@ -192,7 +199,7 @@ class Attention(nn.Module):
         lengths, mask = cache.length.tolist(), None
         if cache.ring or cache.window < FAR or min(lengths) < max(lengths):
             mask = (chunk.at <= until)[:, None, None]  # (B, 1, 1, S)
-        if attends.all or q.device.type != "cpu":  # there, one call that reads the idle rows along beats many, or copying the others
+        if attends.all or idle_rows_ride_along(q.device):
             return attends.pick(attention(attends.put(q), k, v, attn_mask=mask)).flatten(1, 2)
         outputs = []
         for pair, rows in zip(q.split(2), attends.row.split(2)):  # any two rows are a view, of some stride
@@ -284,8 +291,8 @@ class Transformer(nn.Module):
         x = self.embed(tokens.to(self.embed.weight.device))  # (B, T, C)
         step = torch.arange(tokens.shape[1])
         position = cache.seen[:, None] + step
-        at, real = position.to(x.device), Tokens(step < n_new[:, None], x.device)
-        chunk = Chunk(n_new.to(x.device), position, at, real, *rope_table(at, self.config, x.dtype))
+        at, real = send(position, x.device), Tokens(step < n_new[:, None], x.device)
+        chunk = Chunk(send(n_new, x.device), position, at, real, *rope_table(at, self.config, x.dtype))
         for block, layer in zip(self.blocks, cache.layers):
             x = block(x, chunk, layer)
         cache.seen = cache.seen + n_new

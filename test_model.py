@@ -163,6 +163,17 @@ def test_chunks_and_neighbours_change_nothing_with_other_settings(changes):
         same(whole, feed(model, filter, [length], rows=[row]), row, 0, length)
 
 
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("name", ["paper", "anchored", "adaptive"])
+def test_idle_rows_change_nothing_where_they_ride_along(name, window, monkeypatch):
+    """What a GPU does at decode, on the CPU."""
+    model, filter, sizes = small(window=window), preset(name, prune=0.5), [20, *[1] * 70]
+    usual = feed(model, filter, sizes)
+    monkeypatch.setattr("model.idle_rows_ride_along", lambda device: True)
+    for row, length in enumerate(LENGTHS):
+        same(usual, feed(model, filter, sizes), row, row, length)
+
+
 @pytest.mark.parametrize("name", [None, *PRESETS])
 def test_padding_and_empty_chunks_change_nothing(name):
     """Not even padding beyond where adaptive ratios change, or a chunk without a single token."""
