@@ -578,6 +578,7 @@ def test_cache_mode_has_nothing_to_fill():
     [
         ("paper", "attention", "zero", 0, "tail"),
         ("anchored", "attention", "anchor", 32, "tail"),
+        ("adaptive", "attention", "anchor", 32, "adaptive"),
         ("cache", "cache", "zero", 32, "uniform"),
     ],
 )

@@ -225,6 +225,18 @@ def test_rows_leave_and_fork(name):
     assert cache.nbytes() == 0 < size
 
 
+@pytest.mark.parametrize("name", [None, *PRESETS])
+def test_a_long_row_that_leaves_takes_its_slots_along(name):
+    model, filter = small(), name and preset(name, prune=0.3)
+    cache = model.new_cache(2, filter)
+    model(texts()[:2, :90], cache, [90, 10])
+    cache.select([1])
+    alone = model.new_cache(1, filter)
+    model(texts()[1:2, :10], alone)
+    assert [layer.k.shape for layer in cache.layers] == [layer.k.shape for layer in alone.layers]
+    assert cache.nbytes() == alone.nbytes()
+
+
 # ------------------------------------------------------------------------------------------------- off means off
 
 
