@@ -65,8 +65,9 @@ class Adaptive:
     def update(self, seen):
         """Set anew the ratios of the rows whose next position, seen (B,) on the host, is one where they change."""
         rows = self.changes(seen).nonzero()[:, 0].to(self.ratio.device)
-        if len(rows):  # in place: the layers hold views of it
-            self.ratio[rows] = adaptive_ratios((self.total / self.number.clamp(min=1))[rows], self.p)
+        if len(rows):
+            contribution = (self.total / self.number).where(self.number > 0, 1)  # a layer that kept none to go by is taken to matter
+            self.ratio[rows] = adaptive_ratios(contribution[rows], self.p)  # in place: the layers hold views of it
 
     def measure(self, layer, departure, kept, position):
         """Take in a chunk's departures ||o_t - f_t|| / ||x_t|| in one layer; all (B, T), of which only kept tokens count."""

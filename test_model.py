@@ -108,7 +108,7 @@ def obvious(model, tokens, filter):
     return torch.stack(logits)
 
 
-@pytest.mark.parametrize("window", [None, 13])
+@pytest.mark.parametrize("window", [None, 13, 4])
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("prune", [0.3, 0.8])
 def test_equals_the_obvious_version(name, prune, window):
