@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from command_line import KNOBS, Parser, add_filter_arguments, add_model_arguments, as_process, check_output, fail, filter_from, read_text
-from kv_cache import KVCache
+from model import KVCache
 from load_weights import CheckpointError, Tokenizer, load
 from model import Transformer
 from skip_map import Decisions, draw_skip_map, paint, paint_legend, token_pieces

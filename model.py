@@ -1,20 +1,23 @@
-"""A LLaMA/Mistral decoder whose layers may filter tokens. To see the filter at work, read Attention.forward.
+"""A LLaMA/Mistral decoder whose layers may filter tokens, with the KV cache that makes a saving of it.
 
-Shapes: B sequences, T new tokens, S cache slots, L layers, H query heads, KVH key/value heads (H is a multiple of KVH),
-D head size, C width, R channels of a head that RoPE turns, N tokens gathered out of a (B, T) chunk.
+Read from the top; to see the filter at work, follow one token through Attention.forward.
+
+Shapes: B sequences, T new tokens, S slots of a layer's cache, L layers, H query heads, KVH key/value heads (H is a multiple of
+KVH), D head size, C width, R channels of a head that RoPE turns, N tokens gathered out of a (B, T) chunk. A token's
+*position* counts from the start of its own sequence; its *slot* is where a layer's cache keeps it.
 """
 
+import inspect
 import math
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kv_cache import FAR, Chunk, KVCache, LayerCache, Tokens, send, wide
-from token_filter import FilterConfig, token_filter
-
+from schedule import layer_ratios
+from token_filter import FilterConfig, FilterState, token_filter
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -56,9 +59,9 @@ def rope_frequencies(config: ModelConfig) -> torch.Tensor:
     return freq
 
 
-def rope_table(position, config: ModelConfig, dtype):
-    """cos and sin of every angle at position (B, T), (B*T, 1, R) each, as rotate wants them."""
-    angle = position.flatten().to(wide(dtype))[:, None, None] * send(rope_frequencies(config), position.device)
+def rope_table(position, frequencies, dtype):
+    """cos and sin of every angle at position (B, T), (B, T, 1, R) each, as rotate wants them."""
+    angle = position[..., None, None] * frequencies
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
@@ -73,6 +76,358 @@ def rotate(x, cos, sin):
     if R < x.shape[-1]:
         return torch.cat((rotate(x[..., :R], cos, sin), x[..., R:]), dim=-1)
     return torch.addcmul(x * cos, x.roll(R // 2, dims=-1), sin)
+
+
+# --------------------------------------------------------------------------------------------------- the KV cache
+
+BLOCK = 32  # decode steps between two looks at how long the rows have become
+
+
+def wide(dtype) -> torch.dtype:
+    """What statistics and angles are computed in: float64 in a float64 model, otherwise float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def send(x, device):
+    """A tensor from the host to the device, without waiting for what the device is at."""
+    return x.to(device, non_blocking=True)
+
+
+@dataclass
+class Chunk:
+    """Where the new tokens of a call stand in their sequences. Padding is on the right."""
+
+    seen: torch.Tensor  # (B,) host: how many tokens came before
+    n_new: torch.Tensor  # (B,) host: how many of the T tokens are real
+    n: torch.Tensor | None  # (B,) the same on the device; None at decode, where every row has one token, a real one
+    position: torch.Tensor  # (B, T)
+    cos: torch.Tensor  # (B, T, 1, R)
+    sin: torch.Tensor
+    row: torch.Tensor  # (B,) 0 .. B-1
+    windowed: bool  # whether a sliding window may hide something
+    warm: "Chunk | None" = None  # its part in the warm-up
+
+    def before(self, limit) -> "Chunk | None":
+        """The same without the tokens at positions from `limit` on; None if no token is left."""
+        n_new = torch.minimum(self.n_new, (limit - self.seen).clamp(min=0))
+        if torch.equal(n_new, self.n_new):
+            return self
+        if (T := int(n_new.max())) == 0:
+            return None
+        n, part = send(n_new, self.row.device), (x[:, :T] for x in (self.position, self.cos, self.sin))
+        return Chunk(self.seen.clamp(max=limit), n_new, n, *part, self.row, self.windowed)
+
+
+@dataclass
+class Tape:
+    """A prefill chunk as its queries see it: the ring's tokens in order of position, then the new ones."""
+
+    kv: torch.Tensor  # (B, G+1+T, 2, KVH, D)
+    position: torch.Tensor  # (B, G+1+T)
+    kept: torch.Tensor  # (B, G+1+T) bool
+    far: list[int]  # how many far tokens each row had before
+    redundant: torch.Tensor | None  # (B, T) bool, on the host; None without a filter
+
+
+class LayerCache:
+    """What one layer remembers of B sequences. A row's slots are, in this order,
+
+        sinks   w = max(warmup, 1) slots for the first tokens: token t in slot t
+        ring    G + 1 slots for the latest, kept or not: token t in slot w + (t - w) mod (G + 1)
+        far     `far[b]` slots, for the kept tokens that have left the ring, in order
+
+    so that what a token may see is a prefix of them: sinks and ring, as far as they are filled, then far. Nothing moves but
+    a kept token that leaves the ring. Without a filter (or at ratio 0, or 1 where that leaves nothing to do) all is far.
+    """
+
+    def __init__(self, config: ModelConfig, B, layer, ratio, filter: FilterConfig, criterion, dtype, device):
+        self.filter, self.criterion = filter, criterion
+        # ratio 1: past the warm-up no token queries or is stored, so none is projected or scored either
+        self.closed = ratio == 1 and filter.mode == "skip" and filter.recent == 0
+        self.filters = ratio > 0 and not self.closed
+        self.sinks, self.ring = (max(filter.warmup, 1), filter.recent + 1) if self.filters else (0, 0)
+        self.front = self.sinks + self.ring
+        self.window, self.attend = config.window, attention_for(torch.device(device), dtype)
+        self.kv = torch.zeros(2, B, config.kv_heads, self.front + BLOCK, config.head_dim, dtype=dtype, device=device)  # (2, B, KVH, S, D)
+        self.far = torch.zeros(B, dtype=torch.int64, device=device)
+        self.kept = torch.zeros(B, self.front + 1, dtype=torch.bool, device=device)  # who of the ring; its last column is for the rest
+        self.at = None if self.window is None else self.far.new_full((B, self.front + BLOCK), -1)  # (B, S) positions in the slots
+        self.skipped, self.read = torch.zeros_like(self.far), torch.zeros_like(self.far)  # redundant tokens; slots that queries read
+        self.state = self.ratio = self.redundant = self.score = None  # the last two for whoever wants to look: (B, T), the latest
+        if self.filters:
+            self.state = FilterState(B, config.kv_heads, config.head_dim, filter, layer, wide(dtype), device)
+            self.ratio = torch.full((), ratio, dtype=torch.float64, device=device)  # a number would be compiled in, layer by layer
+
+    def resize(self, slots):
+        """Allocate so many slots, no fewer and hardly more."""
+        missing, (_, B, heads, S, D) = slots - self.kv.shape[3], self.kv.shape
+        if not -BLOCK <= missing <= 0:
+            self.kv = torch.cat((self.kv[:, :, :, :slots], self.kv.new_zeros(2, B, heads, max(0, missing), D)), dim=3)
+            if self.at is not None:
+                self.at = torch.cat((self.at[:, :slots], self.at.new_full((B, max(0, missing)), -1)), dim=1)
+
+    def ring_slot(self, position):
+        return self.sinks + (position - self.sinks) % self.ring
+
+    def in_sight(self, redundant, front, far):
+        """How many slots a token may see, a prefix: all tensors alike, front and far counted with itself in place."""
+        if redundant is None or self.filter.mode == "cache":
+            return front + far
+        if self.filter.mode == "local":
+            return front + far.masked_fill(redundant, 0)
+        return (front + far).masked_fill(redundant, 0)
+
+    def put(self, kv, redundant, chunk: Chunk):
+        """Decode: one token a row, kv (B, 2, KVH, D), into its slot; returns how many slots it may see, itself included, (B,)."""
+        row, position, end = chunk.row, chunk.position[:, 0], self.front + self.far
+        if redundant is None:
+            self.kv[:, row, :, end] = kv
+            if self.at is not None:
+                self.at[row, end] = position
+            self.far += 1
+            return self.far
+        redundant = redundant[:, 0]
+        slot = torch.where(position < self.sinks, position, self.ring_slot(position))
+        self.kv[:, row, :, end] = self.kv[:, row, :, slot]  # the one that leaves; if it was not kept, it is never looked at
+        self.kv[:, row, :, slot] = kv
+        if self.at is not None:
+            self.at[row, end] = self.at[row, slot]
+            self.at[row, slot] = position
+        self.far += self.kept[row, slot]
+        self.kept[row, slot] = ~redundant
+        n = self.in_sight(redundant, (position + 1).clamp(max=self.front), self.far)
+        self.skipped += redundant
+        self.read += n
+        return n
+
+    def extend(self, kv, redundant, chunk: Chunk) -> "Tape":
+        """Prefill: any tokens of each row, kv (B, T, 2, KVH, D), all at once. Waits for the device once, if the host cannot know
+        how long the rows become."""
+        (B, T), row, end = kv.shape[:2], chunk.row[:, None], chunk.position[:, :1] + chunk.n[:, None]  # (B, 1) the last two
+        position, new = chunk.position, chunk.position < end
+        kept = new if redundant is None else new & ~redundant
+        if self.at is not None:
+            self.expire(chunk.position[:, :1])
+        if self.ring:
+            before = position[:, :1] - self.ring + torch.arange(self.ring, device=kv.device)  # (B, G+1)
+            slot = self.ring_slot(before)
+            kv = torch.cat((self.kv[:, row, :, slot], kv), dim=1)
+            kept = torch.cat((self.kept[row, slot], kept), dim=1)  # not where `before` is negative, or a sink
+            new, position = F.pad(new, (self.ring, 0)), torch.cat((before, position), dim=1)
+        leaves = kept & (position >= self.sinks) & (position < end - self.ring)
+        rank = leaves.cumsum(1)
+        n = self.in_sight(redundant, (chunk.position + 1).clamp(max=self.front), self.far[:, None] + rank[:, :T])
+        self.read += n.masked_fill(chunk.position >= end, 0).sum(1)
+        if redundant is not None:
+            self.skipped += redundant.sum(1)
+
+        far, more = chunk.seen, chunk.n_new
+        if self.filters or self.at is not None:
+            known = [self.far[:, None], rank[:, -1:], *([] if redundant is None else [redundant])]
+            known = torch.cat(known, dim=1).cpu()  # the wait
+            far, more, redundant = known[:, 0], known[:, 1], None if redundant is None else known[:, 2:] > 0
+        self.resize(self.front + int((far + more).max()) + 1)
+
+        slot = torch.where(leaves, self.front + self.far[:, None] + rank - 1, self.kv.shape[3] - 1)  # the last is for what goes nowhere
+        if self.ring:
+            stays = (position >= (end - self.ring).clamp(min=self.sinks)) & (position < end)
+            slot = torch.where(stays, self.ring_slot(position), slot)
+            slot = torch.where(new & (position < self.sinks), position, slot)
+            self.kept[row, slot.clamp(max=self.front)] = kept
+        self.kv[:, row, :, slot] = kv
+        if self.at is not None:
+            self.at[row, slot] = position
+        self.far += rank[:, -1]
+        return Tape(kv, position, kept, far.tolist(), redundant)
+
+    def expire(self, position):
+        """Drop the far tokens that the window hides from positions (B, 1) on, and close the gap they leave."""
+        far = self.at[:, self.front :]  # (B, S'), in order of position
+        gone = ((far <= position - self.window) & (torch.arange(far.shape[1], device=far.device) < self.far[:, None])).sum(1)
+        source = (gone[:, None] + torch.arange(far.shape[1], device=far.device)).clamp(max=far.shape[1] - 1)
+        far.copy_(far.gather(1, source))
+        for kv in self.kv[:, :, :, self.front :]:
+            kv.copy_(kv.gather(2, source[:, None, :, None].expand_as(kv)))
+        self.far -= gone
+
+    def select(self, rows, room):
+        """Keep these rows, an int64 tensor, in this order, with `room` slots behind the sinks and the ring."""
+        self.kv, self.far, self.kept = self.kv[:, rows, :, : self.front + room], self.far[rows], self.kept[rows]
+        self.skipped, self.read = self.skipped[rows], self.read[rows]
+        if self.at is not None:
+            self.at = self.at[rows, : self.front + room]
+        if self.state is not None:
+            self.state.select(rows)
+        self.redundant = self.score = None
+
+    def nbytes(self) -> int:
+        own = sum(t.numel() * t.element_size() for t in (self.kv, self.far, self.kept, self.skipped, self.read, self.at) if t is not None)
+        return own + (0 if self.state is None else self.state.nbytes())
+
+
+class KVCache:
+    """All a model remembers of B sequences. Transformer.new_cache makes one, Transformer.forward moves it on."""
+
+    def __init__(self, config: ModelConfig, B, filter: FilterConfig | None, criterion, dtype, device):
+        filter = filter or FilterConfig(prune=0.0)
+        self.config, self.filter = config, filter
+        self.frequencies = send(rope_frequencies(config), device).to(wide(dtype))
+        self.seen = torch.zeros(B, dtype=torch.int64)  # tokens so far, so the position of the next; host
+        self.position = self.seen.to(device)  # (B,) the same on the device
+        self.row = torch.arange(B, device=device)
+        self.room = BLOCK  # decode steps that every layer has slots for
+        ratios = layer_ratios(filter, config.n_layers)
+        self.layers = [LayerCache(config, B, *layer, filter, criterion, dtype, device) for layer in enumerate(ratios)]
+        self.chunk: Chunk | None = None  # the latest
+        self.slot_bytes = 2 * config.kv_heads * config.head_dim * dtype.itemsize + (0 if config.window is None else 8)
+
+    def lengths(self):
+        """How many far tokens the rows have in every layer, (L, B) on the host: one wait for all."""
+        return torch.stack([layer.far for layer in self.layers]).cpu()
+
+    def advance(self, n_new, T, dtype) -> Chunk:
+        """Make room for n_new[b] more tokens of each row (host), in T columns, and say where they stand."""
+        device, decode = self.position.device, T == 1 and bool((n_new == 1).all())
+        if decode and self.room == 0:
+            self.make_room()
+        self.room = self.room - 1 if decode else 0
+        n = None if decode else send(n_new, device)
+        position = self.position[:, None] + torch.arange(T, device=device)
+        table = rope_table(position, self.frequencies, dtype)
+        window = self.config.window
+        # on the CPU, the mask costs nothing, and its coming later would be one more graph to compile
+        windowed = window is not None and (device.type == "cpu" or int(self.seen.max()) + T > window)
+        chunk = Chunk(self.seen, n_new, n, position, *table, self.row, windowed)
+        chunk.warm = chunk.before(max(self.filter.warmup, 1))
+        self.seen, self.position, self.chunk = self.seen + n_new, self.position + (1 if decode else n), chunk
+        return chunk
+
+    def make_room(self):
+        """Let every layer have as many slots as BLOCK steps of decode can fill."""
+        if self.config.window is not None:
+            for layer in self.layers:
+                layer.expire(self.position[:, None])
+        for layer, lengths in zip(self.layers, self.lengths().tolist()):
+            most = max(self.filter.warmup, 1) if layer.closed else math.inf
+            layer.resize(layer.front + min(max(lengths) + BLOCK, most))
+        self.room = BLOCK
+
+    def select(self, rows):
+        """Keep these rows (a list or int64 tensor), in this order; a row named twice is copied: a forked prefix."""
+        rows = torch.as_tensor(rows, dtype=torch.int64)
+        lengths, self.seen = self.lengths()[:, rows].tolist(), self.seen[rows]
+        rows = rows.to(self.position.device)
+        self.position, self.row = self.position[rows], torch.arange(len(rows), device=rows.device)
+        for layer, row_lengths in zip(self.layers, lengths):
+            layer.select(rows, max(row_lengths, default=0) + self.room)
+
+    def usage(self):
+        """(B, 5) int64 on the host, of each row: (token, layer) pairs fed, those found redundant, slots in use; slots that all queries
+        so far have read, and those that a dense model's would have: min(t + 1, window) at position t.
+        """
+        far, skipped, read = torch.stack([torch.stack((x.far, x.skipped, x.read)) for x in self.layers]).cpu().unbind(1)  # (L, B)
+        held, whole = far.clone(), self.dense_reads(self.seen)
+        for l, layer in enumerate(self.layers):
+            held[l] += self.seen.clamp(max=layer.front)
+            if not layer.filters:
+                fed = self.seen.clamp(max=max(self.filter.warmup, 1)) if layer.closed else self.seen
+                skipped[l], read[l] = self.seen - fed, self.dense_reads(fed)
+        L = len(self.layers)
+        return torch.stack((L * self.seen, skipped.sum(0), held.sum(0), read.sum(0), L * whole), dim=1)
+
+    def dense_reads(self, n):
+        window = self.config.window or 2**62
+        m = n.clamp(max=window)
+        return m * (m + 1) // 2 + (n - m) * window
+
+    def kept(self):
+        """Of each row's seen * L (token, layer) pairs, how many were not redundant: (B,) int64."""
+        pairs, skipped, *_ = self.usage().unbind(1)
+        return pairs - skipped
+
+    def decisions(self):
+        """Of the latest chunk: redundant (L, B, T) bool, and score (L, B, T), NaN where a layer gave none; on the host."""
+        assert self.chunk is not None
+        seen, n_new, (B, T) = self.chunk.seen, self.chunk.n_new, self.chunk.position.shape
+        step, score = torch.arange(T), torch.full((len(self.layers), B, T), math.nan)
+        past_warmup = (step < n_new[:, None]) & (seen[:, None] + step >= max(self.filter.warmup, 1))
+        redundant = torch.stack([past_warmup & layer.closed for layer in self.layers])
+        for l, layer in enumerate(self.layers):
+            if layer.redundant is not None:
+                redundant[l], score[l] = layer.redundant.cpu(), layer.score.cpu()
+        return redundant, score
+
+    def nbytes(self) -> int:
+        """Bytes allocated: slots, and all that the filter remembers."""
+        return sum(layer.nbytes() for layer in self.layers)
+
+    def live_bytes(self) -> int:
+        """Bytes in use: the same, without the slots that hold no token."""
+        empty = sum(layer.kv.shape[1] * layer.kv.shape[3] for layer in self.layers) - int(self.usage()[:, 2].sum())
+        return self.nbytes() - empty * self.slot_bytes
+
+
+# ------------------------------------------------------------------------------------------------------ attending
+
+
+def attend_masked(q, k, v, n, mask=None):
+    """One query a row over the first n[b] slots of its row: q (B, KVH, H/KVH, D), the query heads that share a key/value head
+    being queries of one head, so that k, v are read once; k, v (B, KVH, S, D); n (B,) int64; mask (B, S) bool: of those slots,
+    the ones to look at. Returns (B, KVH, H/KVH, D), where n[b] is 0 anything.
+    """
+    seen = torch.arange(k.shape[2], device=k.device) < n[:, None].clamp(min=1)
+    seen = seen if mask is None else seen & mask
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None])
+
+
+def attend_varlen(varlen_attn, q, k, v, n, mask=None):
+    """The same on a GPU, where nothing but these slots is read: every (row, key/value head) is a sequence of its own."""
+    if mask is not None:
+        return attend_masked(q, k, v, n, mask)
+    B, heads, S, D = k.shape
+    starts = torch.arange(B * heads + 1, dtype=torch.int32, device=k.device)  # each has one query, and S slots
+    used = n.to(torch.int32)[:, None].expand(B, heads).reshape(-1)
+    q, k, v = q.flatten(0, 1), k.view(-1, 1, D), v.view(-1, 1, D)
+    return varlen_attn(q, k, v, starts, starts * S, 1, S, enable_gqa=True, seqused_k=used).unflatten(0, (B, heads))
+
+
+@torch.library.custom_op("token_filtering::attend_rows", mutates_args=())  # so that it can be part of a compiled graph
+def attend_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The same on the CPU: all rows at once if they are about as long, otherwise by twos of about the same length, which keeps
+    more threads busy than one row; a row with n[b] = 0 is left out, and gets 0.
+    """
+    y, lengths = torch.zeros_like(q), n.tolist()
+    order = sorted((b for b, length in enumerate(lengths) if length), key=lengths.__getitem__)
+    groups = [sorted(order[i : i + 2]) for i in range(0, len(order), 2)]
+    if min(lengths) > 0.8 * max(lengths):
+        groups = [range(len(lengths))]
+    for group in groups:
+        rows = slice(group[0], group[-1] + 1, max(1, group[-1] - group[0]) if len(group) == 2 else 1)  # any two rows are a view
+        S, seen = max(lengths[b] for b in group), None
+        if mask is not None or S > min(lengths[b] for b in group):
+            seen = torch.arange(S) < n[rows, None]
+            seen = (seen if mask is None else seen & mask[rows, :S])[:, None, None]
+        y[rows] = F.scaled_dot_product_attention(q[rows], k[rows, :, :S], v[rows, :, :S], attn_mask=seen)
+    return y
+
+
+@attend_rows.register_fake
+def _(q, k, v, n, mask=None):
+    return torch.empty_like(q)
+
+
+def attention_for(device, dtype):
+    """The one of these that is best there."""
+    if device.type == "cpu":
+        return attend_rows
+    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
+        try:
+            from torch.nn.attention.varlen import varlen_attn  # takes a second to import
+        except ImportError:  # before torch 2.10
+            return attend_masked
+        if "seqused_k" in inspect.signature(varlen_attn).parameters:  # torch 2.12
+            return partial(attend_varlen, varlen_attn)
+    return attend_masked
 
 
 # ------------------------------------------------------------------------------------------------------- the model
@@ -97,15 +452,8 @@ class Linear(nn.Linear):
         return super().forward(x)
 
 
-def idle_rows_ride_along(device) -> bool:
-    """Whether a batch's attention at decode reads the rows whose token is skipped too, and drops their result: not on the
-    CPU; elsewhere one call for all beats many, or copying the other rows out.
-    """
-    return device.type != "cpu"
-
-
 class Attention(nn.Module):
-    """Grouped-query attention, for the tokens that remain."""
+    """Grouped-query attention, of each token over what it may see."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -117,97 +465,88 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x, residual, chunk: Chunk, cache: LayerCache):
+    def forward(self, x, chunk: Chunk, cache: LayerCache):
         """x (B, T, C), the residual stream after its norm -> what attention adds to it, (B, T, C)."""
-        (B, T, C), filter = x.shape, cache.filter
-        x = x.flatten(0, 1)  # (B*T, C)
-        keep, out, cache.score = chunk.real, None, None
-        if cache.closed:
-            keep = Tokens(keep.mask & (chunk.position < max(filter.warmup, 1)), x.device)
+        # keys and values
+        raw_k = self.k_norm(self.k(x).unflatten(-1, (self.kv_heads, self.head_dim)))  # (B, T, KVH, D)
+        k, v = rotate(raw_k, chunk.cos, chunk.sin), self.v(x).unflatten(-1, (self.kv_heads, self.head_dim))
 
-        if len(keep):
-            # keys and values
-            raw_k = keep.put(self.k(keep.pick(x))).unflatten(1, (self.kv_heads, self.head_dim))  # (B*T, KVH, D)
-            v = keep.put(self.v(keep.pick(x))).unflatten(1, (self.kv_heads, self.head_dim))
-            raw_k = self.k_norm(raw_k)
-            k = rotate(raw_k, chunk.cos, chunk.sin)
+        # filter
+        redundant = None
+        if cache.filters:
+            compared = k if cache.filter.keys == "rotated" else raw_k
+            redundant, score = cache.criterion(compared, v, chunk.n, cache.state, cache.ratio, cache.filter)  # (B, T) both
+            cache.redundant, cache.score = redundant, score
 
-            # filter
-            if cache.filters:
-                compared = (k if filter.keys == "rotated" else raw_k).unflatten(0, (B, T))
-                found, cache.score = cache.criterion(
-                    compared, v.unflatten(0, (B, T)), chunk.n_new, cache.state, cache.ratio, filter
-                )
-                if (found := found.cpu()).any():
-                    keep = Tokens(keep.mask & ~found, x.device)
-            attends = keep if filter.mode == "attention" else chunk.real
+        # store, attend, and add
+        kv = torch.stack((k, v), dim=2)  # (B, T, 2, KVH, D)
+        if chunk.n is not None:
+            return self.prefill(x, kv, redundant, chunk, cache)
+        n = cache.put(kv[:, 0], redundant, chunk)
+        q = rotate(self.q_norm(self.q(x).unflatten(-1, (self.heads, self.head_dim))), chunk.cos, chunk.sin)  # (B, 1, H, D)
+        mask = cache.at > chunk.position - cache.window if chunk.windowed else None  # (B, S)
+        y = cache.attend(q.view(len(x), self.kv_heads, -1, self.head_dim), *cache.kv, n, mask)
+        added = self.o(y.view(len(x), 1, -1))
+        return added if redundant is None or cache.filter.mode != "skip" else added.masked_fill(redundant[..., None], 0)
 
-            # queries, attention and output, of the tokens that remain
-            if T == 1:
-                cache.store(k, v, chunk, keep)  # a single token is to find itself among the slots
-            if len(attends):
-                q = self.q(attends.pick(x)).unflatten(1, (self.heads, self.head_dim))  # (N, H, D)
-                q = rotate(self.q_norm(q), attends.pick(chunk.cos), attends.pick(chunk.sin))
-                if T == 1:
-                    y = self.attend_decode(q, chunk, cache, attends)
-                else:
-                    y = self.attend_prefill(q, k, v, chunk, cache, attends, keep)
-                out = attends.put(self.o(y.flatten(1)))  # (B*T, C)
-            if T > 1:
-                cache.store(k, v, chunk, keep)
+    def prefill(self, x, kv, redundant, chunk: Chunk, cache: LayerCache):
+        """The same for any number of tokens a row: those that skip are left out of the products with q and o too."""
+        (B, T, C), tape = x.shape, cache.extend(kv, redundant, chunk)
+        attends = torch.arange(T) < chunk.n_new[:, None]  # (B, T) host
+        if cache.filter.mode == "skip" and tape.redundant is not None:
+            attends = attends & ~tape.redundant
+        index = send(attends.flatten().nonzero()[:, 0], x.device)  # (N,)
+        if not len(index):
+            return torch.zeros_like(x)
+        q, cos, sin = (part.flatten(0, 1)[index] for part in (x, chunk.cos, chunk.sin))
+        q = rotate(self.q_norm(self.q(q).unflatten(-1, (self.heads, self.head_dim))), cos, sin)  # (N, H, D)
+        y, N = torch.empty_like(q), 0
+        for b in range(B):
+            steps = attends[b].nonzero()[:, 0]
+            y[N : N + len(steps)] = self.attend_row(q[N : N + len(steps)], b, steps, tape, chunk, cache)
+            N += len(steps)
+        added = x.new_zeros(B * T, C)
+        added[index] = self.o(y.flatten(1))
+        return added.view(B, T, C)
 
-        # what the others add instead
-        out = x.new_zeros(B * T, C) if out is None else out
-        if cache.anchor_output is not None:
-            anchor_output = cache.anchor_outputs(keep.pick(out), chunk, keep).flatten(0, 1)  # (B*T, C)
-            if cache.adaptive is not None:
-                size = residual.flatten(0, 1).to(anchor_output.dtype).norm(dim=-1).clamp(min=1e-30)
-                departure = ((out - anchor_output).norm(dim=-1) / size).view(B, T)
-                cache.adaptive.measure(cache.layer, departure, send(keep.mask, x.device), chunk.at)
-            if filter.fill == "anchor":
-                out = torch.where(send(keep.mask.flatten(), x.device)[:, None], out, anchor_output.to(x.dtype))
-        cache.redundant = chunk.real.mask & ~keep.mask
-        return out.view(B, T, C)
+    def attend_row(self, q, b, steps, tape: Tape, chunk: Chunk, cache: LayerCache):
+        """The queries (N, H, D) of row b at these steps of the chunk (N,) host, a block at a time -> (N, H, D)."""
+        seen, n_new, far, ring, device = int(chunk.seen[b]), int(chunk.n_new[b]), tape.far[b], cache.ring, q.device
+        sinks, skips = min(seen, cache.sinks), tape.redundant is not None and cache.filter.mode == "skip" and ring == 1
+        # the sinks, the far tokens, the ring as far as it is filled, and the new tokens that somebody may see
+        column = torch.arange(max(0, ring - max(0, seen - cache.sinks)), ring + n_new)  # of the tape
+        if skips:
+            column = column[~F.pad(tape.redundant[b], (ring, 0))[column]]
+        index = send(column, device)
+        parts = cache.kv[:, b, :, :sinks], cache.kv[:, b, :, cache.front : cache.front + far], tape.kv[b, index].permute(1, 2, 0, 3)
+        kv = torch.cat(parts, dim=2).repeat_interleave(self.heads // self.kv_heads, dim=1)[:, None]  # (2, 1, H, S, D)
+        if len(column) == kv.shape[3] and ring <= skips and not chunk.windowed:
+            return F.scaled_dot_product_attention(q.transpose(0, 1)[None], *kv, is_causal=True)[0].transpose(0, 1)
 
-    def attend_prefill(self, q, k, v, chunk: Chunk, cache: LayerCache, attends: Tokens, keep: Tokens):
-        """Row by row, as each has its own tokens left: q (N, H, D) over the row's slots and its chunk -> (N, H, D)."""
-        T, share, outputs = keep.mask.shape[1], self.heads // self.kv_heads, []
-        candidates = chunk.real if cache.ring else keep  # the other redundant ones can be seen by nobody
-        for b, row_q in enumerate(q.split(attends.counts.tolist())):
-            if not len(row_q):
-                continue
-            new = candidates.mask[b].nonzero()[:, 0]
-            index = send(b * T + new, k.device)
-            row_k, row_v, until = cache.slots(b)  # (KVH, S, D) twice, (S,)
-            mask = None  # nothing cached, nothing graced, no window: plain causal attention among the kept
-            if len(until) or cache.window < T:
-                query, key = send(chunk.position[b, attends.mask[b]], k.device)[:, None], chunk.at.flatten()[index]
-                reach = send(torch.where(keep.mask[b, new], cache.window, cache.grace_reach), k.device)
-                mask = torch.cat((query <= until, (key <= query) & (query < key + reach)), dim=1)
-            row_k = torch.cat((row_k, k[index].transpose(0, 1)), dim=1).repeat_interleave(share, 0)[None]
-            row_v = torch.cat((row_v, v[index].transpose(0, 1)), dim=1).repeat_interleave(share, 0)[None]
-            row_q = row_q.transpose(0, 1)[None]  # (1, H, T, D)
-            y = F.scaled_dot_product_attention(row_q, row_k, row_v, attn_mask=mask, is_causal=mask is None)
-            outputs.append(y[0].transpose(0, 1))
-        return torch.cat(outputs)
-
-    def attend_decode(self, q, chunk: Chunk, cache: LayerCache, attends: Tokens):
-        """One query a row, its own token stored already: q (N, H, D) over the rows' slots -> (N, H, D)."""
-        attention, q = F.scaled_dot_product_attention, q.unflatten(1, (self.kv_heads, -1))
-        # (N, KVH, H/KVH, D): query heads that share a kv head are queries of one head, so that k, v are read once
-        k, v, until = cache.slots()
-        lengths, mask = cache.length.tolist(), None
-        if cache.ring or cache.window < FAR or min(lengths) < max(lengths):
-            mask = (chunk.at <= until)[:, None, None]  # (B, 1, 1, S)
-        if attends.all or idle_rows_ride_along(q.device):
-            return attends.pick(attention(attends.put(q), k, v, attn_mask=mask)).flatten(1, 2)
-        outputs = []
-        for pair, rows in zip(q.split(2), attends.row.split(2)):  # any two rows are a view, of some stride
-            first, last = rows[0].item(), rows[-1].item()
-            rows, used = slice(first, last + 1, max(1, last - first)), slice(cache.ring + max(lengths[first], lengths[last]))
-            pair_mask = None if mask is None else mask[rows, :, :, used]
-            outputs.append(attention(pair, k[rows, :, used], v[rows, :, used], attn_mask=pair_mask))
-        return torch.cat(outputs).flatten(1, 2)
+        old = tape.position.new_zeros(far) if cache.at is None else cache.at[b, cache.front : cache.front + far]
+        position = torch.cat((torch.arange(sinks, device=device), old, tape.position[b, index]))
+        kept = F.pad(tape.kept[b, index], (sinks + far, 0), value=True)
+        local = tape.redundant[b, steps] if cache.filter.mode == "local" and ring else torch.zeros(len(steps), dtype=torch.bool)
+        y = torch.empty_like(q)
+        for near in (False, True):  # near: the redundant ones in mode "local"
+            for block in (local == near).nonzero()[:, 0].split(256):
+                if not len(block):
+                    continue
+                first, last = int(steps[block[0]]), int(steps[block[-1]])
+                sight: slice | torch.Tensor = slice(sinks + far + int((column <= ring + last).sum()))
+                if near:  # sinks before and within the chunk, and recent tokens; far keys are not read
+                    some = (column <= ring + last) & ((column > first) | (column < ring + cache.sinks - seen))
+                    sight = send(torch.cat((torch.arange(sinks), sinks + far + some.nonzero()[:, 0])), device)
+                key, query = position[sight], send(seen + steps[block], device)[:, None]
+                mask = key <= query
+                if ring:
+                    mask &= (key > query - ring) | ((key < cache.sinks) if near else kept[sight])
+                if chunk.windowed:
+                    mask &= key > query - cache.window
+                block = send(block, device)
+                part = F.scaled_dot_product_attention(q[block].transpose(0, 1)[None], *kv[:, :, :, sight], attn_mask=mask)
+                y[block] = part[0].transpose(0, 1)
+        return y
 
 
 class MLP(nn.Module):
@@ -230,7 +569,12 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = RMSNorm(config.width, config.norm_eps), MLP(config)
 
     def forward(self, x, chunk: Chunk, cache: LayerCache):
-        x = x + self.attn(self.attn_norm(x), x, chunk, cache)
+        """x (B, T, C), the residual stream -> the same after this layer."""
+        part = chunk.warm if cache.closed else chunk
+        if part is not None:
+            missing = x.shape[1] - part.position.shape[1]
+            added = self.attn(self.attn_norm(x if missing == 0 else x[:, :-missing]), part, cache)
+            x = x + (added if missing == 0 else F.pad(added, (0, 0, 0, missing)))
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -247,6 +591,11 @@ class Transformer(nn.Module):
         self.head = Linear(config.width, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
+        self.decode_block = Block.forward
+
+    def compile_decode(self):
+        """Have torch.compile make one graph of a block at decode, for all layers alike; the first steps then take a while."""
+        self.decode_block = torch.compile(Block.forward, fullgraph=True)
 
     def kv_bytes_per_token(self) -> int:
         """Bytes of the K and V of one token in all layers."""
@@ -272,31 +621,14 @@ class Transformer(nn.Module):
         longest = int((cache.seen + n_new).max())
         if longest > self.config.max_positions:
             raise ValueError(f"{longest} tokens are more than the model's context of {self.config.max_positions}")
-        parts, decisions = [], []
-        for first, end in pairwise([0, *cache.cuts(n_new), T]):  # one part, but for schedule="adaptive"
-            parts.append(self.feed(tokens[:, first:end], cache, (n_new - first).clamp(0, end - first)))
-            decisions.append([(layer.redundant, layer.score) for layer in cache.layers])
-        x = torch.cat(parts, dim=1)
-        if len(parts) > 1:
-            for layer, found in zip(cache.layers, zip(*decisions)):
-                layer.redundant, layer.score = (torch.cat(part, dim=1) for part in zip(*found))
-        if last:
-            x = x[torch.arange(B), (n_new - 1).clamp(min=0)]
-        return self.head(self.norm(x))
-
-    def feed(self, tokens, cache: KVCache, n_new):
-        """All layers, on tokens (B, T) during which no ratio changes: (B, T, C)."""
-        if cache.adaptive is not None:
-            cache.adaptive.update(cache.seen)
         x = self.embed(tokens.to(self.embed.weight.device))  # (B, T, C)
-        step = torch.arange(tokens.shape[1])
-        position = cache.seen[:, None] + step
-        at, real = send(position, x.device), Tokens(step < n_new[:, None], x.device)
-        chunk = Chunk(send(n_new, x.device), position, at, real, *rope_table(at, self.config, x.dtype))
+        chunk = cache.advance(n_new, T, x.dtype)
+        decode = chunk.n is None and (chunk.warm is None or chunk.warm.n is None)
         for block, layer in zip(self.blocks, cache.layers):
-            x = block(x, chunk, layer)
-        cache.seen = cache.seen + n_new
-        return x
+            x = (self.decode_block if decode else Block.forward)(block, x, chunk, layer)
+        if last:
+            x = x[cache.row, send((n_new - 1).clamp(min=0), x.device)] if T > 1 else x[:, 0]
+        return self.head(self.norm(x))
 
     def prefill(self, prompts: list[list[int]], cache: KVCache, chunk=512):
         """Feed one prompt a row, of any lengths, `chunk` tokens at a time: logits (B, vocab) after each one's end."""

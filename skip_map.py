@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import torch
 
-from kv_cache import KVCache
+from model import KVCache
 from tokenizer import Tokenizer
 
 SHADES = (230, 222, 214, 208, 202)  # backgrounds for up to 20%, 40%, ... of the layers, of a terminal's 256 colours

@@ -1,7 +1,7 @@
 """Token Filtering: decide, while the model runs, which tokens a layer can do without (arXiv 2512.07090).
 
 A token is redundant in a layer when its key and value look like the running averages (anchors) of those before it.
-The function `token_filter`, at the end, decides; schedule.py says what share of its tokens a layer is to skip.
+The function `token_filter`, at the end, decides; schedule.py says what share of its tokens a layer is to find redundant.
 
 Shapes: B sequences, T new tokens, KVH key/value heads, D head size, W scores remembered.
 """
@@ -20,12 +20,12 @@ class FilterConfig:
     """How to filter; the defaults are preset "paper". A value out of range raises ValueError, naming the field."""
 
     prune: float = 0.5  # p in [0, 1): the share of (token, layer) pairs to find redundant
-    mode: Literal["attention", "cache"] = "attention"  # redundant tokens skip attention and are not cached | only the latter
-    fill: Literal["zero", "anchor"] = "zero"  # a skipped attention adds nothing | the average output of the tokens kept before
-    grace: int = 0  # a redundant token's k, v stay visible to tokens at most this many positions younger
-    schedule: Literal["tail", "uniform", "head", "last", "adaptive"] = "tail"  # how p is spread over the layers: schedule.py
+    # a redundant token does not attend | attends to the first and the latest tokens alone | to all; it is never cached for long
+    mode: Literal["skip", "local", "cache"] = "skip"
+    recent: int = 0  # G: a token and the G before it are in sight of whatever attends, redundant or not
+    schedule: Literal["tail", "uniform", "head", "last"] = "tail"  # how p is spread over the layers: schedule.py
     gamma: float = 0.9  # decay of the running averages, in [0, 1)
-    warmup: int = 16  # the first max(warmup, 1) tokens of a sequence are always kept
+    warmup: int = 16  # the first max(warmup, 1) tokens of a sequence, its sinks, are always kept and in sight
     history: int = 256  # W: how many past scores a new score is ranked among
     fusion: Literal["variance", "equal", "key", "value", "random"] = "variance"  # key and value similarity -> one score
     keys: Literal["rotated", "unrotated"] = "rotated"  # keys are compared as the cache holds them, after RoPE | before it
@@ -38,19 +38,16 @@ class FilterConfig:
         for name in ("prune", "gamma"):
             if not isinstance(value := getattr(self, name), (int, float)) or not 0 <= value < 1:
                 raise ValueError(f"{name}={value!r} is not a number in [0, 1)")
-        for name, least in (("grace", 0), ("warmup", 0), ("history", 1), ("seed", 0)):
+        for name, least in (("recent", 0), ("warmup", 0), ("history", 1), ("seed", 0)):
             if type(value := getattr(self, name)) is not int or value < least:
                 raise ValueError(f"{name}={value!r} is not a whole number of at least {least}")
-        if self.mode == "cache" and self.fill != "zero":
-            raise ValueError(f"fill={self.fill!r} has no meaning in mode='cache', where every token attends")
 
 
 CHOICES = {name: get_args(hint) for name, hint in get_type_hints(FilterConfig).items() if get_args(hint)}
 PRESETS: dict[str, dict] = {
     "paper": {},
-    "anchored": {"fill": "anchor", "grace": 32},
-    "adaptive": {"fill": "anchor", "grace": 32, "schedule": "adaptive"},
-    "cache": {"mode": "cache", "grace": 32, "schedule": "uniform"},
+    "local": {"mode": "local", "recent": 32, "schedule": "uniform"},
+    "cache": {"mode": "cache", "recent": 32, "schedule": "uniform"},
 }
 
 
@@ -61,20 +58,15 @@ def preset(name, **overrides) -> FilterConfig:
     return FilterConfig(**PRESETS[name] | overrides)
 
 
-@dataclass
 class FilterState:
     """What one layer's filter remembers of each sequence; float32, or float64 in a float64 model."""
 
-    anchor: torch.Tensor  # (B, 2, KVH, D) running averages of keys [:, 0] and of values [:, 1]
-    history: torch.Tensor  # (B, W) the latest scores, newest last; NaN where there is none yet
-    count: torch.Tensor  # (B,) int64, tokens seen = position of the next
-    layer: int  # for fusion="random"
-
-    @staticmethod
-    def new(B, kv_heads, head_dim, config: FilterConfig, layer, dtype, device) -> "FilterState":
-        anchor = torch.zeros(B, 2, kv_heads, head_dim, dtype=dtype, device=device)
-        history = torch.full((B, config.history), math.nan, dtype=dtype, device=device)
-        return FilterState(anchor, history, torch.zeros(B, dtype=torch.int64, device=device), layer)
+    def __init__(self, B, kv_heads, head_dim, config: FilterConfig, layer, dtype, device):
+        self.anchor = torch.zeros(B, 2, kv_heads, head_dim, dtype=dtype, device=device)  # averages of keys [:, 0], of values [:, 1]
+        # the latest scores, that of position p in column p mod W; NaN where there is none yet
+        self.history = torch.full((B, config.history), math.nan, dtype=dtype, device=device)
+        self.count = torch.zeros(B, dtype=torch.int64, device=device)  # tokens seen = position of the next
+        self.layer = layer  # for fusion="random"
 
     def select(self, rows):
         """Keep these rows, an int64 tensor, in this order."""
@@ -97,20 +89,16 @@ def running_average(x, start, gamma):
     return average
 
 
-def above_threshold(score, history, count, ratio):
-    """Which scores are above the (1-ratio) quantile of the n <= W scores before them: (B, T) bool.
+def above_threshold(score, past, n, ratio):
+    """Which scores are above the (1-ratio) quantile of the n scores before them: (B, T) bool.
 
     That is n > 0 and c >= ceil((1-ratio) n - 1e-9), c of the n being strictly below, so ties are not above. NaN is
-    neither above nor below anything; nothing is above at ratio 0. score (B, T); history (B, W) and count (B,) as in
-    FilterState; ratio: a float or (B,) tensor.
+    neither above nor below anything; nothing is above at ratio 0. score, n (B, T); past (B, T, W): the n scores, in any
+    order, and NaN; ratio: a float, or a float64 tensor, () or (B, 1).
     """
-    W, T = history.shape[1], score.shape[1]
-    before = torch.cat((history, score), dim=1)[:, :-1].unfold(1, W, 1)  # (B, T, W), a view: the W scores before each
-    below = (before < score[..., None]).sum(-1)  # c
-    n = (count[:, None] + torch.arange(T, device=score.device)).clamp(max=W)
-    if isinstance(ratio, torch.Tensor):
-        ratio = ratio.double()[:, None]
-    return (n > 0) & (ratio > 0) & (below >= torch.ceil((1 - ratio) * n.double() - 1e-9)) & ~score.isnan()
+    below = (past < score[..., None]).sum(-1)  # c
+    needed = torch.ceil((1 - ratio) * n.double() - 1e-9)
+    return (below >= needed) & (n * ratio > 0) & (score == score)
 
 
 def pseudo_random(position, layer, seed):
@@ -131,18 +119,24 @@ def token_filter(k, v, n_new, state: FilterState, ratio, config: FilterConfig):
         t is redundant if past the warm-up and s_t is above the (1 - ratio) quantile of the W scores before it
         A     <- gamma A + (1-gamma) (k_t, v_t);                      started at the first token's own k, v
 
-    k, v (B, T, KVH, D); n_new (B,) int64: row b's first n_new[b] tokens are real, the rest is padding; ratio: r_l, a
-    float or (B,) tensor. Returns redundant (B, T) bool and score (B, T); padding is False and NaN.
+    k, v (B, T, KVH, D); n_new (B,) int64: row b's first n_new[b] tokens are real, the rest is padding; None: all are.
+    ratio: r_l, as above_threshold takes it. Returns redundant (B, T) bool and score (B, T); padding is False and NaN.
     """
-    B, T = k.shape[:2]
-    step = torch.arange(T, device=k.device)
-    real, position = step < n_new[:, None], state.count[:, None] + step  # (B, T) both
+    (B, T), W, single = k.shape[:2], config.history, n_new is None and k.shape[1] == 1
+    position = state.count[:, None]
+    if not single:
+        n_new = n_new if n_new is not None else torch.full_like(state.count, T)
+        position, rows = position + torch.arange(T, device=k.device), torch.arange(B, device=k.device)  # (B, T)
+        last = n_new[:, None] + torch.arange(W, device=k.device)  # (B, W) of W + T scores, those of the W latest tokens
 
     # anchors: before each token, and after the last real one
     x = torch.stack((k, v), dim=2).to(state.anchor.dtype)  # (B, T, 2, KVH, D)
-    start = torch.where(state.count.view(B, 1, 1, 1) == 0, x[:, 0], state.anchor)
-    anchors = running_average(x, start, config.gamma)  # (B, T+1, 2, KVH, D)
-    before, after = anchors[:, :-1], anchors[torch.arange(B, device=k.device), n_new]
+    start = torch.where((state.count == 0).view(B, 1, 1, 1), x[:, 0], state.anchor)
+    if single:
+        before, after = start[:, None], start.lerp(x[:, 0], 1 - config.gamma)
+    else:
+        anchors = running_average(x, start, config.gamma)  # (B, T+1, 2, KVH, D)
+        before, after = anchors[:, :-1], anchors[rows, n_new]
 
     # similarity
     norms = x.norm(dim=-1) * before.norm(dim=-1)
@@ -150,21 +144,29 @@ def token_filter(k, v, n_new, state: FilterState, ratio, config: FilterConfig):
 
     # fusion
     var, mean = torch.var_mean(cosine, dim=-1, correction=0)
-    (var_k, var_v), (mean_k, mean_v) = var.unbind(-1), mean.unbind(-1)  # (B, T) each
-    w_k = (var_v + EPS) / (var_k + var_v + 2 * EPS)
+    (var_k, var_v), (mean_k, mean_v) = (var + EPS).unbind(-1), mean.unbind(-1)  # (B, T) each
+    w_k = var_v / (var_k + var_v)
     if config.fusion != "variance":
         w_k = torch.full_like(w_k, {"equal": 0.5, "key": 1.0, "value": 0.0, "random": 0.5}[config.fusion])
     score = w_k * mean_k + (1 - w_k) * mean_v
     if config.fusion == "random":
         score = pseudo_random(position, state.layer, config.seed).to(score.dtype)
-    score = score.masked_fill(~real, math.nan)
 
     # threshold
-    redundant = above_threshold(score, state.history, state.count, ratio)
-    redundant &= position >= max(config.warmup, 1)
+    if single:
+        past = state.history[:, None]  # (B, 1, W)
+    else:
+        score = score.masked_fill(position >= (state.count + n_new)[:, None], math.nan)
+        scores = torch.cat((state.history.gather(1, (state.count[:, None] + last - n_new[:, None]) % W), score), dim=1)
+        past = scores[:, :-1].unfold(1, W, 1)  # (B, T, W), a view: the W scores before each, oldest first
+    redundant = above_threshold(score, past, position.clamp(max=W), ratio) & (position >= max(config.warmup, 1))
 
-    # state
-    latest = n_new[:, None] + torch.arange(config.history, device=k.device)
-    state.history = torch.cat((state.history, score), dim=1).gather(1, latest)
-    state.anchor, state.count = after, state.count + n_new
+    # state, in place
+    state.anchor.copy_(after)
+    if single:
+        state.history.scatter_(1, position % W, score)
+        state.count += 1
+    else:
+        state.history.scatter_(1, (state.count[:, None] + last) % W, scores.gather(1, last))
+        state.count += n_new
     return redundant, score
