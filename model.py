@@ -340,23 +340,6 @@ class KVCache:
         m = n.clamp(max=window)
         return m * (m + 1) // 2 + (n - m) * window
 
-    def kept(self):
-        """Of each row's seen * L (token, layer) pairs, how many were not redundant: (B,) int64."""
-        pairs, skipped, *_ = self.usage().unbind(1)
-        return pairs - skipped
-
-    def decisions(self):
-        """Of the latest chunk: redundant (L, B, T) bool, and score (L, B, T), NaN where a layer gave none; on the host."""
-        assert self.chunk is not None
-        seen, n_new, (B, T) = self.chunk.seen, self.chunk.n_new, self.chunk.position.shape
-        step, score = torch.arange(T), torch.full((len(self.layers), B, T), math.nan)
-        past_warmup = (step < n_new[:, None]) & (seen[:, None] + step >= max(self.filter.warmup, 1))
-        redundant = torch.stack([past_warmup & layer.closed for layer in self.layers])
-        for l, layer in enumerate(self.layers):
-            if layer.redundant is not None:
-                redundant[l], score[l] = layer.redundant.cpu(), layer.score.cpu()
-        return redundant, score
-
     def nbytes(self) -> int:
         """Bytes allocated: slots, and all that the filter remembers."""
         return sum(layer.nbytes() for layer in self.layers)
@@ -596,11 +579,6 @@ class Transformer(nn.Module):
     def compile_decode(self):
         """Have torch.compile make one graph of a block at decode, for all layers alike; the first steps then take a while."""
         self.decode_block = torch.compile(Block.forward, fullgraph=True)
-
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of the K and V of one token in all layers."""
-        c = self.config
-        return 2 * c.n_layers * c.kv_heads * c.head_dim * self.embed.weight.element_size()
 
     def new_cache(self, B, filter: FilterConfig | None = None, criterion=token_filter) -> KVCache:
         """An empty cache for B sequences; what is fed with it is filtered, if `filter` is given.

@@ -17,6 +17,20 @@ BOLD, UNDERLINE, RESET = "\033[1m", "\033[4m", "\033[0m"
 STRIP, MOST_STRIPS = 72, 6  # a skip map is wrapped after so many tokens, and ends after so many strips
 
 
+def decisions(cache: KVCache):
+    """What every layer decided about the latest tokens that were fed: redundant (L, B, T) bool, and score (L, B, T), NaN where a
+    layer gave none; False and NaN at padding. Both on the host.
+    """
+    seen, n_new, (B, T) = cache.chunk.seen, cache.chunk.n_new, cache.chunk.position.shape
+    step, score = torch.arange(T), torch.full((len(cache.layers), B, T), math.nan)
+    past_warmup = (step < n_new[:, None]) & (seen[:, None] + step >= max(cache.filter.warmup, 1))
+    redundant = torch.stack([past_warmup & layer.closed for layer in cache.layers])
+    for l, layer in enumerate(cache.layers):
+        if layer.redundant is not None:
+            redundant[l], score[l] = layer.redundant.cpu(), layer.score.cpu()
+    return redundant, score
+
+
 class Decisions:
     """What every layer decided about every token that was fed; `watch` is for generate().
 
@@ -29,13 +43,11 @@ class Decisions:
         self.score = [torch.zeros(n_layers, 0)] * n_rows
 
     def watch(self, rows, cache: KVCache):
-        redundant = torch.stack([layer.redundant for layer in cache.layers], 1)  # (B, L, T)
-        none = torch.full_like(cache.layers[0].redundant, math.nan, dtype=torch.float32)
-        score = torch.stack([none if layer.score is None else layer.score.cpu() for layer in cache.layers], 1)
+        redundant, score = decisions(cache)
         for i, row in enumerate(rows):
             new = int(cache.seen[i]) - self.redundant[row].shape[1]  # without padding
-            self.redundant[row] = torch.cat((self.redundant[row], redundant[i, :, :new]), 1)
-            self.score[row] = torch.cat((self.score[row], score[i, :, :new]), 1)
+            self.redundant[row] = torch.cat((self.redundant[row], redundant[:, i, :new]), 1)
+            self.score[row] = torch.cat((self.score[row], score[:, i, :new]), 1)
 
 
 def token_pieces(tokenizer: Tokenizer, tokens) -> list[str]:
