@@ -19,6 +19,7 @@ from torch import nn
 from schedule import layer_ratios
 from token_filter import FilterConfig, FilterState, token_filter
 
+
 @dataclass(frozen=True)
 class ModelConfig:
     vocab_size: int
@@ -104,29 +105,19 @@ class Chunk:
     cos: torch.Tensor  # (B, T, 1, R)
     sin: torch.Tensor
     row: torch.Tensor  # (B,) 0 .. B-1
+    slot: torch.Tensor  # (B,) of the first token, in the layers that filter,
+    front: torch.Tensor  # (B,) and how many slots of sinks and ring are filled with it
     windowed: bool  # whether a sliding window may hide something
-    warm: "Chunk | None" = None  # its part in the warm-up
-
-    def before(self, limit) -> "Chunk | None":
-        """The same without the tokens at positions from `limit` on; None if no token is left."""
-        n_new = torch.minimum(self.n_new, (limit - self.seen).clamp(min=0))
-        if torch.equal(n_new, self.n_new):
-            return self
-        if (T := int(n_new.max())) == 0:
-            return None
-        n, part = send(n_new, self.row.device), (x[:, :T] for x in (self.position, self.cos, self.sin))
-        return Chunk(self.seen.clamp(max=limit), n_new, n, *part, self.row, self.windowed)
 
 
 @dataclass
 class Tape:
-    """A prefill chunk as its queries see it: the ring's tokens in order of position, then the new ones."""
+    """A chunk in one layer, as prefill needs it: the ring's tokens in order of position, then the new ones."""
 
     kv: torch.Tensor  # (B, G+1+T, 2, KVH, D)
-    position: torch.Tensor  # (B, G+1+T)
+    position: torch.Tensor  # (B, G+1+T) host, from here on; negative where there is no such token
     kept: torch.Tensor  # (B, G+1+T) bool
-    far: list[int]  # how many far tokens each row had before
-    redundant: torch.Tensor | None  # (B, T) bool, on the host; None without a filter
+    far: torch.Tensor  # (B,) how many far tokens each row had before
 
 
 class LayerCache:
@@ -141,18 +132,18 @@ class LayerCache:
     """
 
     def __init__(self, config: ModelConfig, B, layer, ratio, filter: FilterConfig, criterion, dtype, device):
-        self.filter, self.criterion = filter, criterion
+        self.filter, self.criterion, self.window = filter, criterion, config.window
         # ratio 1: past the warm-up no token queries or is stored, so none is projected or scored either
         self.closed = ratio == 1 and filter.mode == "skip" and filter.recent == 0
         self.filters = ratio > 0 and not self.closed
         self.sinks, self.ring = (max(filter.warmup, 1), filter.recent + 1) if self.filters else (0, 0)
         self.front = self.sinks + self.ring
-        self.window, self.attend = config.window, attention_for(torch.device(device), dtype)
+        self.attend = attention_for(torch.device(device), dtype)
         self.kv = torch.zeros(2, B, config.kv_heads, self.front + BLOCK, config.head_dim, dtype=dtype, device=device)  # (2, B, KVH, S, D)
         self.far = torch.zeros(B, dtype=torch.int64, device=device)
         self.kept = torch.zeros(B, self.front + 1, dtype=torch.bool, device=device)  # who of the ring; its last column is for the rest
         self.at = None if self.window is None else self.far.new_full((B, self.front + BLOCK), -1)  # (B, S) positions in the slots
-        self.skipped, self.read = torch.zeros_like(self.far), torch.zeros_like(self.far)  # redundant tokens; slots that queries read
+        self.read, self.expired = torch.zeros_like(self.far), torch.zeros_like(self.far)  # slots that queries read; far tokens dropped
         self.state = self.ratio = self.redundant = self.score = None  # the last two for whoever wants to look: (B, T), the latest
         if self.filters:
             self.state = FilterState(B, config.kv_heads, config.head_dim, filter, layer, wide(dtype), device)
@@ -167,7 +158,7 @@ class LayerCache:
                 self.at = torch.cat((self.at[:, :slots], self.at.new_full((B, max(0, missing)), -1)), dim=1)
 
     def ring_slot(self, position):
-        return self.sinks + (position - self.sinks) % self.ring
+        return self.sinks + (position - self.sinks) % max(self.ring, 1)
 
     def in_sight(self, redundant, front, far):
         """How many slots a token may see, a prefix: all tensors alike, front and far counted with itself in place."""
@@ -178,146 +169,147 @@ class LayerCache:
         return (front + far).masked_fill(redundant, 0)
 
     def put(self, kv, redundant, chunk: Chunk):
-        """Decode: one token a row, kv (B, 2, KVH, D), into its slot; returns how many slots it may see, itself included, (B,)."""
-        row, position, end = chunk.row, chunk.position[:, 0], self.front + self.far
+        """Decode: one token a row, kv (B, 1, 2, KVH, D), into its slot; returns how many slots it may see, itself included, (B,)."""
+        row, end, slot, position = chunk.row, self.front + self.far, chunk.slot, chunk.position.view(-1)
         if redundant is None:
-            self.kv[:, row, :, end] = kv
-            if self.at is not None:
-                self.at[row, end] = position
-            self.far += 1
-            return self.far
-        redundant = redundant[:, 0]
-        slot = torch.where(position < self.sinks, position, self.ring_slot(position))
-        self.kv[:, row, :, end] = self.kv[:, row, :, slot]  # the one that leaves; if it was not kept, it is never looked at
-        self.kv[:, row, :, slot] = kv
+            slot, n = end, self.far.add_(1)
+        else:
+            self.kv[:, row, :, end] = self.kv[:, row, :, slot]  # the one that leaves; if it was not kept, it is never looked at
+            self.far += self.kept[row, slot]
+            self.kept[row, slot] = ~redundant.view(-1)
+            n = self.in_sight(redundant.view(-1), chunk.front, self.far)
+            self.read += n
+        self.kv[:, row, :, slot] = kv[:, 0]
         if self.at is not None:
             self.at[row, end] = self.at[row, slot]
             self.at[row, slot] = position
-        self.far += self.kept[row, slot]
-        self.kept[row, slot] = ~redundant
-        n = self.in_sight(redundant, (position + 1).clamp(max=self.front), self.far)
-        self.skipped += redundant
-        self.read += n
         return n
 
-    def extend(self, kv, redundant, chunk: Chunk) -> "Tape":
-        """Prefill: any tokens of each row, kv (B, T, 2, KVH, D), all at once. Waits for the device once, if the host cannot know
-        how long the rows become."""
-        (B, T), row, end = kv.shape[:2], chunk.row[:, None], chunk.position[:, :1] + chunk.n[:, None]  # (B, 1) the last two
-        position, new = chunk.position, chunk.position < end
-        kept = new if redundant is None else new & ~redundant
+    def tape(self, kv, redundant, chunk: Chunk) -> Tape:
+        """Prefill: any number of tokens of each row, kv (B, T, 2, KVH, D). Waits for the device once, unless the host knows already."""
         if self.at is not None:
             self.expire(chunk.position[:, :1])
-        if self.ring:
-            before = position[:, :1] - self.ring + torch.arange(self.ring, device=kv.device)  # (B, G+1)
-            slot = self.ring_slot(before)
-            kv = torch.cat((self.kv[:, row, :, slot], kv), dim=1)
-            kept = torch.cat((self.kept[row, slot], kept), dim=1)  # not where `before` is negative, or a sink
-            new, position = F.pad(new, (self.ring, 0)), torch.cat((before, position), dim=1)
-        leaves = kept & (position >= self.sinks) & (position < end - self.ring)
-        rank = leaves.cumsum(1)
-        n = self.in_sight(redundant, (chunk.position + 1).clamp(max=self.front), self.far[:, None] + rank[:, :T])
-        self.read += n.masked_fill(chunk.position >= end, 0).sum(1)
-        if redundant is not None:
-            self.skipped += redundant.sum(1)
-
-        far, more = chunk.seen, chunk.n_new
+        row, T = chunk.row[:, None], kv.shape[1]
+        position = (chunk.seen - self.ring)[:, None] + torch.arange(self.ring + T)
+        kept, far = position < (chunk.seen + chunk.n_new)[:, None], chunk.seen
         if self.filters or self.at is not None:
-            known = [self.far[:, None], rank[:, -1:], *([] if redundant is None else [redundant])]
+            slot = send(self.ring_slot(position[:, : self.ring]), kv.device)
+            known = [self.far[:, None], self.kept[row, slot], *([] if redundant is None else [~redundant])]
             known = torch.cat(known, dim=1).cpu()  # the wait
-            far, more, redundant = known[:, 0], known[:, 1], None if redundant is None else known[:, 2:] > 0
-        self.resize(self.front + int((far + more).max()) + 1)
+            far, kept[:, : known.shape[1] - 1] = known[:, 0], kept[:, : known.shape[1] - 1] & (known[:, 1:] > 0)
+            kv = torch.cat((self.kv[:, row, :, slot], kv), dim=1)
+        return Tape(kv, position, kept, far)
 
-        slot = torch.where(leaves, self.front + self.far[:, None] + rank - 1, self.kv.shape[3] - 1)  # the last is for what goes nowhere
-        if self.ring:
-            stays = (position >= (end - self.ring).clamp(min=self.sinks)) & (position < end)
-            slot = torch.where(stays, self.ring_slot(position), slot)
-            slot = torch.where(new & (position < self.sinks), position, slot)
-            self.kept[row, slot.clamp(max=self.front)] = kept
-        self.kv[:, row, :, slot] = kv
+    def extend(self, tape: Tape, chunk: Chunk):
+        """Prefill: store what the tape brings."""
+        p, end = tape.position, (chunk.seen + chunk.n_new)[:, None]
+        leaves = tape.kept & (p >= self.sinks) & (p < end - self.ring)
+        rank = leaves.cumsum(1) + tape.far[:, None]
+        self.resize(self.front + int(rank[:, -1].max()) + 1)
+        slot = torch.where(leaves, self.front + rank - 1, self.kv.shape[3] - 1)  # the last is for what goes nowhere
+        if self.filters:
+            slot = torch.where((p >= end - self.ring) & (p >= self.sinks) & (p < end), self.ring_slot(p), slot)
+            slot = torch.where((p >= chunk.seen[:, None]) & (p < end) & (p < self.sinks), p, slot)
+            T = p.shape[1] - self.ring
+            t, redundant = p[:, self.ring :], ~tape.kept[:, self.ring :]
+            n = self.in_sight(redundant, (t + 1).clamp(max=self.front), rank[:, :T]).masked_fill(t >= end, 0)
+            self.read += send(n.sum(1), self.far.device)
+        slot, row = send(slot, self.far.device), chunk.row[:, None]
+        self.kv[:, row, :, slot] = tape.kv
+        self.kept[row, slot.clamp(max=self.front)] = send(tape.kept, self.far.device)
         if self.at is not None:
-            self.at[row, slot] = position
-        self.far += rank[:, -1]
-        return Tape(kv, position, kept, far.tolist(), redundant)
+            self.at[row, slot] = send(p, self.far.device)
+        self.far = send(rank[:, -1], self.far.device)
 
     def expire(self, position):
         """Drop the far tokens that the window hides from positions (B, 1) on, and close the gap they leave."""
         far = self.at[:, self.front :]  # (B, S'), in order of position
-        gone = ((far <= position - self.window) & (torch.arange(far.shape[1], device=far.device) < self.far[:, None])).sum(1)
-        source = (gone[:, None] + torch.arange(far.shape[1], device=far.device)).clamp(max=far.shape[1] - 1)
+        slot = torch.arange(far.shape[1], device=far.device)
+        gone = ((far <= position - self.window) & (slot < self.far[:, None])).sum(1)
+        source = (gone[:, None] + slot).clamp(max=far.shape[1] - 1)
         far.copy_(far.gather(1, source))
         for kv in self.kv[:, :, :, self.front :]:
             kv.copy_(kv.gather(2, source[:, None, :, None].expand_as(kv)))
-        self.far -= gone
+        self.far, self.expired = self.far - gone, self.expired + gone
 
     def select(self, rows, room):
         """Keep these rows, an int64 tensor, in this order, with `room` slots behind the sinks and the ring."""
-        self.kv, self.far, self.kept = self.kv[:, rows, :, : self.front + room], self.far[rows], self.kept[rows]
-        self.skipped, self.read = self.skipped[rows], self.read[rows]
-        if self.at is not None:
-            self.at = self.at[rows, : self.front + room]
+        self.kv, self.at = self.kv[:, rows, :, : self.front + room], None if self.at is None else self.at[rows, : self.front + room]
+        self.far, self.kept, self.read, self.expired = self.far[rows], self.kept[rows], self.read[rows], self.expired[rows]
         if self.state is not None:
             self.state.select(rows)
         self.redundant = self.score = None
 
     def nbytes(self) -> int:
-        own = sum(t.numel() * t.element_size() for t in (self.kv, self.far, self.kept, self.skipped, self.read, self.at) if t is not None)
-        return own + (0 if self.state is None else self.state.nbytes())
+        own = (self.kv, self.far, self.kept, self.read, self.expired, *([] if self.at is None else [self.at]))
+        return sum(t.numel() * t.element_size() for t in own) + (0 if self.state is None else self.state.nbytes())
 
 
 class KVCache:
     """All a model remembers of B sequences. Transformer.new_cache makes one, Transformer.forward moves it on."""
 
     def __init__(self, config: ModelConfig, B, filter: FilterConfig | None, criterion, dtype, device):
-        filter = filter or FilterConfig(prune=0.0)
-        self.config, self.filter = config, filter
+        self.filter = filter = filter or FilterConfig(prune=0.0)
+        self.window, self.sinks = config.window, max(filter.warmup, 1)
         self.frequencies = send(rope_frequencies(config), device).to(wide(dtype))
         self.seen = torch.zeros(B, dtype=torch.int64)  # tokens so far, so the position of the next; host
         self.position = self.seen.to(device)  # (B,) the same on the device
-        self.row = torch.arange(B, device=device)
         self.room = BLOCK  # decode steps that every layer has slots for
         ratios = layer_ratios(filter, config.n_layers)
         self.layers = [LayerCache(config, B, *layer, filter, criterion, dtype, device) for layer in enumerate(ratios)]
         self.chunk: Chunk | None = None  # the latest
-        self.slot_bytes = 2 * config.kv_heads * config.head_dim * dtype.itemsize + (0 if config.window is None else 8)
+        self.slot_bytes = 2 * config.kv_heads * config.head_dim * dtype.itemsize  # K and V of one token in one layer
+
+    def advance(self, n_new, T, dtype) -> tuple[Chunk, Chunk | None]:
+        """Make room for n_new[b] more tokens of each row (host), in T columns, and say where they stand: all of them, and those
+        within the warm-up (None if no row has any).
+        """
+        decode, limit = T == 1 and bool((n_new == 1).all()), self.sinks
+        if decode and self.room == 0:
+            self.make_room()
+        self.room = self.room - 1 if decode else 0
+        chunk = self.chunk = self.describe(self.seen, n_new, self.position, T, dtype)
+        early = torch.minimum(n_new, (limit - self.seen).clamp(min=0))
+        warm: Chunk | None = chunk
+        if not torch.equal(early, n_new):
+            longest = int(early.max())
+            warm = self.describe(self.seen.clamp(max=limit), early, self.position, longest, dtype) if longest else None
+        self.seen, self.position = self.seen + n_new, self.position + (1 if chunk.n is None else chunk.n)
+        return chunk, warm
+
+    def describe(self, seen, n_new, position, T, dtype) -> Chunk:
+        device = position.device
+        n = None if T == 1 and bool((n_new == 1).all()) else send(n_new, device)
+        front = self.sinks + self.filter.recent + 1
+        slot = torch.where(position < self.sinks, position, self.sinks + (position - self.sinks) % (self.filter.recent + 1))
+        columns = position[:, None] + torch.arange(T, device=device)  # (B, T)
+        # on the CPU the mask costs nothing, and its coming later would be one more graph to compile
+        windowed = self.window is not None and (device.type == "cpu" or int(seen.max()) + T > self.window)
+        table = rope_table(columns, self.frequencies, dtype)
+        row = torch.arange(len(seen), device=device)
+        return Chunk(seen, n_new, n, columns, *table, row, slot, (position + 1).clamp(max=front), windowed)
 
     def lengths(self):
         """How many far tokens the rows have in every layer, (L, B) on the host: one wait for all."""
         return torch.stack([layer.far for layer in self.layers]).cpu()
 
-    def advance(self, n_new, T, dtype) -> Chunk:
-        """Make room for n_new[b] more tokens of each row (host), in T columns, and say where they stand."""
-        device, decode = self.position.device, T == 1 and bool((n_new == 1).all())
-        if decode and self.room == 0:
-            self.make_room()
-        self.room = self.room - 1 if decode else 0
-        n = None if decode else send(n_new, device)
-        position = self.position[:, None] + torch.arange(T, device=device)
-        table = rope_table(position, self.frequencies, dtype)
-        window = self.config.window
-        # on the CPU, the mask costs nothing, and its coming later would be one more graph to compile
-        windowed = window is not None and (device.type == "cpu" or int(self.seen.max()) + T > window)
-        chunk = Chunk(self.seen, n_new, n, position, *table, self.row, windowed)
-        chunk.warm = chunk.before(max(self.filter.warmup, 1))
-        self.seen, self.position, self.chunk = self.seen + n_new, self.position + (1 if decode else n), chunk
-        return chunk
-
     def make_room(self):
         """Let every layer have as many slots as BLOCK steps of decode can fill."""
-        if self.config.window is not None:
+        if self.window is not None:
             for layer in self.layers:
                 layer.expire(self.position[:, None])
         for layer, lengths in zip(self.layers, self.lengths().tolist()):
-            most = max(self.filter.warmup, 1) if layer.closed else math.inf
+            most = self.sinks if layer.closed else math.inf
             layer.resize(layer.front + min(max(lengths) + BLOCK, most))
         self.room = BLOCK
 
+    @torch.inference_mode()
     def select(self, rows):
         """Keep these rows (a list or int64 tensor), in this order; a row named twice is copied: a forked prefix."""
         rows = torch.as_tensor(rows, dtype=torch.int64)
         lengths, self.seen = self.lengths()[:, rows].tolist(), self.seen[rows]
         rows = rows.to(self.position.device)
-        self.position, self.row = self.position[rows], torch.arange(len(rows), device=rows.device)
+        self.position = self.position[rows]
         for layer, row_lengths in zip(self.layers, lengths):
             layer.select(rows, max(row_lengths, default=0) + self.room)
 
@@ -325,20 +317,20 @@ class KVCache:
         """(B, 5) int64 on the host, of each row: (token, layer) pairs fed, those found redundant, slots in use; slots that all queries
         so far have read, and those that a dense model's would have: min(t + 1, window) at position t.
         """
-        far, skipped, read = torch.stack([torch.stack((x.far, x.skipped, x.read)) for x in self.layers]).cpu().unbind(1)  # (L, B)
-        held, whole = far.clone(), self.dense_reads(self.seen)
+        counts = [torch.stack((x.far, x.far + x.expired + x.kept[:, x.sinks : x.front].sum(1), x.read)) for x in self.layers]
+        held, kept, read = torch.stack(counts).cpu().unbind(1)  # (L, B) each
         for l, layer in enumerate(self.layers):
+            fed = self.seen.clamp(max=self.sinks) if layer.closed else self.seen
             held[l] += self.seen.clamp(max=layer.front)
+            kept[l] += self.seen.clamp(max=layer.sinks)
             if not layer.filters:
-                fed = self.seen.clamp(max=max(self.filter.warmup, 1)) if layer.closed else self.seen
-                skipped[l], read[l] = self.seen - fed, self.dense_reads(fed)
-        L = len(self.layers)
-        return torch.stack((L * self.seen, skipped.sum(0), held.sum(0), read.sum(0), L * whole), dim=1)
+                kept[l], read[l] = fed, self.dense_reads(fed)
+        pairs = len(self.layers) * self.seen
+        return torch.stack((pairs, pairs - kept.sum(0), held.sum(0), read.sum(0), len(self.layers) * self.dense_reads(self.seen)), dim=1)
 
     def dense_reads(self, n):
-        window = self.config.window or 2**62
-        m = n.clamp(max=window)
-        return m * (m + 1) // 2 + (n - m) * window
+        m = n if self.window is None else n.clamp(max=self.window)
+        return m * (m + 1) // 2 + (n - m) * (self.window or 0)
 
     def nbytes(self) -> int:
         """Bytes allocated: slots, and all that the filter remembers."""
@@ -347,7 +339,7 @@ class KVCache:
     def live_bytes(self) -> int:
         """Bytes in use: the same, without the slots that hold no token."""
         empty = sum(layer.kv.shape[1] * layer.kv.shape[3] for layer in self.layers) - int(self.usage()[:, 2].sum())
-        return self.nbytes() - empty * self.slot_bytes
+        return self.nbytes() - empty * (self.slot_bytes + (0 if self.window is None else 8))
 
 
 # ------------------------------------------------------------------------------------------------------ attending
@@ -356,11 +348,10 @@ class KVCache:
 def attend_masked(q, k, v, n, mask=None):
     """One query a row over the first n[b] slots of its row: q (B, KVH, H/KVH, D), the query heads that share a key/value head
     being queries of one head, so that k, v are read once; k, v (B, KVH, S, D); n (B,) int64; mask (B, S) bool: of those slots,
-    the ones to look at. Returns (B, KVH, H/KVH, D), where n[b] is 0 anything.
+    the ones to look at. Returns (B, KVH, H/KVH, D), where n[b] is 0 anything, NaN included.
     """
-    seen = torch.arange(k.shape[2], device=k.device) < n[:, None].clamp(min=1)
-    seen = seen if mask is None else seen & mask
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None])
+    seen = n.view(-1, 1, 1, 1) > torch.arange(k.shape[2], device=k.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen if mask is None else seen & mask[:, None, None])
 
 
 def attend_varlen(varlen_attn, q, k, v, n, mask=None):
@@ -388,15 +379,13 @@ def attend_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n: torch.Tens
         rows = slice(group[0], group[-1] + 1, max(1, group[-1] - group[0]) if len(group) == 2 else 1)  # any two rows are a view
         S, seen = max(lengths[b] for b in group), None
         if mask is not None or S > min(lengths[b] for b in group):
-            seen = torch.arange(S) < n[rows, None]
+            seen = n[rows, None] > torch.arange(S)
             seen = (seen if mask is None else seen & mask[rows, :S])[:, None, None]
         y[rows] = F.scaled_dot_product_attention(q[rows], k[rows, :, :S], v[rows, :, :S], attn_mask=seen)
     return y
 
 
-@attend_rows.register_fake
-def _(q, k, v, n, mask=None):
-    return torch.empty_like(q)
+attend_rows.register_fake(lambda q, k, v, n, mask=None: torch.empty_like(q))
 
 
 def attention_for(device, dtype):
@@ -425,12 +414,15 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")  # private to torch, so it may be gone one day
+
+
 class Linear(nn.Linear):
     """x W^T + b."""
 
     def forward(self, x):
-        if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            # oneDNN instead of the default library, on some CPUs twice as fast
+        if ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling():
+            # oneDNN in place of the default library: a product with few rows takes a tenth less time
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return super().forward(x)
 
@@ -465,70 +457,54 @@ class Attention(nn.Module):
         kv = torch.stack((k, v), dim=2)  # (B, T, 2, KVH, D)
         if chunk.n is not None:
             return self.prefill(x, kv, redundant, chunk, cache)
-        n = cache.put(kv[:, 0], redundant, chunk)
-        q = rotate(self.q_norm(self.q(x).unflatten(-1, (self.heads, self.head_dim))), chunk.cos, chunk.sin)  # (B, 1, H, D)
+        n = cache.put(kv, redundant, chunk)
+        q = self.queries(x, chunk.cos, chunk.sin)  # (B, 1, H, D)
         mask = cache.at > chunk.position - cache.window if chunk.windowed else None  # (B, S)
         y = cache.attend(q.view(len(x), self.kv_heads, -1, self.head_dim), *cache.kv, n, mask)
         added = self.o(y.view(len(x), 1, -1))
         return added if redundant is None or cache.filter.mode != "skip" else added.masked_fill(redundant[..., None], 0)
 
+    def queries(self, x, cos, sin):
+        return rotate(self.q_norm(self.q(x).unflatten(-1, (self.heads, self.head_dim))), cos, sin)
+
     def prefill(self, x, kv, redundant, chunk: Chunk, cache: LayerCache):
         """The same for any number of tokens a row: those that skip are left out of the products with q and o too."""
-        (B, T, C), tape = x.shape, cache.extend(kv, redundant, chunk)
-        attends = torch.arange(T) < chunk.n_new[:, None]  # (B, T) host
-        if cache.filter.mode == "skip" and tape.redundant is not None:
-            attends = attends & ~tape.redundant
+        (B, T, C), tape = x.shape, cache.tape(kv, redundant, chunk)
+        attends = tape.kept[:, cache.ring :] if cache.filter.mode == "skip" else torch.arange(T) < chunk.n_new[:, None]
         index = send(attends.flatten().nonzero()[:, 0], x.device)  # (N,)
-        if not len(index):
-            return torch.zeros_like(x)
-        q, cos, sin = (part.flatten(0, 1)[index] for part in (x, chunk.cos, chunk.sin))
-        q = rotate(self.q_norm(self.q(q).unflatten(-1, (self.heads, self.head_dim))), cos, sin)  # (N, H, D)
-        y, N = torch.empty_like(q), 0
-        for b in range(B):
-            steps = attends[b].nonzero()[:, 0]
-            y[N : N + len(steps)] = self.attend_row(q[N : N + len(steps)], b, steps, tape, chunk, cache)
-            N += len(steps)
-        added = x.new_zeros(B * T, C)
-        added[index] = self.o(y.flatten(1))
-        return added.view(B, T, C)
+        q = self.queries(*(part.flatten(0, 1)[index] for part in (x, chunk.cos, chunk.sin)))  # (N, H, D)
+        rows = enumerate(q.split(attends.sum(1).tolist()))
+        y = torch.cat([self.attend_row(q, b, attends[b].nonzero()[:, 0], tape, chunk, cache) for b, q in rows])
+        cache.extend(tape, chunk)
+        return x.new_zeros(B * T, C).index_copy_(0, index, self.o(y.flatten(1))).view(B, T, C)
 
     def attend_row(self, q, b, steps, tape: Tape, chunk: Chunk, cache: LayerCache):
         """The queries (N, H, D) of row b at these steps of the chunk (N,) host, a block at a time -> (N, H, D)."""
-        seen, n_new, far, ring, device = int(chunk.seen[b]), int(chunk.n_new[b]), tape.far[b], cache.ring, q.device
-        sinks, skips = min(seen, cache.sinks), tape.redundant is not None and cache.filter.mode == "skip" and ring == 1
-        # the sinks, the far tokens, the ring as far as it is filled, and the new tokens that somebody may see
-        column = torch.arange(max(0, ring - max(0, seen - cache.sinks)), ring + n_new)  # of the tape
-        if skips:
-            column = column[~F.pad(tape.redundant[b], (ring, 0))[column]]
-        index = send(column, device)
-        parts = cache.kv[:, b, :, :sinks], cache.kv[:, b, :, cache.front : cache.front + far], tape.kv[b, index].permute(1, 2, 0, 3)
-        kv = torch.cat(parts, dim=2).repeat_interleave(self.heads // self.kv_heads, dim=1)[:, None]  # (2, 1, H, S, D)
-        if len(column) == kv.shape[3] and ring <= skips and not chunk.windowed:
-            return F.scaled_dot_product_attention(q.transpose(0, 1)[None], *kv, is_causal=True)[0].transpose(0, 1)
-
-        old = tape.position.new_zeros(far) if cache.at is None else cache.at[b, cache.front : cache.front + far]
-        position = torch.cat((torch.arange(sinks, device=device), old, tape.position[b, index]))
-        kept = F.pad(tape.kept[b, index], (sinks + far, 0), value=True)
-        local = tape.redundant[b, steps] if cache.filter.mode == "local" and ring else torch.zeros(len(steps), dtype=torch.bool)
+        seen, n_new, far, ring, front = int(chunk.seen[b]), int(chunk.n_new[b]), int(tape.far[b]), cache.ring, cache.front
+        sinks, column = min(seen, cache.sinks), torch.arange(max(0, ring - max(0, seen - cache.sinks)), ring + n_new)
+        if alone := cache.filter.mode == "skip" and ring <= 1:  # who skips is in nobody's sight
+            column = column[tape.kept[b, column]]
+        # what is before them: far tokens, sinks, the ring as far as it is filled; then the new ones
+        index, past = send(column, q.device), cache.kv[:, b]
+        kv = torch.cat((past[:, :, front : front + far], past[:, :, :sinks], tape.kv[b, index].permute(1, 2, 0, 3)), dim=2)
+        kv = kv.repeat_interleave(self.heads // self.kv_heads, dim=1)[:, None]  # (2, 1, H, S, D)
+        old = column.new_full((far,), cache.sinks) if cache.at is None else cache.at[b, front : front + far]
+        position = torch.cat((send(old, q.device), send(torch.cat((torch.arange(sinks), tape.position[b, column])), q.device)))
+        kept = send(F.pad(tape.kept[b, column], (far + sinks, 0), value=True), q.device)
+        local = ~tape.kept[b, ring + steps] & (cache.filter.mode == "local")
         y = torch.empty_like(q)
-        for near in (False, True):  # near: the redundant ones in mode "local"
+        for near in (False, True):  # near: redundant ones in mode "local", which read no far key
             for block in (local == near).nonzero()[:, 0].split(256):
-                if not len(block):
-                    continue
-                first, last = int(steps[block[0]]), int(steps[block[-1]])
-                sight: slice | torch.Tensor = slice(sinks + far + int((column <= ring + last).sum()))
-                if near:  # sinks before and within the chunk, and recent tokens; far keys are not read
-                    some = (column <= ring + last) & ((column > first) | (column < ring + cache.sinks - seen))
-                    sight = send(torch.cat((torch.arange(sinks), sinks + far + some.nonzero()[:, 0])), device)
-                key, query = position[sight], send(seen + steps[block], device)[:, None]
-                mask = key <= query
-                if ring:
-                    mask &= (key > query - ring) | ((key < cache.sinks) if near else kept[sight])
-                if chunk.windowed:
-                    mask &= key > query - cache.window
-                block = send(block, device)
-                part = F.scaled_dot_product_attention(q[block].transpose(0, 1)[None], *kv[:, :, :, sight], attn_mask=mask)
-                y[block] = part[0].transpose(0, 1)
+                if len(block):
+                    sight = slice(far if near else 0, far + sinks + int((column <= ring + steps[block[-1]]).sum()))
+                    key, query = position[sight], send(seen + steps[block], q.device)[:, None]
+                    mask = key <= query
+                    if not alone:
+                        mask &= (key > query - ring) | ((key < cache.sinks) if near else kept[sight])
+                    if chunk.windowed:
+                        mask &= key > query - cache.window
+                    part, block = kv[:, :, :, sight], send(block, q.device)
+                    y[block] = F.scaled_dot_product_attention(q[block].transpose(0, 1)[None], *part, attn_mask=mask)[0].transpose(0, 1)
         return y
 
 
@@ -551,13 +527,12 @@ class Block(nn.Module):
         self.attn_norm, self.attn = RMSNorm(config.width, config.norm_eps), Attention(config)
         self.mlp_norm, self.mlp = RMSNorm(config.width, config.norm_eps), MLP(config)
 
-    def forward(self, x, chunk: Chunk, cache: LayerCache):
-        """x (B, T, C), the residual stream -> the same after this layer."""
-        part = chunk.warm if cache.closed else chunk
-        if part is not None:
-            missing = x.shape[1] - part.position.shape[1]
-            added = self.attn(self.attn_norm(x if missing == 0 else x[:, :-missing]), part, cache)
-            x = x + (added if missing == 0 else F.pad(added, (0, 0, 0, missing)))
+    def forward(self, x, chunk: Chunk | None, cache: LayerCache):
+        """x (B, T, C), the residual stream -> the same after this layer; only the chunk's tokens attend, T or fewer."""
+        if chunk is not None:
+            T, new = x.shape[1], chunk.position.shape[1]
+            added = self.attn(self.attn_norm(x if new == T else x[:, :new]), chunk, cache)
+            x = x + (added if new == T else F.pad(added, (0, 0, 0, T - new)))
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -580,6 +555,7 @@ class Transformer(nn.Module):
         """Have torch.compile make one graph of a block at decode, for all layers alike; the first steps then take a while."""
         self.decode_block = torch.compile(Block.forward, fullgraph=True)
 
+    @torch.inference_mode()
     def new_cache(self, B, filter: FilterConfig | None = None, criterion=token_filter) -> KVCache:
         """An empty cache for B sequences; what is fed with it is filtered, if `filter` is given.
 
@@ -600,12 +576,12 @@ class Transformer(nn.Module):
         if longest > self.config.max_positions:
             raise ValueError(f"{longest} tokens are more than the model's context of {self.config.max_positions}")
         x = self.embed(tokens.to(self.embed.weight.device))  # (B, T, C)
-        chunk = cache.advance(n_new, T, x.dtype)
-        decode = chunk.n is None and (chunk.warm is None or chunk.warm.n is None)
+        chunk, warm = cache.advance(n_new, T, x.dtype)
         for block, layer in zip(self.blocks, cache.layers):
-            x = (self.decode_block if decode else Block.forward)(block, x, chunk, layer)
+            part = warm if layer.closed else chunk
+            x = (self.decode_block if part is chunk and chunk.n is None else Block.forward)(block, x, part, layer)
         if last:
-            x = x[cache.row, send((n_new - 1).clamp(min=0), x.device)] if T > 1 else x[:, 0]
+            x = x[chunk.row, send((n_new - 1).clamp(min=0), x.device)] if T > 1 else x[:, 0]
         return self.head(self.norm(x))
 
     def prefill(self, prompts: list[list[int]], cache: KVCache, chunk=512):

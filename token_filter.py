@@ -96,9 +96,8 @@ def above_threshold(score, past, n, ratio):
     neither above nor below anything; nothing is above at ratio 0. score, n (B, T); past (B, T, W): the n scores, in any
     order, and NaN; ratio: a float, or a float64 tensor, () or (B, 1).
     """
-    below = (past < score[..., None]).sum(-1)  # c
-    needed = torch.ceil((1 - ratio) * n.double() - 1e-9)
-    return (below >= needed) & (n * ratio > 0) & (score == score)
+    below, above = (past < score[..., None]).sum(-1), n.double() * ratio  # c, and how many may be above
+    return (n - below <= above + 1e-9) & (above > 0) & (score == score)
 
 
 def pseudo_random(position, layer, seed):
@@ -148,7 +147,7 @@ def token_filter(k, v, n_new, state: FilterState, ratio, config: FilterConfig):
     w_k = var_v / (var_k + var_v)
     if config.fusion != "variance":
         w_k = torch.full_like(w_k, {"equal": 0.5, "key": 1.0, "value": 0.0, "random": 0.5}[config.fusion])
-    score = w_k * mean_k + (1 - w_k) * mean_v
+    score = torch.lerp(mean_v, mean_k, w_k)
     if config.fusion == "random":
         score = pseudo_random(position, state.layer, config.seed).to(score.dtype)
 
