@@ -44,11 +44,11 @@ def add_model_arguments(parser):
 
 
 KNOBS = {  # the fields of FilterConfig that have a flag of their name, and what --help says of them
-    "mode": "attention: a redundant token skips attention and is not cached; cache: it attends, and is only not cached",
-    "fill": "what a skipped attention adds: nothing (zero), or the average output of the tokens kept before (anchor)",
-    "grace": "for how many more tokens a redundant one's key and value can be seen",
+    "mode": "what a redundant token loses in a layer: its attention (skip), attention to all but the first and the latest tokens "
+            "(local), or nothing (cache); in none of them is it cached for long",
+    "recent": "a token and so many before it can be seen by any token that attends, redundant or not",
     "schedule": "how the ratio is spread over the layers: growing from the first to the last (tail), falling (head), the same in "
-                "all (uniform), the last ones alone (last), or the less attention adds in this text the more (adaptive)",
+                "all (uniform), or the last ones alone (last)",
     "gamma": "decay of the running averages, 0 <= X < 1",
     "warmup": "how many tokens at the start of a text are always kept",
     "history": "how many past scores a new one is ranked among",

@@ -18,9 +18,8 @@ import torch
 from tqdm import tqdm
 
 from command_line import KNOBS, Parser, add_filter_arguments, add_model_arguments, as_process, check_output, fail, filter_from, read_text
-from model import KVCache
 from load_weights import CheckpointError, Tokenizer, load
-from model import Transformer
+from model import KVCache, Transformer
 from skip_map import Decisions, draw_skip_map, paint, paint_legend, token_pieces
 from token_filter import PRESETS, FilterConfig
 
@@ -35,10 +34,27 @@ class Stats:
     new_tokens: int = 0  # sampled, an end-of-text token included
     prefill_seconds: float = 0.0  # up to and including each row's first new token
     decode_seconds: float = 0.0  # all further ones
-    skip_ratio: float = 0.0  # redundant (token, layer) pairs over all pairs
-    kv_bytes: int = 0  # cache in use by each row when it ended: K, V, positions, filter state
-    dense_kv_bytes: int = 0  # K and V of every token in every layer
+    pairs: int = 0  # of a token and a layer
+    skipped: int = 0  # of these, where the token was redundant
+    held: int = 0  # slots of the cache, of one token in one layer each, in use by each row when it ended
+    read: int = 0  # slots that queries have read
+    dense_read: int = 0  # slots that they would have read without a filter
+    slot_bytes: int = 0
     row_skip_ratio: list[float] = field(default_factory=list)
+
+    @property
+    def skip_ratio(self) -> float:
+        return self.skipped / max(self.pairs, 1)
+
+    @property
+    def kv_held(self) -> float:
+        """Share of the keys and values in the cache; without a filter, 1."""
+        return self.held / max(self.pairs, 1)
+
+    @property
+    def kv_read(self) -> float:
+        """Slots that were read over those that would have been without a filter."""
+        return self.read / max(self.dense_read, 1)
 
     def line(self) -> str:
         """The figures in one line."""
@@ -48,7 +64,7 @@ class Stats:
         return (
             f"prefill {self.prompt_tokens} tokens at {prefill:.1f} tokens/s; decode {decode}; "
             f"skipped {self.skip_ratio:.1%} of (token, layer) pairs; "
-            f"KV cache {self.kv_bytes / 1e6:.2f} MB, {self.kv_bytes / self.dense_kv_bytes:.0%} of dense"
+            f"KV held {self.kv_held:.0%} ({self.held * self.slot_bytes / 1e6:.2f} MB), read {self.kv_read:.0%} of dense"
         )
 
 
@@ -102,7 +118,8 @@ def generate(
         figures.prompt_tokens = sum(map(len, prompts))
         figures.row_skip_ratio = [0.0] * len(prompts)
         rngs = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
-        cache, rows, made, pairs, kept_pairs = model.new_cache(len(prompts), filter), list(range(len(prompts))), 0, 0, 0
+        cache, rows, made = model.new_cache(len(prompts), filter), list(range(len(prompts))), 0
+        figures.slot_bytes = cache.slot_bytes
 
         started = time.perf_counter()
         logits = model.prefill(prompts, cache, chunk if watch is None else max(map(len, prompts)))
@@ -123,16 +140,14 @@ def generate(
             started = time.perf_counter()
             stay = [i for i, token in enumerate(tokens) if token not in eos_ids and made < max_new_tokens]
             if len(stay) < len(rows):
-                bytes_before, kept = cache.live_bytes(), cache.kept()
+                usage = cache.usage().tolist()
                 for i in set(range(len(rows))) - set(stay):
-                    all_pairs = int(cache.seen[i]) * model.config.n_layers
-                    figures.row_skip_ratio[rows[i]] = 1 - int(kept[i]) / all_pairs
-                    pairs, kept_pairs = pairs + all_pairs, kept_pairs + int(kept[i])
-                    figures.dense_kv_bytes += int(cache.seen[i]) * model.kv_bytes_per_token()
+                    pairs, skipped, held, read, dense_read = usage[i]
+                    figures.row_skip_ratio[rows[i]] = skipped / pairs
+                    figures.pairs, figures.skipped, figures.held = figures.pairs + pairs, figures.skipped + skipped, figures.held + held
+                    figures.read, figures.dense_read = figures.read + read, figures.dense_read + dense_read
                 cache.select(stay)
                 rows = [rows[i] for i in stay]
-                figures.kv_bytes += bytes_before - cache.live_bytes()
-                figures.skip_ratio = 1 - kept_pairs / pairs
             if rows:
                 logits = model(torch.tensor([tokens[i] for i in stay])[:, None], cache, last=True)
 
@@ -237,10 +252,10 @@ def main(argv=None):
 
     only = None if args.compare else settings[0][1]
     small = sum(p.numel() for p in model.parameters()) < 1e9
-    if only and small and (only.mode, only.fill) == ("attention", "zero"):
+    if only and small and only.mode == "skip":
         print(
-            "note: models below a billion parameters rarely survive adding nothing for a skipped attention; "
-            "try --preset cache, or --compare to see them side by side",
+            "note: models below a billion parameters rarely survive having attention skipped; "
+            "try --preset cache, or --compare to see all presets side by side",
             file=sys.stderr,
         )
 
@@ -260,7 +275,8 @@ def main(argv=None):
         except ValueError as e:
             fail(e)
         texts = ["".join(answer) for answer in answers]
-        results.append({"setting": name, "filter": filter and asdict(filter), "texts": texts, **asdict(stats)})
+        shares = {"skip_ratio": stats.skip_ratio, "kv_held": stats.kv_held, "kv_read": stats.kv_read}
+        results.append({"setting": name, "filter": filter and asdict(filter), "texts": texts, **shares, **asdict(stats)})
         if stream:
             print()
         elif coloured:
