@@ -7,15 +7,14 @@ KVH), D head size, C width, R channels of a head that RoPE turns, N tokens gathe
 *position* counts from the start of its own sequence; its *slot* is where a layer's cache keeps it.
 """
 
-import inspect
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from attend import attention_for
 from schedule import layer_ratios
 from token_filter import FilterConfig, FilterState, token_filter
 
@@ -84,14 +83,14 @@ def rotate(x, cos, sin):
 BLOCK = 32  # decode steps between two looks at how long the rows have become
 
 
-def wide(dtype) -> torch.dtype:
-    """What statistics and angles are computed in: float64 in a float64 model, otherwise float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def send(x, device):
     """A tensor from the host to the device, without waiting for what the device is at."""
     return x.to(device, non_blocking=True)
+
+
+def front_slot(position, sinks, ring):
+    """The slot that a token has, or had, among sinks and ring."""
+    return torch.where(position < sinks, position, sinks + (position - sinks) % max(ring, 1))
 
 
 @dataclass
@@ -146,19 +145,16 @@ class LayerCache:
         self.read, self.expired = torch.zeros_like(self.far), torch.zeros_like(self.far)  # slots that queries read; far tokens dropped
         self.state = self.ratio = self.redundant = self.score = None  # the last two for whoever wants to look: (B, T), the latest
         if self.filters:
-            self.state = FilterState(B, config.kv_heads, config.head_dim, filter, layer, wide(dtype), device)
+            exact = torch.promote_types(dtype, torch.float32)
+            self.state = FilterState(B, config.kv_heads, config.head_dim, filter, layer, exact, device)
             self.ratio = torch.full((), ratio, dtype=torch.float64, device=device)  # a number would be compiled in, layer by layer
 
     def resize(self, slots):
         """Allocate so many slots, no fewer and hardly more."""
-        missing, (_, B, heads, S, D) = slots - self.kv.shape[3], self.kv.shape
+        missing = slots - self.kv.shape[3]
         if not -BLOCK <= missing <= 0:
-            self.kv = torch.cat((self.kv[:, :, :, :slots], self.kv.new_zeros(2, B, heads, max(0, missing), D)), dim=3)
-            if self.at is not None:
-                self.at = torch.cat((self.at[:, :slots], self.at.new_full((B, max(0, missing)), -1)), dim=1)
-
-    def ring_slot(self, position):
-        return self.sinks + (position - self.sinks) % max(self.ring, 1)
+            self.kv = F.pad(self.kv, (0, 0, 0, missing)).contiguous()  # a negative number cuts
+            self.at = None if self.at is None else F.pad(self.at, (0, missing), value=-1).contiguous()
 
     def in_sight(self, redundant, front, far):
         """How many slots a token may see, a prefix: all tensors alike, front and far counted with itself in place."""
@@ -170,19 +166,20 @@ class LayerCache:
 
     def put(self, kv, redundant, chunk: Chunk):
         """Decode: one token a row, kv (B, 1, 2, KVH, D), into its slot; returns how many slots it may see, itself included, (B,)."""
-        row, end, slot, position = chunk.row, self.front + self.far, chunk.slot, chunk.position.view(-1)
+        row, slot, end = chunk.row, chunk.slot, self.front + self.far
         if redundant is None:
             slot, n = end, self.far.add_(1)
         else:
+            redundant = redundant[:, 0]
             self.kv[:, row, :, end] = self.kv[:, row, :, slot]  # the one that leaves; if it was not kept, it is never looked at
             self.far += self.kept[row, slot]
-            self.kept[row, slot] = ~redundant.view(-1)
-            n = self.in_sight(redundant.view(-1), chunk.front, self.far)
-            self.read += n
+            self.kept[row, slot] = ~redundant
+            n = self.in_sight(redundant, chunk.front, self.far)
         self.kv[:, row, :, slot] = kv[:, 0]
         if self.at is not None:
             self.at[row, end] = self.at[row, slot]
-            self.at[row, slot] = position
+            self.at[row, slot] = chunk.position[:, 0]
+        self.read += n if self.window is None else n.clamp(max=self.window)
         return n
 
     def tape(self, kv, redundant, chunk: Chunk) -> Tape:
@@ -193,7 +190,7 @@ class LayerCache:
         position = (chunk.seen - self.ring)[:, None] + torch.arange(self.ring + T)
         kept, far = position < (chunk.seen + chunk.n_new)[:, None], chunk.seen
         if self.filters or self.at is not None:
-            slot = send(self.ring_slot(position[:, : self.ring]), kv.device)
+            slot = send(front_slot(position[:, : self.ring], self.sinks, self.ring), kv.device)
             known = [self.far[:, None], self.kept[row, slot], *([] if redundant is None else [~redundant])]
             known = torch.cat(known, dim=1).cpu()  # the wait
             far, kept[:, : known.shape[1] - 1] = known[:, 0], kept[:, : known.shape[1] - 1] & (known[:, 1:] > 0)
@@ -202,24 +199,22 @@ class LayerCache:
 
     def extend(self, tape: Tape, chunk: Chunk):
         """Prefill: store what the tape brings."""
-        p, end = tape.position, (chunk.seen + chunk.n_new)[:, None]
+        p, end = tape.position, (chunk.seen + chunk.n_new)[:, None]  # all on the host, (B, G+1+T)
+        stays = (p >= 0) & (p < end) & ((p < self.sinks) | (p >= end - self.ring))
         leaves = tape.kept & (p >= self.sinks) & (p < end - self.ring)
-        rank = leaves.cumsum(1) + tape.far[:, None]
-        self.resize(self.front + int(rank[:, -1].max()) + 1)
-        slot = torch.where(leaves, self.front + rank - 1, self.kv.shape[3] - 1)  # the last is for what goes nowhere
-        if self.filters:
-            slot = torch.where((p >= end - self.ring) & (p >= self.sinks) & (p < end), self.ring_slot(p), slot)
-            slot = torch.where((p >= chunk.seen[:, None]) & (p < end) & (p < self.sinks), p, slot)
-            T = p.shape[1] - self.ring
-            t, redundant = p[:, self.ring :], ~tape.kept[:, self.ring :]
-            n = self.in_sight(redundant, (t + 1).clamp(max=self.front), rank[:, :T]).masked_fill(t >= end, 0)
-            self.read += send(n.sum(1), self.far.device)
-        slot, row = send(slot, self.far.device), chunk.row[:, None]
+        far = tape.far[:, None] + leaves.cumsum(1)
+        self.resize(self.front + int(far[:, -1].max()) + 1)
+        slot = torch.where(leaves, self.front + far - 1, self.kv.shape[3] - 1)  # the last is for what goes nowhere
+        slot = torch.where(stays, front_slot(p, self.sinks, self.ring), slot)
+        t, redundant, device = p[:, self.ring :], ~tape.kept[:, self.ring :], self.far.device
+        n = self.in_sight(redundant, (t + 1).clamp(max=self.front), far[:, : t.shape[1]]).clamp(max=self.window or 2**62)
+        self.read += send(n.masked_fill(t >= end, 0).sum(1), device)
+        self.far = send(far[:, -1], device)
+        row, slot = chunk.row[:, None], send(slot, device)
         self.kv[:, row, :, slot] = tape.kv
-        self.kept[row, slot.clamp(max=self.front)] = send(tape.kept, self.far.device)
+        self.kept[row, slot.clamp(max=self.front)] = send(tape.kept, device)
         if self.at is not None:
-            self.at[row, slot] = send(p, self.far.device)
-        self.far = send(rank[:, -1], self.far.device)
+            self.at[row, slot] = send(p, device)
 
     def expire(self, position):
         """Drop the far tokens that the window hides from positions (B, 1) on, and close the gap they leave."""
@@ -232,13 +227,19 @@ class LayerCache:
             kv.copy_(kv.gather(2, source[:, None, :, None].expand_as(kv)))
         self.far, self.expired = self.far - gone, self.expired + gone
 
-    def select(self, rows, room):
-        """Keep these rows, an int64 tensor, in this order, with `room` slots behind the sinks and the ring."""
-        self.kv, self.at = self.kv[:, rows, :, : self.front + room], None if self.at is None else self.at[rows, : self.front + room]
-        self.far, self.kept, self.read, self.expired = self.far[rows], self.kept[rows], self.read[rows], self.expired[rows]
+    def select(self, rows):
+        """Keep these rows, an int64 tensor, in this order."""
+        for name in ("far", "kept", "read", "expired", *(["at"] if self.window else [])):
+            setattr(self, name, getattr(self, name)[rows])
+        self.kv, self.redundant, self.score = self.kv[:, rows], None, None
         if self.state is not None:
             self.state.select(rows)
-        self.redundant = self.score = None
+
+    def usage(self, seen):
+        """(3, B): tokens that were not redundant, slots in use, slots that queries have read."""
+        seen = send(seen, self.far.device)
+        kept = self.far + self.expired + self.kept[:, self.sinks : self.front].sum(1) + seen.clamp(max=self.sinks)
+        return torch.stack((kept, self.far + seen.clamp(max=self.front), self.read))
 
     def nbytes(self) -> int:
         own = (self.kv, self.far, self.kept, self.read, self.expired, *([] if self.at is None else [self.at]))
@@ -250,10 +251,9 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, B, filter: FilterConfig | None, criterion, dtype, device):
         self.filter = filter = filter or FilterConfig(prune=0.0)
-        self.window, self.sinks = config.window, max(filter.warmup, 1)
-        self.frequencies = send(rope_frequencies(config), device).to(wide(dtype))
+        self.window, self.sinks, self.device = config.window, max(filter.warmup, 1), torch.device(device)
+        self.frequencies = rope_frequencies(config).to(device, torch.promote_types(dtype, torch.float32))
         self.seen = torch.zeros(B, dtype=torch.int64)  # tokens so far, so the position of the next; host
-        self.position = self.seen.to(device)  # (B,) the same on the device
         self.room = BLOCK  # decode steps that every layer has slots for
         ratios = layer_ratios(filter, config.n_layers)
         self.layers = [LayerCache(config, B, *layer, filter, criterion, dtype, device) for layer in enumerate(ratios)]
@@ -264,73 +264,56 @@ class KVCache:
         """Make room for n_new[b] more tokens of each row (host), in T columns, and say where they stand: all of them, and those
         within the warm-up (None if no row has any).
         """
-        decode, limit = T == 1 and bool((n_new == 1).all()), self.sinks
-        if decode and self.room == 0:
+        chunk = warm = self.chunk = self.describe(self.seen, n_new, T, dtype)
+        if chunk.n is None and self.room == 0:
             self.make_room()
-        self.room = self.room - 1 if decode else 0
-        chunk = self.chunk = self.describe(self.seen, n_new, self.position, T, dtype)
-        early = torch.minimum(n_new, (limit - self.seen).clamp(min=0))
-        warm: Chunk | None = chunk
+        self.room = self.room - 1 if chunk.n is None else 0
+        early = torch.minimum(n_new, (self.sinks - self.seen).clamp(min=0))
         if not torch.equal(early, n_new):
             longest = int(early.max())
-            warm = self.describe(self.seen.clamp(max=limit), early, self.position, longest, dtype) if longest else None
-        self.seen, self.position = self.seen + n_new, self.position + (1 if chunk.n is None else chunk.n)
+            warm = self.describe(self.seen.clamp(max=self.sinks), early, longest, dtype) if longest else None
+        self.seen = self.seen + n_new
         return chunk, warm
 
-    def describe(self, seen, n_new, position, T, dtype) -> Chunk:
-        device = position.device
-        n = None if T == 1 and bool((n_new == 1).all()) else send(n_new, device)
-        front = self.sinks + self.filter.recent + 1
-        slot = torch.where(position < self.sinks, position, self.sinks + (position - self.sinks) % (self.filter.recent + 1))
-        columns = position[:, None] + torch.arange(T, device=device)  # (B, T)
+    def describe(self, seen, n_new, T, dtype) -> Chunk:
+        start, ring = send(seen, self.device), self.filter.recent + 1
+        n = None if T == 1 and bool((n_new == 1).all()) else send(n_new, self.device)
+        position = start[:, None] + torch.arange(T, device=self.device)
+        table = rope_table(position, self.frequencies, dtype)
+        slot = front_slot(start, self.sinks, ring)
         # on the CPU the mask costs nothing, and its coming later would be one more graph to compile
-        windowed = self.window is not None and (device.type == "cpu" or int(seen.max()) + T > self.window)
-        table = rope_table(columns, self.frequencies, dtype)
-        row = torch.arange(len(seen), device=device)
-        return Chunk(seen, n_new, n, columns, *table, row, slot, (position + 1).clamp(max=front), windowed)
-
-    def lengths(self):
-        """How many far tokens the rows have in every layer, (L, B) on the host: one wait for all."""
-        return torch.stack([layer.far for layer in self.layers]).cpu()
+        windowed = self.window is not None and (self.device.type == "cpu" or int(seen.max()) + T > self.window)
+        row, front = torch.arange(len(seen), device=self.device), (start + 1).clamp(max=self.sinks + ring)
+        return Chunk(seen, n_new, n, position, *table, row, slot, front, windowed)
 
     def make_room(self):
-        """Let every layer have as many slots as BLOCK steps of decode can fill."""
+        """Let every layer have as many slots as BLOCK steps of decode can fill: the one wait of decode."""
         if self.window is not None:
             for layer in self.layers:
-                layer.expire(self.position[:, None])
-        for layer, lengths in zip(self.layers, self.lengths().tolist()):
-            most = self.sinks if layer.closed else math.inf
-            layer.resize(layer.front + min(max(lengths) + BLOCK, most))
+                layer.expire(send(self.seen, self.device)[:, None])
+        longest = torch.stack([F.pad(layer.far, (0, 1)).max() for layer in self.layers]).cpu().tolist()
+        for layer, far in zip(self.layers, longest):
+            layer.resize(layer.front + (min(far + BLOCK, self.sinks) if layer.closed else far + BLOCK))
         self.room = BLOCK
 
     @torch.inference_mode()
     def select(self, rows):
         """Keep these rows (a list or int64 tensor), in this order; a row named twice is copied: a forked prefix."""
         rows = torch.as_tensor(rows, dtype=torch.int64)
-        lengths, self.seen = self.lengths()[:, rows].tolist(), self.seen[rows]
-        rows = rows.to(self.position.device)
-        self.position = self.position[rows]
-        for layer, row_lengths in zip(self.layers, lengths):
-            layer.select(rows, max(row_lengths, default=0) + self.room)
+        self.seen = self.seen[rows]
+        for layer in self.layers:
+            layer.select(rows.to(self.device))
+        self.make_room()
 
     def usage(self):
         """(B, 5) int64 on the host, of each row: (token, layer) pairs fed, those found redundant, slots in use; slots that all queries
         so far have read, and those that a dense model's would have: min(t + 1, window) at position t.
         """
-        counts = [torch.stack((x.far, x.far + x.expired + x.kept[:, x.sinks : x.front].sum(1), x.read)) for x in self.layers]
-        held, kept, read = torch.stack(counts).cpu().unbind(1)  # (L, B) each
-        for l, layer in enumerate(self.layers):
-            fed = self.seen.clamp(max=self.sinks) if layer.closed else self.seen
-            held[l] += self.seen.clamp(max=layer.front)
-            kept[l] += self.seen.clamp(max=layer.sinks)
-            if not layer.filters:
-                kept[l], read[l] = fed, self.dense_reads(fed)
-        pairs = len(self.layers) * self.seen
-        return torch.stack((pairs, pairs - kept.sum(0), held.sum(0), read.sum(0), len(self.layers) * self.dense_reads(self.seen)), dim=1)
-
-    def dense_reads(self, n):
-        m = n if self.window is None else n.clamp(max=self.window)
-        return m * (m + 1) // 2 + (n - m) * (self.window or 0)
+        seen, L = self.seen, len(self.layers)
+        kept, held, read = torch.stack([layer.usage(seen) for layer in self.layers]).sum(0).cpu()
+        m = seen if self.window is None else seen.clamp(max=self.window)
+        dense = m * (m + 1) // 2 + (seen - m) * m
+        return torch.stack((L * seen, L * seen - kept, held, read, L * dense), dim=1)
 
     def nbytes(self) -> int:
         """Bytes allocated: slots, and all that the filter remembers."""
@@ -342,76 +325,7 @@ class KVCache:
         return self.nbytes() - empty * (self.slot_bytes + (0 if self.window is None else 8))
 
 
-# ------------------------------------------------------------------------------------------------------ attending
-
-
-def attend_masked(q, k, v, n, mask=None):
-    """One query a row over the first n[b] slots of its row: q (B, KVH, H/KVH, D), the query heads that share a key/value head
-    being queries of one head, so that k, v are read once; k, v (B, KVH, S, D); n (B,) int64; mask (B, S) bool: of those slots,
-    the ones to look at. Returns (B, KVH, H/KVH, D), where n[b] is 0 anything, NaN included.
-    """
-    seen = n.view(-1, 1, 1, 1) > torch.arange(k.shape[2], device=k.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen if mask is None else seen & mask[:, None, None])
-
-
-def attend_varlen(varlen_attn, q, k, v, n, mask=None):
-    """The same on a GPU, where nothing but these slots is read: every (row, key/value head) is a sequence of its own."""
-    if mask is not None:
-        return attend_masked(q, k, v, n, mask)
-    B, heads, S, D = k.shape
-    starts = torch.arange(B * heads + 1, dtype=torch.int32, device=k.device)  # each has one query, and S slots
-    used = n.to(torch.int32)[:, None].expand(B, heads).reshape(-1)
-    q, k, v = q.flatten(0, 1), k.view(-1, 1, D), v.view(-1, 1, D)
-    return varlen_attn(q, k, v, starts, starts * S, 1, S, enable_gqa=True, seqused_k=used).unflatten(0, (B, heads))
-
-
-@torch.library.custom_op("token_filtering::attend_rows", mutates_args=())  # so that it can be part of a compiled graph
-def attend_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """The same on the CPU: all rows at once if they are about as long, otherwise by twos of about the same length, which keeps
-    more threads busy than one row; a row with n[b] = 0 is left out, and gets 0.
-    """
-    y, lengths = torch.zeros_like(q), n.tolist()
-    order = sorted((b for b, length in enumerate(lengths) if length), key=lengths.__getitem__)
-    groups = [sorted(order[i : i + 2]) for i in range(0, len(order), 2)]
-    if min(lengths) > 0.8 * max(lengths):
-        groups = [range(len(lengths))]
-    for group in groups:
-        rows = slice(group[0], group[-1] + 1, max(1, group[-1] - group[0]) if len(group) == 2 else 1)  # any two rows are a view
-        S, seen = max(lengths[b] for b in group), None
-        if mask is not None or S > min(lengths[b] for b in group):
-            seen = n[rows, None] > torch.arange(S)
-            seen = (seen if mask is None else seen & mask[rows, :S])[:, None, None]
-        y[rows] = F.scaled_dot_product_attention(q[rows], k[rows, :, :S], v[rows, :, :S], attn_mask=seen)
-    return y
-
-
-attend_rows.register_fake(lambda q, k, v, n, mask=None: torch.empty_like(q))
-
-
-def attention_for(device, dtype):
-    """The one of these that is best there."""
-    if device.type == "cpu":
-        return attend_rows
-    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
-        try:
-            from torch.nn.attention.varlen import varlen_attn  # takes a second to import
-        except ImportError:  # before torch 2.10
-            return attend_masked
-        if "seqused_k" in inspect.signature(varlen_attn).parameters:  # torch 2.12
-            return partial(attend_varlen, varlen_attn)
-    return attend_masked
-
-
 # ------------------------------------------------------------------------------------------------------- the model
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
-
-    def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")  # private to torch, so it may be gone one day
@@ -437,8 +351,8 @@ class Attention(nn.Module):
         self.k = Linear(config.width, config.kv_heads * config.head_dim, config.qkv_bias)
         self.v = Linear(config.width, config.kv_heads * config.head_dim, config.qkv_bias)
         self.o = Linear(config.heads * config.head_dim, config.width, config.o_bias)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, chunk: Chunk, cache: LayerCache):
         """x (B, T, C), the residual stream after its norm -> what attention adds to it, (B, T, C)."""
@@ -481,7 +395,8 @@ class Attention(nn.Module):
     def attend_row(self, q, b, steps, tape: Tape, chunk: Chunk, cache: LayerCache):
         """The queries (N, H, D) of row b at these steps of the chunk (N,) host, a block at a time -> (N, H, D)."""
         seen, n_new, far, ring, front = int(chunk.seen[b]), int(chunk.n_new[b]), int(tape.far[b]), cache.ring, cache.front
-        sinks, column = min(seen, cache.sinks), torch.arange(max(0, ring - max(0, seen - cache.sinks)), ring + n_new)
+        sinks, p = min(seen, cache.sinks), tape.position[b]
+        column = ((p >= sinks) & (p < seen + n_new)).nonzero()[:, 0]
         if alone := cache.filter.mode == "skip" and ring <= 1:  # who skips is in nobody's sight
             column = column[tape.kept[b, column]]
         # what is before them: far tokens, sinks, the ring as far as it is filled; then the new ones
@@ -489,7 +404,7 @@ class Attention(nn.Module):
         kv = torch.cat((past[:, :, front : front + far], past[:, :, :sinks], tape.kv[b, index].permute(1, 2, 0, 3)), dim=2)
         kv = kv.repeat_interleave(self.heads // self.kv_heads, dim=1)[:, None]  # (2, 1, H, S, D)
         old = column.new_full((far,), cache.sinks) if cache.at is None else cache.at[b, front : front + far]
-        position = torch.cat((send(old, q.device), send(torch.cat((torch.arange(sinks), tape.position[b, column])), q.device)))
+        position = torch.cat((send(old, q.device), send(torch.cat((torch.arange(sinks), p[column])), q.device)))
         kept = send(F.pad(tape.kept[b, column], (far + sinks, 0), value=True), q.device)
         local = ~tape.kept[b, ring + steps] & (cache.filter.mode == "local")
         y = torch.empty_like(q)
@@ -524,8 +439,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.attn_norm, self.attn = RMSNorm(config.width, config.norm_eps), Attention(config)
-        self.mlp_norm, self.mlp = RMSNorm(config.width, config.norm_eps), MLP(config)
+        self.attn_norm, self.attn = nn.RMSNorm(config.width, config.norm_eps), Attention(config)
+        self.mlp_norm, self.mlp = nn.RMSNorm(config.width, config.norm_eps), MLP(config)
 
     def forward(self, x, chunk: Chunk | None, cache: LayerCache):
         """x (B, T, C), the residual stream -> the same after this layer; only the chunk's tokens attend, T or fewer."""
@@ -545,7 +460,7 @@ class Transformer(nn.Module):
         # not nn.Embedding(...), which on the meta device, where loading starts, takes seconds to import what draws its weights
         self.embed = nn.Embedding.from_pretrained(torch.randn(config.vocab_size, config.width), freeze=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.norm = nn.RMSNorm(config.width, config.norm_eps)
         self.head = Linear(config.width, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import model as decoder
+import attend
 from model import ModelConfig, Transformer
 from token_filter import PRESETS, preset
 
@@ -178,7 +178,7 @@ def varlen_stand_in(*args, **kwargs):
     return y
 
 
-WAYS: dict = {"rows": decoder.attend_rows, "masked": decoder.attend_masked, "varlen": partial(decoder.attend_varlen, varlen_stand_in)}
+WAYS: dict = {"rows": attend.attend_rows, "masked": attend.attend_masked, "varlen": partial(attend.attend_varlen, varlen_stand_in)}
 LENGTHS = [[5], [0], [0, 0, 0], [7, 7, 7], [19, 20, 18, 20], [10, 0, 7, 0, 20, 19], [1, 20, 3, 9, 2]]
 
 
@@ -210,7 +210,7 @@ def test_decoding_as_on_a_gpu_equals_decoding_as_on_the_cpu(name, window, small)
     usual, other = prompted(model, filter), prompted(model, filter)
     read = other.usage()[:, 3].sum()
     for layer in other.layers:
-        layer.attend = partial(decoder.attend_varlen, varlen)
+        layer.attend = partial(attend.attend_varlen, varlen)
     for t in range(40):
         torch.testing.assert_close(step(model, other, t), step(model, usual, t), rtol=0, atol=1e-9)
     if window is None:
@@ -241,7 +241,7 @@ def slots(monkeypatch):
     ([1, 20, 3, 9, 2], [4, 18, 20]),
 ])  # fmt: skip
 def test_rows_read_their_own_slots(n, expected, slots):
-    decoder.attend_rows(torch.randn(len(n), 2, 3, 8), *torch.randn(2, len(n), 2, 64, 8), torch.tensor(n))
+    attend.attend_rows(torch.randn(len(n), 2, 3, 8), *torch.randn(2, len(n), 2, 64, 8), torch.tensor(n))
     assert slots == expected
 
 
