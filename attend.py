@@ -36,7 +36,7 @@ def attend_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n: torch.Tens
     """
     y, lengths = torch.zeros_like(q), n.tolist()
     order = sorted((b for b, length in enumerate(lengths) if length), key=lengths.__getitem__)
-    groups = [sorted(order[i : i + 2]) for i in range(0, len(order), 2)]
+    groups: list = [sorted(order[i : i + 2]) for i in range(0, len(order), 2)]
     if min(lengths) > 0.8 * max(lengths):
         groups = [range(len(lengths))]
     for group in groups:
@@ -54,7 +54,7 @@ attend_rows.register_fake(lambda q, k, v, n, mask=None: torch.empty_like(q))
 
 def attention_for(device, dtype):
     """The one of these that is best there."""
-    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and torch.__version__ >= (2, 12):  # the first with seqused_k
+    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and torch.__version__ >= "2.12":  # the first with seqused_k
         from torch.nn.attention.varlen import varlen_attn  # takes a second to import
 
         return partial(attend_varlen, varlen_attn)

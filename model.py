@@ -8,6 +8,7 @@ KVH), D head size, C width, R channels of a head that RoPE turns, N tokens gathe
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -141,7 +142,7 @@ class LayerCache:
         self.kv = torch.zeros(2, B, config.kv_heads, self.front + BLOCK, config.head_dim, dtype=dtype, device=device)  # (2, B, KVH, S, D)
         self.far = torch.zeros(B, dtype=torch.int64, device=device)
         self.kept = torch.zeros(B, self.front + 1, dtype=torch.bool, device=device)  # who of the ring; its last column is for the rest
-        self.at = None if self.window is None else self.far.new_full((B, self.front + BLOCK), -1)  # (B, S) positions in the slots
+        self.at = self.far.new_full((B, self.front + BLOCK if self.window else 0), -1)  # (B, S) positions in the slots; for a window only
         self.read, self.expired = torch.zeros_like(self.far), torch.zeros_like(self.far)  # slots that queries read; far tokens dropped
         self.state = self.ratio = self.redundant = self.score = None  # the last two for whoever wants to look: (B, T), the latest
         if self.filters:
@@ -154,7 +155,7 @@ class LayerCache:
         missing = slots - self.kv.shape[3]
         if not -BLOCK <= missing <= 0:
             self.kv = F.pad(self.kv, (0, 0, 0, missing)).contiguous()  # a negative number cuts
-            self.at = None if self.at is None else F.pad(self.at, (0, missing), value=-1).contiguous()
+            self.at = F.pad(self.at, (0, missing if self.window else 0), value=-1).contiguous()
 
     def in_sight(self, redundant, front, far):
         """How many slots a token may see, a prefix: all tensors alike, front and far counted with itself in place."""
@@ -176,7 +177,7 @@ class LayerCache:
             self.kept[row, slot] = ~redundant
             n = self.in_sight(redundant, chunk.front, self.far)
         self.kv[:, row, :, slot] = kv[:, 0]
-        if self.at is not None:
+        if self.window:
             self.at[row, end] = self.at[row, slot]
             self.at[row, slot] = chunk.position[:, 0]
         self.read += n if self.window is None else n.clamp(max=self.window)
@@ -184,16 +185,16 @@ class LayerCache:
 
     def tape(self, kv, redundant, chunk: Chunk) -> Tape:
         """Prefill: any number of tokens of each row, kv (B, T, 2, KVH, D). Waits for the device once, unless the host knows already."""
-        if self.at is not None:
+        if self.window:
             self.expire(chunk.position[:, :1])
         row, T = chunk.row[:, None], kv.shape[1]
         position = (chunk.seen - self.ring)[:, None] + torch.arange(self.ring + T)
         kept, far = position < (chunk.seen + chunk.n_new)[:, None], chunk.seen
-        if self.filters or self.at is not None:
+        if self.filters or self.window:
             slot = send(front_slot(position[:, : self.ring], self.sinks, self.ring), kv.device)
-            known = [self.far[:, None], self.kept[row, slot], *([] if redundant is None else [~redundant])]
-            known = torch.cat(known, dim=1).cpu()  # the wait
-            far, kept[:, : known.shape[1] - 1] = known[:, 0], kept[:, : known.shape[1] - 1] & (known[:, 1:] > 0)
+            parts = [self.far[:, None], self.kept[row, slot], *([] if redundant is None else [~redundant])]
+            known = torch.cat(parts, dim=1).cpu()  # the wait
+            far, kept = known[:, 0], kept & (known[:, 1:] > 0) if self.filters else kept
             kv = torch.cat((self.kv[:, row, :, slot], kv), dim=1)
         return Tape(kv, position, kept, far)
 
@@ -213,7 +214,7 @@ class LayerCache:
         row, slot = chunk.row[:, None], send(slot, device)
         self.kv[:, row, :, slot] = tape.kv
         self.kept[row, slot.clamp(max=self.front)] = send(tape.kept, device)
-        if self.at is not None:
+        if self.window:
             self.at[row, slot] = send(p, device)
 
     def expire(self, position):
@@ -229,7 +230,7 @@ class LayerCache:
 
     def select(self, rows):
         """Keep these rows, an int64 tensor, in this order."""
-        for name in ("far", "kept", "read", "expired", *(["at"] if self.window else [])):
+        for name in ("far", "kept", "at", "read", "expired"):
             setattr(self, name, getattr(self, name)[rows])
         self.kv, self.redundant, self.score = self.kv[:, rows], None, None
         if self.state is not None:
@@ -242,8 +243,8 @@ class LayerCache:
         return torch.stack((kept, self.far + seen.clamp(max=self.front), self.read))
 
     def nbytes(self) -> int:
-        own = (self.kv, self.far, self.kept, self.read, self.expired, *([] if self.at is None else [self.at]))
-        return sum(t.numel() * t.element_size() for t in own) + (0 if self.state is None else self.state.nbytes())
+        own = sum(t.nbytes for t in (self.kv, self.far, self.kept, self.at, self.read, self.expired))
+        return own + (0 if self.state is None else self.state.nbytes())
 
 
 class KVCache:
@@ -264,6 +265,7 @@ class KVCache:
         """Make room for n_new[b] more tokens of each row (host), in T columns, and say where they stand: all of them, and those
         within the warm-up (None if no row has any).
         """
+        warm: Chunk | None
         chunk = warm = self.chunk = self.describe(self.seen, n_new, T, dtype)
         if chunk.n is None and self.room == 0:
             self.make_room()
@@ -279,12 +281,12 @@ class KVCache:
         start, ring = send(seen, self.device), self.filter.recent + 1
         n = None if T == 1 and bool((n_new == 1).all()) else send(n_new, self.device)
         position = start[:, None] + torch.arange(T, device=self.device)
-        table = rope_table(position, self.frequencies, dtype)
+        cos, sin = rope_table(position, self.frequencies, dtype)
         slot = front_slot(start, self.sinks, ring)
         # on the CPU the mask costs nothing, and its coming later would be one more graph to compile
-        windowed = self.window is not None and (self.device.type == "cpu" or int(seen.max()) + T > self.window)
+        windowed = bool(self.window) and (self.device.type == "cpu" or int(seen.max()) + T > self.window)
         row, front = torch.arange(len(seen), device=self.device), (start + 1).clamp(max=self.sinks + ring)
-        return Chunk(seen, n_new, n, position, *table, row, slot, front, windowed)
+        return Chunk(seen, n_new, n, position, cos, sin, row, slot, front, windowed)
 
     def make_room(self):
         """Let every layer have as many slots as BLOCK steps of decode can fill: the one wait of decode."""
@@ -373,7 +375,7 @@ class Attention(nn.Module):
             return self.prefill(x, kv, redundant, chunk, cache)
         n = cache.put(kv, redundant, chunk)
         q = self.queries(x, chunk.cos, chunk.sin)  # (B, 1, H, D)
-        mask = cache.at > chunk.position - cache.window if chunk.windowed else None  # (B, S)
+        mask = cache.at > chunk.position - (cache.window or 0) if chunk.windowed else None  # (B, S)
         y = cache.attend(q.view(len(x), self.kv_heads, -1, self.head_dim), *cache.kv, n, mask)
         added = self.o(y.view(len(x), 1, -1))
         return added if redundant is None or cache.filter.mode != "skip" else added.masked_fill(redundant[..., None], 0)
@@ -403,7 +405,7 @@ class Attention(nn.Module):
         index, past = send(column, q.device), cache.kv[:, b]
         kv = torch.cat((past[:, :, front : front + far], past[:, :, :sinks], tape.kv[b, index].permute(1, 2, 0, 3)), dim=2)
         kv = kv.repeat_interleave(self.heads // self.kv_heads, dim=1)[:, None]  # (2, 1, H, S, D)
-        old = column.new_full((far,), cache.sinks) if cache.at is None else cache.at[b, front : front + far]
+        old = column.new_full((far,), cache.sinks) if cache.window is None else cache.at[b, front : front + far]
         position = torch.cat((send(old, q.device), send(torch.cat((torch.arange(sinks), p[column])), q.device)))
         kept = send(F.pad(tape.kept[b, column], (far + sinks, 0), value=True), q.device)
         local = ~tape.kept[b, ring + steps] & (cache.filter.mode == "local")
@@ -416,10 +418,10 @@ class Attention(nn.Module):
                     mask = key <= query
                     if not alone:
                         mask &= (key > query - ring) | ((key < cache.sinks) if near else kept[sight])
-                    if chunk.windowed:
+                    if cache.window:
                         mask &= key > query - cache.window
-                    part, block = kv[:, :, :, sight], send(block, q.device)
-                    y[block] = F.scaled_dot_product_attention(q[block].transpose(0, 1)[None], *part, attn_mask=mask)[0].transpose(0, 1)
+                    (k, v), block = kv[:, :, :, sight], send(block, q.device)
+                    y[block] = F.scaled_dot_product_attention(q[block].transpose(0, 1)[None], k, v, attn_mask=mask)[0].transpose(0, 1)
         return y
 
 
@@ -464,7 +466,7 @@ class Transformer(nn.Module):
         self.head = Linear(config.width, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
-        self.decode_block = Block.forward
+        self.decode_block: Callable = Block.forward
 
     def compile_decode(self):
         """Have torch.compile make one graph of a block at decode, for all layers alike; the first steps then take a while."""
@@ -494,7 +496,7 @@ class Transformer(nn.Module):
         chunk, warm = cache.advance(n_new, T, x.dtype)
         for block, layer in zip(self.blocks, cache.layers):
             part = warm if layer.closed else chunk
-            x = (self.decode_block if part is chunk and chunk.n is None else Block.forward)(block, x, part, layer)
+            x = self.decode_block(block, x, part, layer) if part is chunk and chunk.n is None else block(x, part, layer)
         if last:
             x = x[chunk.row, send((n_new - 1).clamp(min=0), x.device)] if T > 1 else x[:, 0]
         return self.head(self.norm(x))
