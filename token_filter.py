@@ -73,7 +73,7 @@ class FilterState:
         self.anchor, self.history, self.count = self.anchor[rows], self.history[rows], self.count[rows]
 
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.anchor, self.history, self.count))
+        return self.anchor.nbytes + self.history.nbytes + self.count.nbytes
 
 
 def running_average(x, start, gamma):
@@ -124,8 +124,7 @@ def token_filter(k, v, n_new, state: FilterState, ratio, config: FilterConfig):
     (B, T), W, single = k.shape[:2], config.history, n_new is None and k.shape[1] == 1
     position = state.count[:, None]
     if not single:
-        n_new = n_new if n_new is not None else torch.full_like(state.count, T)
-        position, rows = position + torch.arange(T, device=k.device), torch.arange(B, device=k.device)  # (B, T)
+        n_new, position = torch.full_like(state.count, T) if n_new is None else n_new, position + torch.arange(T, device=k.device)
         last = n_new[:, None] + torch.arange(W, device=k.device)  # (B, W) of W + T scores, those of the W latest tokens
 
     # anchors: before each token, and after the last real one
@@ -135,7 +134,7 @@ def token_filter(k, v, n_new, state: FilterState, ratio, config: FilterConfig):
         before, after = start[:, None], start.lerp(x[:, 0], 1 - config.gamma)
     else:
         anchors = running_average(x, start, config.gamma)  # (B, T+1, 2, KVH, D)
-        before, after = anchors[:, :-1], anchors[rows, n_new]
+        before, after = anchors[:, :-1], anchors[torch.arange(B, device=k.device), n_new]
 
     # similarity
     norms = x.norm(dim=-1) * before.norm(dim=-1)
@@ -153,19 +152,16 @@ def token_filter(k, v, n_new, state: FilterState, ratio, config: FilterConfig):
 
     # threshold
     if single:
-        past = state.history[:, None]  # (B, 1, W)
+        past, column, latest = state.history[:, None], position % W, score  # (B, 1, W)
     else:
-        score = score.masked_fill(position >= (state.count + n_new)[:, None], math.nan)
-        scores = torch.cat((state.history.gather(1, (state.count[:, None] + last - n_new[:, None]) % W), score), dim=1)
-        past = scores[:, :-1].unfold(1, W, 1)  # (B, T, W), a view: the W scores before each, oldest first
+        score = score.masked_fill(position >= state.count[:, None] + n_new[:, None], math.nan)
+        before = state.history.gather(1, (state.count[:, None] + torch.arange(W, device=k.device)) % W)  # oldest first
+        scores = torch.cat((before, score), dim=1)
+        past, column, latest = scores[:, :-1].unfold(1, W, 1), (state.count[:, None] + last) % W, scores.gather(1, last)  # (B, T, W)
     redundant = above_threshold(score, past, position.clamp(max=W), ratio) & (position >= max(config.warmup, 1))
 
     # state, in place
     state.anchor.copy_(after)
-    if single:
-        state.history.scatter_(1, position % W, score)
-        state.count += 1
-    else:
-        state.history.scatter_(1, (state.count[:, None] + last) % W, scores.gather(1, last))
-        state.count += n_new
+    state.history.scatter_(1, column, latest)
+    state.count += 1 if single else n_new
     return redundant, score
