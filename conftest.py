@@ -1,4 +1,3 @@
-import functools
 import json
 import os
 
@@ -7,7 +6,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import demo_checkpoint
-from model import ModelConfig, Transformer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers, which the tests compare with, is to look at files only
 
@@ -49,22 +47,3 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session")
-def small():
-    """small(shape, window, n_layers, ...): a random float64 model, with weights large enough for attention to be far from uniform."""
-    shapes = {"mha": (4, 4), "gqa": (6, 2), "mqa": (4, 1)}  # heads, kv_heads
-
-    @functools.cache
-    def make(shape="gqa", window=None, n_layers=4, **of_a_family):
-        torch.manual_seed(1)
-        config = ModelConfig(97, 32, n_layers, *shapes[shape], 8, 48, 10000.0, 1e-5, 512, False, window, **of_a_family)
-        model = Transformer(config).double().requires_grad_(False)
-        for name, p in model.named_parameters():
-            p.mul_(3.0 if ".q." in name or ".k." in name else 1.5)
-            if "q_norm" in name or "k_norm" in name:
-                p.add_(torch.randn(8))
-        return model
-
-    return make

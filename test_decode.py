@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import attend
 from model import ModelConfig, Transformer
+from test_filter import small
 from token_filter import PRESETS, preset
 
 NAMES = [None, *PRESETS]  # None: dense
@@ -60,7 +61,7 @@ def test_a_block_of_steps_waits_for_nothing(name, window):
 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("name", NAMES)
-def test_prefill_waits_once_a_layer_and_room_is_made_with_one_wait_for_all(name, window, small, monkeypatch):
+def test_prefill_waits_once_a_layer_and_room_is_made_with_one_wait_for_all(name, window, monkeypatch):
     """All waits go through Tensor.cpu(). It is recorded on the CPU and played back on the meta device, where any other raises."""
     recorded, filter = [], filter_of(name)
 
@@ -93,7 +94,7 @@ COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++
 @pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler, and there is none here")
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("name", NAMES)
-def test_compiled_steps_equal_plain_ones_and_compile_once(name, window, small):
+def test_compiled_steps_equal_plain_ones_and_compile_once(name, window):
     """With fullgraph=True in compile_decode, so whatever breaks the graph raises."""
     torch._dynamo.reset()
     plain = small("gqa", window, n_layers=3)
@@ -199,7 +200,7 @@ def test_every_way_to_attend_equals_the_loop(n, heads, way):
 
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("name", NAMES)
-def test_decoding_as_on_a_gpu_equals_decoding_as_on_the_cpu(name, window, small):
+def test_decoding_as_on_a_gpu_equals_decoding_as_on_the_cpu(name, window):
     """And where no window needs a mask, the kernel is given the slots that usage() counts, for every key/value head."""
     model, filter, given = small("gqa", window), filter_of(name, warmup=3), []  # the prompts are past it
 
@@ -246,7 +247,7 @@ def test_rows_read_their_own_slots(n, expected, slots):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_step_reads_what_usage_counts(name, small, slots):
+def test_a_step_reads_what_usage_counts(name, slots):
     model = small()
     cache = model.new_cache(1, filter_of(name))
     model(torch.arange(50)[None], cache)

@@ -66,14 +66,15 @@ def test_filtered_it_is_chunk_free_and_batch_invariant(folder, name):
     text, other = torch.randint(0, 131, (2, 90))
     alone = model.new_cache(1, filter)
     expected = model(text[None], alone)[0]
-    assert 0.2 < 1 - int(alone.kept()) / (90 * 3) < 0.7
+    pairs, skipped = alone.usage()[0, :2]
+    assert pairs == 90 * 3 and 0.2 < skipped / pairs < 0.7
     cache, logits, start = model.new_cache(2, filter), [], 0
     for size in (30, 1, 1, 20, 38):
         n_new = [min(max(50 - start, 0), size), size]  # the other one has 50 tokens
         logits.append(model(torch.stack((other, text))[:, start : start + size], cache, n_new)[1])
         start += size
     torch.testing.assert_close(torch.cat(logits), expected, rtol=0, atol=1e-9)
-    assert int(cache.kept()[1]) == int(alone.kept())
+    assert cache.usage()[1, 1] == skipped
 
 
 # ------------------------------------------------------------------------------------------- Mistral's own format
@@ -184,7 +185,7 @@ def test_published_configurations_have_the_published_size(name, tmp_path):
     assert sum(math.prod(p.shape) for p in ours.parameters()) == parameters == theirs.num_parameters()
     assert config.window == values.get("sliding_window") and config.rope_theta == values.get("rope_theta", 10000.0)
     assert config.max_positions == values["max_position_embeddings"]
-    assert ours.kv_bytes_per_token() == 2 * 4 * config.n_layers * theirs.model.layers[0].self_attn.head_dim * config.kv_heads
+    assert ours.new_cache(1).slot_bytes == 2 * 4 * theirs.model.layers[0].self_attn.head_dim * config.kv_heads  # K and V, float32
 
 
 def test_published_params_json_of_mistral(tmp_path):

@@ -9,6 +9,7 @@
 Shapes: B sequences, T tokens, H query heads, KVH key/value heads, D head size, W scores remembered, L layers.
 """
 
+import functools
 import math
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import rope_frequencies
+from model import ModelConfig, Transformer, rope_frequencies
 from schedule import layer_ratios
 from skip_map import decisions
 from token_filter import CHOICES, FilterConfig, FilterState, above_threshold, preset, running_average, token_filter
@@ -98,7 +99,7 @@ def visible(t, redundant, config, window=None):
 
 def turned(x, angle):
     """RoPE: the channel pair (i, i + R/2) as a complex number, turned by its angle."""
-    R = 2 * len(angle)
+    R = 2 * angle.shape[-1]
     pairs = torch.complex(x[..., : R // 2], x[..., R // 2 : R]) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat((pairs.real, pairs.imag, x[..., R:]), dim=-1)
 
@@ -136,6 +137,20 @@ def drift(B, T, KVH, D, seed=0):
     rng = torch.Generator().manual_seed(seed)
     start, steps, noise = (torch.randn(2, B, n, KVH, D, generator=rng, dtype=torch.float64) for n in (1, T, T))
     return start + 0.2 * steps.cumsum(2) + 0.5 * noise
+
+
+@functools.cache
+def small(shape="gqa", window=None, n_layers=4, **of_a_family) -> Transformer:
+    """A random float64 model. Weights are scaled up, so that attention is far from uniform and every bug shows."""
+    torch.manual_seed(1)
+    heads = {"mha": (4, 4), "gqa": (6, 2), "mqa": (4, 1)}[shape]  # heads, kv_heads
+    config = ModelConfig(97, 32, n_layers, *heads, 8, 48, 10000.0, 1e-5, 512, False, window, **of_a_family)
+    model = Transformer(config).double().requires_grad_(False)
+    for name, p in model.named_parameters():
+        p.mul_(3.0 if ".q." in name or ".k." in name else 1.5)
+        if "q_norm" in name or "k_norm" in name:
+            p.add_(torch.randn(8))
+    return model
 
 
 def feed(k, v, chunks, ratio, config, state=None, dtype=torch.float64, layer=0):
@@ -321,7 +336,7 @@ def test_running_average_is_the_recurrence(T):
     (5, 4, 3, {}), (12, 6, 9, {}), (5, 4, 9, {"prune": 0.3, "schedule": "head"}),  # a window that is the shortest, between, the longest
 ])  # fmt: skip
 @pytest.mark.parametrize("mode", CHOICES["mode"])
-def test_the_transformer_lets_every_token_see_what_it_may(mode, recent, warmup, window, more, small):
+def test_the_transformer_lets_every_token_see_what_it_may(mode, recent, warmup, window, more):
     """A batch of two texts of different length, in prefill and then one by one."""
     model, config = small("gqa", window, n_layers=3), FilterConfig(mode=mode, recent=recent, warmup=warmup, **more)
     tokens, cache, got = torch.randint(0, 97, (2, 44)), model.new_cache(2, config), [[], []]

@@ -8,7 +8,7 @@ import transformers
 from load_weights import load
 from model import ModelConfig, Transformer
 from skip_map import Decisions, decisions
-from test_filter import decode_loop, visible
+from test_filter import decode_loop, small, visible
 from token_filter import PRESETS, FilterConfig, preset
 
 LENGTHS = [90, 40, 63]  # of the three rows of most tests
@@ -42,7 +42,7 @@ def same(a, b, row_a, row_b, length):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_what_other_families_add_equals_the_literal_loop(name, small):
+def test_what_other_families_add_equals_the_literal_loop(name):
     model = small("gqa", 40, rotary_dim=6, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True)
     logits, redundant, _ = feed(model, filter_of(name), [31, 1, 58], rows=[0])
     expected, decided = decode_loop(model, texts()[0], filter_of(name))
@@ -55,7 +55,7 @@ def test_what_other_families_add_equals_the_literal_loop(name, small):
 
 @pytest.mark.parametrize("shape, window", [*(("gqa", window) for window in WINDOWS), ("mha", None), ("mqa", None)])
 @pytest.mark.parametrize("name, prune", [(None, 0), *((name, prune) for name in PRESETS for prune in (0.3, 0.5, 0.8))])
-def test_chunks_and_neighbours_change_nothing(shape, window, name, prune, small):
+def test_chunks_and_neighbours_change_nothing(shape, window, name, prune):
     model, filter = small(shape, window), filter_of(name, prune)
     whole = feed(model, filter, [90])
     usage = whole[2].usage()
@@ -69,7 +69,8 @@ def test_chunks_and_neighbours_change_nothing(shape, window, name, prune, small)
         columns = [0, 1, 4] if window else [0, 1, 2, 3, 4]
         assert torch.equal(counted[:, columns], usage[:, columns])
     for row, length in enumerate(LENGTHS):
-        same(whole, feed(model, filter, [length], rows=[row]), row, 0, length)
+        for sizes in ([length], [1] * length):
+            same(whole, feed(model, filter, sizes, rows=[row]), row, 0, length)
     for row, place in ((0, 2), (2, 0)):
         same(whole, feed(model, filter, [33, 57], rows=[2, 1, 0]), row, place, LENGTHS[row])
 
@@ -78,7 +79,7 @@ def test_chunks_and_neighbours_change_nothing(shape, window, name, prune, small)
     {"fusion": "random"}, {"keys": "unrotated"}, {"schedule": "uniform"}, {"schedule": "head"}, {"schedule": "last"},
     {"warmup": 0}, {"history": 8}, {"gamma": 0.0}, {"recent": 1}, {"recent": 200}, {"mode": "cache"}, {"mode": "local", "recent": 3},
 ])  # fmt: skip
-def test_chunks_and_neighbours_change_nothing_with_other_settings(changes, small):
+def test_chunks_and_neighbours_change_nothing_with_other_settings(changes):
     model, filter = small(), filter_of("paper", **changes)
     whole, steps = feed(model, filter, [90]), feed(model, filter, [16, *[1] * 40, 34])
     assert whole[1].any()
@@ -88,7 +89,7 @@ def test_chunks_and_neighbours_change_nothing_with_other_settings(changes, small
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_padding_and_empty_chunks_change_nothing(name, small):
+def test_padding_and_empty_chunks_change_nothing(name):
     model, filter, tokens = small(), filter_of(name), texts()[:2, :60]
     cache = model.new_cache(2, filter)
     logits = model(tokens, cache, [20, 10])[0, :20]
@@ -102,7 +103,7 @@ def test_padding_and_empty_chunks_change_nothing(name, small):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_future_changes_nothing(name, small):
+def test_the_future_changes_nothing(name):
     tokens = texts()[:1]
     changed = torch.cat((tokens[:, :60], (tokens[:, 60:] + 1) % 97), 1)
     a, b = (small()(t, small().new_cache(1, filter_of(name)))[0, :60] for t in (tokens, changed))
@@ -110,7 +111,7 @@ def test_the_future_changes_nothing(name, small):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_prefill_of_ragged_prompts_gives_each_ones_last_logits(name, small):
+def test_prefill_of_ragged_prompts_gives_each_ones_last_logits(name):
     model, filter = small(), filter_of(name)
     prompts = [texts()[row, :length].tolist() for row, length in enumerate(LENGTHS)]
     for chunk in (7, 512):
@@ -129,10 +130,10 @@ MOMENTS = {  # the chunks that are fed before rows leave and fork
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("window", [None, 13])
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_leave_and_fork(name, window, moment, small):
+def test_rows_leave_and_fork(name, window, moment):
     """select() drops and copies whole rows: each goes on, in steps or in chunks, as if nothing had happened to the others."""
     model, filter, done = small("gqa", window), filter_of(name), sum(MOMENTS[moment])
-    origins, more = [2, 0, 2], torch.randint(0, 97, (3, 40))
+    origins, more = [2, 0, 2, 1], torch.randint(0, 97, (4, 40))
     whole = [torch.cat((texts()[origin, : min(done, LENGTHS[origin])], new))[None] for origin, new in zip(origins, more)]
     expected = [model(tokens, model.new_cache(1, filter))[0, -40:] for tokens in whole]
     for sizes in ([1] * 40, [3, 37]):
@@ -146,7 +147,7 @@ def test_rows_leave_and_fork(name, window, moment, small):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_long_row_that_leaves_takes_its_slots_along(name, small):
+def test_a_long_row_that_leaves_takes_its_slots_along(name):
     model, filter = small(), filter_of(name, 0.3)
     cache, alone = model.new_cache(2, filter), model.new_cache(1, filter)
     model(texts()[:2, :90], cache, [90, 10])
@@ -160,7 +161,7 @@ def test_a_long_row_that_leaves_takes_its_slots_along(name, small):
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("window", WINDOWS)
-def test_a_filter_that_keeps_everything_equals_dense(name, window, small):
+def test_a_filter_that_keeps_everything_equals_dense(name, window):
     model = small("gqa", window)
     dense = feed(model, None, [90])
     for sizes in ([90], [30, 60], [1] * 90):
@@ -171,7 +172,7 @@ def test_a_filter_that_keeps_everything_equals_dense(name, window, small):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_off_means_no_filter_work_and_no_filter_state(name, small):
+def test_off_means_no_filter_work_and_no_filter_state(name):
     def refuse(*args):
         raise AssertionError("the filter was called")
 
@@ -188,7 +189,7 @@ def test_off_means_no_filter_work_and_no_filter_state(name, small):
 
 @pytest.mark.parametrize("sizes", [[90], [20, 38, 32]], ids=len)
 @pytest.mark.parametrize("name", NAMES)
-def test_skipped_tokens_run_no_projection_and_no_attention(name, sizes, small, monkeypatch):
+def test_skipped_tokens_run_no_projection_and_no_attention(name, sizes, monkeypatch):
     """In prefill. And past the warm-up a layer of ratio 1 does not even project K and V, in prefill or at decode."""
     model, rows, queries, attention = small(), {}, [], F.scaled_dot_product_attention
 
@@ -220,7 +221,7 @@ def test_skipped_tokens_run_no_projection_and_no_attention(name, sizes, small, m
 @pytest.mark.parametrize("sizes", [[90], [90, *[1] * 40], [50, *[1] * 80]], ids=str)
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("name", NAMES)
-def test_usage_and_live_bytes_are_what_is_in_use(name, window, sizes, small):
+def test_usage_and_live_bytes_are_what_is_in_use(name, window, sizes):
     """Counted token by token, from what was found redundant."""
     model, filter, tokens = small("gqa", window), filter_of(name), torch.randint(0, 97, (3, 130))
     config, cache, decided, start = filter or FilterConfig(), model.new_cache(3, filter), Decisions(3, 4), 0
@@ -261,7 +262,7 @@ def test_hardly_more_is_allocated_than_is_in_use(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("sizes", [[60], [20, *[1] * 40]], ids=len)
-def test_nbytes_is_what_the_tensors_take(name, sizes, small):
+def test_nbytes_is_what_the_tensors_take(name, sizes):
     _, _, cache = feed(small(), filter_of(name), sizes)
     holders = [*cache.layers, *(layer.state for layer in cache.layers if layer.state)]
     to_look_at = ("redundant", "score", "ratio")
@@ -272,7 +273,7 @@ def test_nbytes_is_what_the_tensors_take(name, sizes, small):
 
 @pytest.mark.parametrize("sizes", [[1] * 300, [70] * 4], ids=len)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_sliding_window_bounds_the_cache(name, sizes, small):
+def test_a_sliding_window_bounds_the_cache(name, sizes):
     model = small("gqa", 20)
     cache = model.new_cache(1, filter_of(name, 0.3))
     empty = cache.nbytes()
@@ -340,7 +341,7 @@ def test_demo_is_chunk_free_and_batch_invariant(demo, name):
 # ---------------------------------------------------------------------------------------------------- the rest
 
 
-def test_beyond_the_context_is_refused(small):
+def test_beyond_the_context_is_refused():
     model = small()
     cache = model.new_cache(1)
     model(torch.zeros(1, 512, dtype=torch.int64), cache)
@@ -351,7 +352,7 @@ def test_beyond_the_context_is_refused(small):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_runs_and_keeps_its_statistics_in_float32(dtype, small):
+def test_half_precision_runs_and_keeps_its_statistics_in_float32(dtype):
     model = Transformer(small().config).to(dtype).requires_grad_(False)
     cache = model.new_cache(3, preset("cache", prune=0.5))
     assert model(texts(), cache, LENGTHS).dtype == dtype
