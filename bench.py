@@ -16,15 +16,14 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from command_line import Parser, add_filter_arguments, add_model_arguments, as_process, fail, filter_from, read_text
+from command_line import Parser, add_filter_arguments, add_model_arguments, as_process, compile_decode, fail, filter_from, read_text
 from load_weights import CheckpointError, load
-from model import ModelConfig, Transformer
+from model import BLOCK, ModelConfig, Transformer
 from token_filter import PRESETS, FilterConfig, token_filter
 
 #                               vocab     C   L   H KVH    D    MLP     theta   eps  context
@@ -53,49 +52,26 @@ def wait(device):
         torch.cuda.synchronize(device)
 
 
-class CompiledFilter:
-    """token_filter through torch.compile at decode, where its sixty small kernels become a few; prefill runs it as it is.
-
-    The first token takes half a minute. Where torch.compile cannot work (no C++ compiler, say), one line on stderr says
-    so, and token_filter runs as it is.
-    """
-
-    def __init__(self):
-        self.compiled: Callable | None = torch.compile(token_filter)
-
-    def __call__(self, k, v, n_new, state, ratio, config):
-        if k.shape[1] == 1 and self.compiled is not None:
-            try:
-                if not isinstance(ratio, torch.Tensor):  # a float would be compiled in
-                    ratio = torch.full((len(k),), ratio, dtype=torch.float64, device=k.device)
-                return self.compiled(k, v, n_new, state, ratio, config)
-            except Exception as e:  # noqa: BLE001 (compilers fail in many ways; nothing has run yet when they do)
-                self.compiled = None
-                reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-                print(f"note: torch.compile failed, the filter runs uncompiled: {reason}", file=sys.stderr)
-        return token_filter(k, v, n_new, state, ratio, config)
-
-
 class Ours:
     """One setting of our model."""
 
-    def __init__(self, name, model: Transformer, filter: FilterConfig | None, criterion=token_filter):
-        self.name, self.model, self.filter, self.criterion = name, model, filter, criterion
+    def __init__(self, name, model: Transformer, filter: FilterConfig | None, compiled=False):
+        self.name, self.model, self.filter, self.compiled = name, model, filter, compiled
         self.clocked, self.filter_seconds = False, 0.0
 
-    def timed_criterion(self, *args):
-        """The filter, with a stopwatch around it while `clocked`."""
+    def timed_filter(self, *args):
+        """token_filter, with a stopwatch around it while `clocked`."""
         if not self.clocked:
-            return self.criterion(*args)
+            return token_filter(*args)
         wait(args[0].device)
         started = time.perf_counter()
-        result = self.criterion(*args)
+        result = token_filter(*args)
         wait(args[0].device)
         self.filter_seconds += time.perf_counter() - started
         return result
 
     def prefill(self, tokens):
-        cache = self.model.new_cache(len(tokens), self.filter, self.timed_criterion)
+        cache = self.model.new_cache(len(tokens), self.filter, token_filter if self.compiled else self.timed_filter)
         self.model.prefill(tokens.tolist(), cache)
         return cache
 
@@ -106,19 +82,21 @@ class Ours:
         self.model(tokens, cache, last=True)
 
     def figures(self, cache):
-        pairs = int(cache.seen.sum()) * len(cache.layers)
+        pairs, redundant, held, read, dense_read = cache.usage().sum(0).tolist()
         return {
-            "skipped": 1 - int(cache.kept().sum()) / pairs,
+            "skipped": redundant / pairs,
+            "kv_held": held / pairs,
+            "kv_read": read / dense_read,
             "cache_bytes": cache.nbytes(),
             "live_bytes": cache.live_bytes(),
-            "dense_bytes": int(cache.seen.sum()) * self.model.kv_bytes_per_token(),
+            "dense_bytes": pairs * cache.slot_bytes,
         }
 
 
 class Transformers:
     """Hugging Face's model of the same checkpoint, with scaled_dot_product_attention and its own cache."""
 
-    name, filter = "transformers", None
+    name, filter, compiled = "transformers", None, False
 
     def __init__(self, folder, device, dtype):
         import transformers  # heavy, and only needed here
@@ -139,7 +117,7 @@ class Transformers:
 
     def figures(self, cache):
         held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
-        return {"skipped": 0.0, "cache_bytes": held, "live_bytes": held, "dense_bytes": held}
+        return {"skipped": 0.0, "kv_held": 1.0, "kv_read": 1.0, "cache_bytes": held, "live_bytes": held, "dense_bytes": held}
 
 
 def profiled(side, cache, tokens, device):
@@ -180,7 +158,7 @@ def session(side, device, tokens, rows, context, new_tokens):
     result = {"prefill_ms": prefill_ms, "step_ms": step_ms, **side.figures(cache)}
     if device.type == "cuda":
         result["peak_bytes"] = torch.cuda.max_memory_allocated(device)
-    if side.filter is not None:  # the filter's share, on two steps of their own: the stopwatch makes the device wait
+    if side.filter is not None and not side.compiled:  # the filter's share, on two steps of their own: the stopwatch makes the device wait
         side.clocked, side.filter_seconds = True, 0.0
         started = time.perf_counter()
         for t in range(context + new_tokens, context + new_tokens + 2):
@@ -194,6 +172,11 @@ def session(side, device, tokens, rows, context, new_tokens):
 def run(sides, device, tokens, rows, context, new_tokens, repeat, bar):
     """All settings on the same tokens, `repeat` times: {name: [result of each repetition]}."""
     results: dict[str, list[dict]] = {side.name: [] for side in sides}
+    for side in sides:
+        if side.compiled:  # beforehand, on short texts: at this batch size, before and after the cache grows
+            cache = side.prefill(tokens[:, :2])
+            for t in range(BLOCK + 3):
+                side.step(cache, tokens[:, t % tokens.shape[1], None])
     for _ in range(repeat):
         waiting = [(side.name, session(side, device, tokens, rows, context, new_tokens)) for side in sides]
         while waiting:
@@ -219,7 +202,7 @@ def summarise(results, batch, context, weights):
         row |= {"step_ms": quartiles[1], "step_ms_quartiles": [quartiles[0], quartiles[2]]}
         row["tokens_per_second"] = batch / quartiles[1] * 1e3
         shares = ("filter_share", "attention_share", "products_share")
-        for key in ("skipped", "cache_bytes", "live_bytes", "dense_bytes", "peak_bytes", *shares):
+        for key in ("skipped", "cache_bytes", "live_bytes", "dense_bytes", "kv_held", "kv_read", "peak_bytes", *shares):
             if key in runs[0]:
                 row[key] = statistics.median(r[key] for r in runs)
         row["bound"] = (weights + row["live_bytes"]) / (weights + row["dense_bytes"])
@@ -232,7 +215,7 @@ def summarise(results, batch, context, weights):
 
 
 HEAD = f"{'setting':<22}{'prefill ms':>11}{'x dense':>8}{'step ms':>9}{'quartiles':>16}{'x dense':>8}{'bound':>7}{'tokens/s':>10}"
-HEAD += f"{'cache MB':>10}{'live':>7}{'skipped':>9}{'filter':>8}{'attention':>11}{'products':>10}{'peak GB':>9}"
+HEAD += f"{'cache MB':>10}{'skipped':>9}{'KV held':>9}{'KV read':>9}{'filter':>8}{'attention':>11}{'products':>10}{'peak GB':>9}"
 
 
 def line(row):
@@ -242,7 +225,7 @@ def line(row):
     return (
         f"{row['setting']:<22}{row['prefill_ms']:>11.1f}{row['prefill_ratio']:>8.3f}{row['step_ms']:>9.1f}"
         f"{f'{low:.1f}-{high:.1f}':>16}{row['step_ratio']:>8.3f}{row['bound']:>7.3f}{row['tokens_per_second']:>10.1f}"
-        f"{row['cache_bytes'] / 1e6:>10.1f}{row['live_bytes'] / row['dense_bytes']:>7.3f}{row['skipped']:>9.3f}{share:>8}"
+        f"{row['cache_bytes'] / 1e6:>10.1f}{row['skipped']:>9.3f}{row['kv_held']:>9.3f}{row['kv_read']:>9.3f}{share:>8}"
         f"{row['attention_share']:>11.1%}{row['products_share']:>10.1%}{peak:>9}"
     )
 
@@ -288,7 +271,9 @@ def main(argv=None):
     parser.add_argument("--prune", type=float, nargs="+", default=[0.5], metavar="P",
                         help="shares of (token, layer) pairs to skip (default: 0.5); dense is always measured too")  # fmt: skip
     parser.add_argument("--nothing-skipped", action="store_true", help="add a setting whose warm-up never ends: the filter's own cost")
-    parser.add_argument("--compile", action="store_true", help="run token_filter through torch.compile at decode")
+    parser.add_argument(
+        "--compile", action="store_true", help="run decode through torch.compile, dense too; the filter's own share is then not measured"
+    )
     parser.add_argument("--vs", choices=["transformers"], help="add Hugging Face's model of the same checkpoint")
     parser.add_argument("--distinct", type=int, metavar="N",
                         help="prefill N rows only and copy them to fill the batch: quicker; the prefill column is then theirs")  # fmt: skip
@@ -329,10 +314,11 @@ def main(argv=None):
     if len(stream) < longest:
         fail(f"the text has {len(stream)} tokens, fewer than the {longest} that --context and --new-tokens ask for")
 
-    criterion = CompiledFilter() if args.compile else token_filter
-    sides: list[Ours | Transformers] = [Ours("dense", model, None), *(Ours(name, model, f, criterion) for name, f in filters)]
+    compiled = args.compile and compile_decode(model)
+    settings = [("dense", None), *filters]
     if args.nothing_skipped:
-        sides += [Ours("paper, none skipped", model, FilterConfig(prune=0.5, warmup=10**9), criterion)]
+        settings += [("paper, none skipped", FilterConfig(prune=0.5, warmup=10**9))]
+    sides: list[Ours | Transformers] = [Ours(name, model, filter, compiled) for name, filter in settings]
     if args.vs:
         sides += [Transformers(args.checkpoint, device, dtype)]
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -340,8 +326,8 @@ def main(argv=None):
         weights -= model.embed.weight.numel() * model.embed.weight.element_size()
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    settings = f"{args.shape or args.checkpoint}; {name}; torch {torch.__version__}; {str(dtype)[6:]}; weights {weights / 1e9:.3f} GB"
-    print(f"{settings}\n{args.new_tokens} decode steps, {args.repeat} repetitions, filter {'compiled' if args.compile else 'eager'}")
+    title = f"{args.shape or args.checkpoint}; {name}; torch {torch.__version__}; {str(dtype)[6:]}; weights {weights / 1e9:.3f} GB"
+    print(f"{title}\n{args.new_tokens} decode steps, {args.repeat} repetitions, ours {'compiled' if compiled else 'eager'}")
     table = []
     cases = [(batch, context) for batch in args.batch for context in args.context]
     pieces = (args.new_tokens + 2) * len(sides) * args.repeat
@@ -361,7 +347,7 @@ def main(argv=None):
             print(line(row), flush=True)
             table.append(row)
         if args.json:  # after each case, so that an interrupted run keeps what it has
-            Path(args.json).write_text(json.dumps({"settings": settings, "command": sys.argv, "rows": table}, indent=1))
+            Path(args.json).write_text(json.dumps({"settings": title, "command": sys.argv, "rows": table}, indent=1))
     if device.type == "cpu":
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(f"\nweights {weights / 1e6:.0f} MB; peak resident memory of the whole run {peak / 1e6:.0f} MB")

@@ -80,6 +80,18 @@ def filter_from(args, name, prune) -> FilterConfig | None:
     return config if prune > 0 else None
 
 
+def compile_decode(model) -> bool:
+    """Have the model decode through torch.compile: True, or False after one line on stderr where that cannot work."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(2, device=model.embed.weight.device))
+    except Exception as e:  # noqa: BLE001 (compilers fail in many ways)
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        print(f"note: torch.compile does not work here, so nothing is compiled: {reason}", file=sys.stderr)
+        return False
+    model.compile_decode()
+    return True
+
+
 def read_text(path) -> str:
     """A file's text. Exits with one line if there is none."""
     try:

@@ -131,18 +131,18 @@ class LayerCache:
     a kept token that leaves the ring. Without a filter (or at ratio 0, or 1 where that leaves nothing to do) all is far.
     """
 
-    def __init__(self, config: ModelConfig, B, layer, ratio, filter: FilterConfig, criterion, dtype, device):
+    def __init__(self, config: ModelConfig, B, layer, ratio, filter: FilterConfig, sinks, criterion, dtype, device):
         self.filter, self.criterion, self.window = filter, criterion, config.window
         # ratio 1: past the warm-up no token queries or is stored, so none is projected or scored either
         self.closed = ratio == 1 and filter.mode == "skip" and filter.recent == 0
         self.filters = ratio > 0 and not self.closed
-        self.sinks, self.ring = (max(filter.warmup, 1), filter.recent + 1) if self.filters else (0, 0)
+        self.sinks, self.ring = (sinks, filter.recent + 1) if self.filters else (0, 0)
         self.front = self.sinks + self.ring
         self.attend = attention_for(torch.device(device), dtype)
-        self.kv = torch.zeros(2, B, config.kv_heads, self.front + BLOCK, config.head_dim, dtype=dtype, device=device)  # (2, B, KVH, S, D)
+        self.kv = torch.zeros(2, B, config.kv_heads, BLOCK + 1, config.head_dim, dtype=dtype, device=device)  # (2, B, KVH, S, D)
         self.far = torch.zeros(B, dtype=torch.int64, device=device)
         self.kept = torch.zeros(B, self.front + 1, dtype=torch.bool, device=device)  # who of the ring; its last column is for the rest
-        self.at = self.far.new_full((B, self.front + BLOCK if self.window else 0), -1)  # (B, S) positions in the slots; for a window only
+        self.at = self.far.new_full((B, BLOCK + 1 if self.window else 0), -1)  # (B, S) positions in the slots; for a window only
         self.read, self.expired = torch.zeros_like(self.far), torch.zeros_like(self.far)  # slots that queries read; far tokens dropped
         self.state = self.ratio = self.redundant = self.score = None  # the last two for whoever wants to look: (B, T), the latest
         if self.filters:
@@ -167,7 +167,7 @@ class LayerCache:
 
     def put(self, kv, redundant, chunk: Chunk):
         """Decode: one token a row, kv (B, 1, 2, KVH, D), into its slot; returns how many slots it may see, itself included, (B,)."""
-        row, slot, end = chunk.row, chunk.slot, self.front + self.far
+        row, slot, end = chunk.row, chunk.slot, self.far + (0 if redundant is None else chunk.front)
         if redundant is None:
             slot, n = end, self.far.add_(1)
         else:
@@ -189,9 +189,9 @@ class LayerCache:
             self.expire(chunk.position[:, :1])
         row, T = chunk.row[:, None], kv.shape[1]
         position = (chunk.seen - self.ring)[:, None] + torch.arange(self.ring + T)
-        kept, far = position < (chunk.seen + chunk.n_new)[:, None], chunk.seen
+        kept, far = (position >= 0) & (position < (chunk.seen + chunk.n_new)[:, None]), chunk.seen
         if self.filters or self.window:
-            slot = send(front_slot(position[:, : self.ring], self.sinks, self.ring), kv.device)
+            slot = send(front_slot(position[:, : self.ring].clamp(min=0), self.sinks, self.ring), kv.device)
             parts = [self.far[:, None], self.kept[row, slot], *([] if redundant is None else [~redundant])]
             known = torch.cat(parts, dim=1).cpu()  # the wait
             far, kept = known[:, 0], kept & (known[:, 1:] > 0) if self.filters else kept
@@ -204,7 +204,7 @@ class LayerCache:
         stays = (p >= 0) & (p < end) & ((p < self.sinks) | (p >= end - self.ring))
         leaves = tape.kept & (p >= self.sinks) & (p < end - self.ring)
         far = tape.far[:, None] + leaves.cumsum(1)
-        self.resize(self.front + int(far[:, -1].max()) + 1)
+        self.resize(int((far[:, -1:] + end.clamp(max=self.front)).max()) + 1)
         slot = torch.where(leaves, self.front + far - 1, self.kv.shape[3] - 1)  # the last is for what goes nowhere
         slot = torch.where(stays, front_slot(p, self.sinks, self.ring), slot)
         t, redundant, device = p[:, self.ring :], ~tape.kept[:, self.ring :], self.far.device
@@ -252,12 +252,12 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, B, filter: FilterConfig | None, criterion, dtype, device):
         self.filter = filter = filter or FilterConfig(prune=0.0)
-        self.window, self.sinks, self.device = config.window, max(filter.warmup, 1), torch.device(device)
+        self.window, self.sinks, self.device = config.window, min(max(filter.warmup, 1), config.max_positions), torch.device(device)
         self.frequencies = rope_frequencies(config).to(device, torch.promote_types(dtype, torch.float32))
         self.seen = torch.zeros(B, dtype=torch.int64)  # tokens so far, so the position of the next; host
         self.room = BLOCK  # decode steps that every layer has slots for
         ratios = layer_ratios(filter, config.n_layers)
-        self.layers = [LayerCache(config, B, *layer, filter, criterion, dtype, device) for layer in enumerate(ratios)]
+        self.layers = [LayerCache(config, B, *layer, filter, self.sinks, criterion, dtype, device) for layer in enumerate(ratios)]
         self.chunk: Chunk | None = None  # the latest
         self.slot_bytes = 2 * config.kv_heads * config.head_dim * dtype.itemsize  # K and V of one token in one layer
 
@@ -293,9 +293,11 @@ class KVCache:
         if self.window is not None:
             for layer in self.layers:
                 layer.expire(send(self.seen, self.device)[:, None])
+        seen = int(F.pad(self.seen, (0, 1)).max())
         longest = torch.stack([F.pad(layer.far, (0, 1)).max() for layer in self.layers]).cpu().tolist()
         for layer, far in zip(self.layers, longest):
-            layer.resize(layer.front + (min(far + BLOCK, self.sinks) if layer.closed else far + BLOCK))
+            filled = far + min(seen, layer.front)
+            layer.resize(min(filled + BLOCK, self.sinks) if layer.closed else filled + BLOCK + 1)
         self.room = BLOCK
 
     @torch.inference_mode()
@@ -470,6 +472,7 @@ class Transformer(nn.Module):
 
     def compile_decode(self):
         """Have torch.compile make one graph of a block at decode, for all layers alike; the first steps then take a while."""
+        torch._dynamo.config.recompile_limit = 64  # a graph each for layers that filter and that do not, one row and many
         self.decode_block = torch.compile(Block.forward, fullgraph=True)
 
     @torch.inference_mode()
