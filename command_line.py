@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+
 from token_filter import CHOICES, PRESETS, FilterConfig, preset
 
 DEMO = Path(__file__).resolve().parent / "checkpoints" / "smollm2-135m"

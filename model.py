@@ -136,6 +136,7 @@ class LayerCache:
         # ratio 1: past the warm-up no token queries or is stored, so none is projected or scored either
         self.closed = ratio == 1 and filter.mode == "skip" and filter.recent == 0
         self.filters = ratio > 0 and not self.closed
+        self.sinks: int
         self.sinks, self.ring = (sinks, filter.recent + 1) if self.filters else (0, 0)
         self.front = self.sinks + self.ring
         self.attend = attention_for(torch.device(device), dtype)
@@ -210,7 +211,7 @@ class LayerCache:
         t, redundant, device = p[:, self.ring :], ~tape.kept[:, self.ring :], self.far.device
         n = self.in_sight(redundant, (t + 1).clamp(max=self.front), far[:, : t.shape[1]]).clamp(max=self.window or 2**62)
         self.read += send(n.masked_fill(t >= end, 0).sum(1), device)
-        self.far = send(far[:, -1], device)
+        self.far = send(far[:, -1].contiguous(), device)
         row, slot = chunk.row[:, None], send(slot, device)
         self.kv[:, row, :, slot] = tape.kv
         self.kept[row, slot.clamp(max=self.front)] = send(tape.kept, device)
