@@ -7,8 +7,9 @@ Every setting gets the same weights and the same tokens: `context` tokens are pr
 text's own next token, so the cache holds what it would hold in real use. The settings take turns, step by step on the
 CPU, run by run on CUDA, so that a machine whose speed drifts treats them alike. Figures are medians.
 
-The *bound* is what a step reads, all weights and the live cache, over what the dense step reads: about where the time would
-be on a machine that is limited by memory.
+*KV read* is of the measured steps alone, the share of what dense reads of its cache in them; *KV held* and the share of skipped
+pairs are of the whole run. The *bound* is what a step reads, all weights and that much of the cache, over what the dense step
+reads: about where the time would be on a machine that is limited by memory.
 """
 
 import json
@@ -82,11 +83,10 @@ class Ours:
         self.model(tokens, cache, last=True)
 
     def figures(self, cache):
-        pairs, redundant, held, read, dense_read = cache.usage().sum(0).tolist()
+        pairs, redundant, held, _, _ = cache.usage().sum(0).tolist()
         return {
             "skipped": redundant / pairs,
             "kv_held": held / pairs,
-            "kv_read": read / dense_read,
             "cache_bytes": cache.nbytes(),
             "live_bytes": cache.live_bytes(),
             "dense_bytes": pairs * cache.slot_bytes,
@@ -117,7 +117,7 @@ class Transformers:
 
     def figures(self, cache):
         held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
-        return {"skipped": 0.0, "kv_held": 1.0, "kv_read": 1.0, "cache_bytes": held, "live_bytes": held, "dense_bytes": held}
+        return {"skipped": 0.0, "kv_held": 1.0, "cache_bytes": held, "live_bytes": held, "dense_bytes": held}
 
 
 def profiled(side, cache, tokens, device):
@@ -148,6 +148,7 @@ def session(side, device, tokens, rows, context, new_tokens):
     prefill_ms, step_ms = (time.perf_counter() - started) * 1e3, []
     if rows < len(tokens):
         side.copy(cache, copies)
+    before = None if side.filter is None else cache.usage()
     yield None
     for t in range(context, context + new_tokens):
         started = time.perf_counter()
@@ -155,10 +156,14 @@ def session(side, device, tokens, rows, context, new_tokens):
         wait(device)
         step_ms.append((time.perf_counter() - started) * 1e3)
         yield None
-    result = {"prefill_ms": prefill_ms, "step_ms": step_ms, **side.figures(cache)}
+    result = {"prefill_ms": prefill_ms, "step_ms": step_ms, "kv_read": 1.0, **side.figures(cache)}
+    if side.filter is not None:
+        read, dense_read = (cache.usage() - before)[:, 3:].sum(0).tolist()
+        result["kv_read"] = read / dense_read
     if device.type == "cuda":
         result["peak_bytes"] = torch.cuda.max_memory_allocated(device)
-    if side.filter is not None and not side.compiled:  # the filter's share, on two steps of their own: the stopwatch makes the device wait
+    if side.filter is not None and not side.compiled:
+        # the filter's share, on two steps of their own: the stopwatch makes the device wait
         side.clocked, side.filter_seconds = True, 0.0
         started = time.perf_counter()
         for t in range(context + new_tokens, context + new_tokens + 2):
@@ -205,7 +210,7 @@ def summarise(results, batch, context, weights):
         for key in ("skipped", "cache_bytes", "live_bytes", "dense_bytes", "kv_held", "kv_read", "peak_bytes", *shares):
             if key in runs[0]:
                 row[key] = statistics.median(r[key] for r in runs)
-        row["bound"] = (weights + row["live_bytes"]) / (weights + row["dense_bytes"])
+        row["bound"] = (weights + row["kv_read"] * row["dense_bytes"]) / (weights + row["dense_bytes"])
         rows.append(row)
     dense = rows[0]
     for row in rows:

@@ -87,7 +87,7 @@ def compile_decode(model) -> bool:
     try:
         torch.compile(torch.sin)(torch.zeros(2, device=model.embed.weight.device))
     except Exception as e:  # noqa: BLE001 (compilers fail in many ways)
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        reason = " ".join(str(e).split("\n\n")[0].split()) or type(e).__name__  # without torch's advice on debugging
         print(f"note: torch.compile does not work here, so nothing is compiled: {reason}", file=sys.stderr)
         return False
     model.compile_decode()

@@ -1,7 +1,8 @@
 """Generate text with token filtering: the main job.
 
-    python generate.py [CHECKPOINT] --prompt "..." --prune 0.5      filtered as in the paper
-    python generate.py --chat --prompt "..." --prune 0.3 --compare  dense and every preset, one after another
+    python generate.py [CHECKPOINT] --prompt "..." --prune 0.5           filtered as in the paper
+    python generate.py --prompt "..." --prune 0.5 --preset local         a redundant token still attends to what is near
+    python generate.py --chat --prompt "..." --prune 0.3 --compare       dense and every preset, one after another
 
 From Python: `for row, token in generate(model, prompts, filter=preset("cache", prune=0.5)): ...`
 """
@@ -17,7 +18,18 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from command_line import KNOBS, Parser, add_filter_arguments, add_model_arguments, as_process, check_output, fail, filter_from, read_text
+from command_line import (
+    KNOBS,
+    Parser,
+    add_filter_arguments,
+    add_model_arguments,
+    as_process,
+    check_output,
+    compile_decode,
+    fail,
+    filter_from,
+    read_text,
+)
 from load_weights import CheckpointError, Tokenizer, load
 from model import KVCache, Transformer
 from skip_map import Decisions, draw_skip_map, paint, paint_legend, token_pieces
@@ -205,10 +217,11 @@ def main(argv=None):
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="and from the likeliest that together make up P (default: 1)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling and of --fusion random (default: 0)")
     parser.add_argument("--prune", type=float, metavar="P", help="share of (token, layer) pairs to skip (default: 0, dense)")
+    parser.add_argument("--compile", action="store_true", help="decode through torch.compile: faster, after a minute or so for compiling")
     parser.add_argument("--compare", action="store_true", help="dense, then every preset, at --prune (default: 0.3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.add_argument("--show-skips", action="store_true", help="colour each token by the share of layers that skipped it")
-    parser.add_argument("--skip-map", metavar="FILE.png", help="draw what was skipped where, and the scores (needs matplotlib)")
+    parser.add_argument("--show-skips", action="store_true", help="colour each token by the share of layers that found it redundant")
+    parser.add_argument("--skip-map", metavar="FILE.png", help="draw each layer's decision on each token, and its score (needs matplotlib)")
     add_filter_arguments(parser)
     args = parser.parse_args(argv)
 
@@ -249,13 +262,15 @@ def main(argv=None):
             prompts = [tokenizer.encode(text) for text in texts_in]
     except CheckpointError as e:
         fail(e)
+    if args.compile:
+        compile_decode(model)
 
     only = None if args.compare else settings[0][1]
     small = sum(p.numel() for p in model.parameters()) < 1e9
     if only and small and only.mode == "skip":
         print(
             "note: models below a billion parameters rarely survive having attention skipped; "
-            "try --preset cache, or --compare to see all presets side by side",
+            "try --preset cache, or --compare to see dense and all presets one after another",
             file=sys.stderr,
         )
 

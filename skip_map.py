@@ -1,4 +1,4 @@
-"""What was skipped where: a text in colours for a terminal, or a picture of layers by tokens.
+"""Which layers found which tokens redundant: a text in colours for a terminal, or a picture of layers by tokens.
 
 Shapes: L layers, T tokens of one sequence, prompt and answer.
 """
@@ -21,6 +21,7 @@ def decisions(cache: KVCache):
     """What every layer decided about the latest tokens that were fed: redundant (L, B, T) bool, and score (L, B, T), NaN where a
     layer gave none; False and NaN at padding. Both on the host.
     """
+    assert cache.chunk is not None, "nothing was fed"
     seen, n_new, (B, T) = cache.chunk.seen, cache.chunk.n_new, cache.chunk.position.shape
     step, score = torch.arange(T), torch.full((len(cache.layers), B, T), math.nan)
     past_warmup = (step < n_new[:, None]) & (seen[:, None] + step >= max(cache.filter.warmup, 1))
@@ -62,17 +63,17 @@ def shade(level) -> str:
 
 
 def paint(pieces: list[str], n_prompt: int, redundant) -> str:
-    """A row's text for a terminal: backgrounds show what share of the layers skipped each token, the answer is bold.
+    """A row's text for a terminal: backgrounds show what share of the layers found each token redundant, the answer is bold.
 
     pieces: the text of each token, n_prompt of them the prompt's; redundant (L, T), as in Decisions.
     """
-    skips, text = redundant.sum(0).tolist(), ""  # (T,)
+    layers, text = redundant.sum(0).tolist(), ""  # (T,)
     for i, piece in enumerate(pieces):
         style = BOLD if i >= n_prompt else ""
-        if i >= len(skips):
+        if i >= len(layers):
             style += UNDERLINE
-        elif skips[i] > 0:
-            style += shade(math.ceil(skips[i] * len(SHADES) / len(redundant)) - 1)
+        elif layers[i] > 0:
+            style += shade(math.ceil(layers[i] * len(SHADES) / len(redundant)) - 1)
         # a line ends without colour: some terminals would draw it to the margin
         text += style + piece.replace("\n", f"↵{RESET}\n{style}") + RESET
     return text
@@ -80,11 +81,11 @@ def paint(pieces: list[str], n_prompt: int, redundant) -> str:
 
 def paint_legend() -> str:
     shades = "".join(f"{shade(i)} up to {(i + 1) / len(SHADES):.0%} {RESET}" for i in range(len(SHADES)))
-    return f"skipped by {shades} of the layers; {BOLD}answer{RESET}; {UNDERLINE}last token{RESET}, which no layer has seen"
+    return f"redundant in {shades} of the layers; {BOLD}answer{RESET}; {UNDERLINE}last token{RESET}, which no layer has seen"
 
 
 def draw_skip_map(path, title, pieces: list[str], n_prompt: int, redundant, score, warmup: int):
-    """A row as a PNG picture, layers by tokens: orange where skipped, blue where kept, the darker the higher the score.
+    """A row as a PNG picture, layers by tokens: orange where redundant, blue where kept, the darker the higher the score.
 
     pieces: the text of each token, n_prompt of them the prompt's; redundant, score (L, T): as in Decisions. Wrapped after
     STRIP tokens; what MOST_STRIPS strips cannot hold is left out, and the title says so. In the labels ␣ is a space, ↵ a
@@ -99,14 +100,14 @@ def draw_skip_map(path, title, pieces: list[str], n_prompt: int, redundant, scor
     (L, T), T_drawn = redundant.shape, min(redundant.shape[1], STRIP * MOST_STRIPS)
     n_strips = math.ceil(T_drawn / STRIP)
     width = math.ceil(T_drawn / n_strips)
-    title += f": {redundant.mean():.1%} of (token, layer) pairs skipped"
+    title += f": {redundant.mean():.1%} of (token, layer) pairs redundant"
     title += f" (the first {T_drawn} of {T} tokens are drawn)" if T_drawn < T else ""
 
     known = score.compressed()
     scale = Normalize(*(np.quantile(known, (0.03, 1)) if known.size else (0, 1)))  # the lowest would take most of it
-    kept = LinearSegmentedColormap.from_list("kept", ["#f4f9fe", "#6aaed6", "#08306b"]).with_extremes(bad="#cccccc")
-    skipped = LinearSegmentedColormap.from_list("skipped", ["#fff3c4", "#fd9a3c", "#a02c00"]).with_extremes(bad="#3d1000")
-    image = np.where(redundant[..., None], skipped(scale(score)), kept(scale(score)))  # (L, T, RGBA)
+    blue = LinearSegmentedColormap.from_list("kept", ["#f4f9fe", "#6aaed6", "#08306b"]).with_extremes(bad="#cccccc")
+    orange = LinearSegmentedColormap.from_list("redundant", ["#fff3c4", "#fd9a3c", "#a02c00"]).with_extremes(bad="#3d1000")
+    image = np.where(redundant[..., None], orange(scale(score)), blue(scale(score)))  # (L, T, RGBA)
 
     tall = 0.1 * max(L, 8)  # inches of a strip
     figure = Figure(figsize=(13, 0.6 + n_strips * (1.8 + tall)), layout="constrained")
@@ -129,10 +130,10 @@ def draw_skip_map(path, title, pieces: list[str], n_prompt: int, redundant, scor
                     panel.axvline(edge - 0.5, color="black", linewidth=1.2)
                     if panel is share:
                         panel.text(edge - 0.5, 1.05, name, fontsize=9)
-    for name, colours in (("skipped", skipped), ("kept", kept)):
+    for name, colours in (("redundant", orange), ("kept", blue)):
         bar = figure.colorbar(ScalarMappable(scale, colours), ax=panels, extend="min", aspect=40, pad=0.01)
         bar.set_label(f"score of {name} tokens")
-    missing = ((~redundant, kept, "kept, no score"), (redundant, skipped, "skipped, no score"))
+    missing = ((~redundant, blue, "kept, no score"), (redundant, orange, "redundant, no score"))
     patches = [Patch(color=tuple(colours.get_bad()), label=name) for here, colours, name in missing if (here & score.mask).any()]
     if patches:
         figure.legend(handles=patches, loc="outside lower right", ncols=2, frameon=False, fontsize=9)
