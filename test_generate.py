@@ -1,5 +1,6 @@
 """Generation equals re-scoring, rows do not disturb each other, the command says what went wrong in one line."""
 
+import functools
 import importlib
 import json
 import shutil
@@ -12,7 +13,7 @@ import torch
 import generate as generate_module
 from generate import Stats, generate, main, sample
 from load_weights import load
-from skip_map import BOLD, Decisions, paint, paint_legend, token_pieces
+from skip_map import BOLD, Decisions, decisions, paint, paint_legend, token_pieces
 from test_model import LENGTHS, small, texts
 from token_filter import PRESETS, preset
 
@@ -65,21 +66,33 @@ def test_rows_that_ended_are_no_longer_fed(monkeypatch):
     assert sum(sizes[1:]) == sum(len(row) - (len(row) == 10) for row in ended)
 
 
-def test_stats_add_up():
-    model, filter, stats = small(), preset("paper", prune=0.5), Stats()
-    answers = collect(3, generate(model, PROMPTS, 20, filter, stats=stats))
-    skipped = pairs = live = 0
+@pytest.mark.parametrize("filter", FILTERS, ids=["dense", *PRESETS])
+def test_stats_add_up(filter):
+    """Rows end at different steps; each counts as if it had been fed alone."""
+    model, stats = small(), Stats()
+    eos = {collect(3, generate(model, PROMPTS, 20, filter))[0][5]}
+    answers = collect(3, generate(model, PROMPTS, 20, filter, eos, stats=stats))
+    assert len(set(map(len, answers))) > 1
+    usage = torch.zeros(5, dtype=torch.int64)
     for row, (prompt, answer) in enumerate(zip(PROMPTS, answers)):
         cache = model.new_cache(1, filter)
-        model(torch.tensor([prompt + answer[:-1]]), cache)
-        redundant = sum(int(layer.redundant.sum()) for layer in cache.layers)
-        assert stats.row_skip_ratio[row] == pytest.approx(redundant / (int(cache.seen) * 4))
-        skipped, pairs, live = skipped + redundant, pairs + int(cache.seen) * 4, live + cache.live_bytes()
-    assert stats.skip_ratio == pytest.approx(skipped / pairs)
-    assert stats.kv_bytes == live
-    assert stats.dense_kv_bytes == pairs * 2 * 2 * 8 * 8  # K and V, 2 heads of 8 float64s
-    assert (stats.prompt_tokens, stats.new_tokens) == (sum(LENGTHS), 60)
+        model(torch.tensor([prompt + answer[:19]]), cache)  # a 20th is not fed back
+        redundant = decisions(cache)[0]
+        assert stats.row_skip_ratio[row] == pytest.approx(redundant.double().mean().item())
+        usage += cache.usage()[0]
+    pairs, skipped, held, read, dense_read = usage.tolist()
+    assert pairs > held > 0 or filter is None
+    assert (stats.skip_ratio, stats.kv_held, stats.kv_read) == (skipped / pairs, held / pairs, read / dense_read)
+    if filter is None:
+        assert (stats.skip_ratio, stats.kv_held, stats.kv_read) == (0, 1, 1)
+    ended = sum(len(answer) < 20 for answer in answers)  # by a token that is sampled, and not yielded
+    assert (stats.prompt_tokens, stats.new_tokens) == (sum(LENGTHS), sum(map(len, answers)) + ended)
     assert stats.prefill_seconds > 0 and stats.decode_seconds > 0
+    megabytes = held * 2 * 2 * 8 * 8 / 1e6  # K and V, 2 heads of 8 float64s
+    assert stats.line().endswith(
+        f"skipped {skipped / pairs:.1%} of (token, layer) pairs; "
+        f"KV held {held / pairs:.0%} ({megabytes:.2f} MB), read {read / dense_read:.0%} of dense"
+    )
 
 
 def test_sampling():
@@ -108,17 +121,16 @@ def test_watched_decisions_are_those_of_one_forward(name):
     """In a batch of ragged prompts whose rows end at different steps, chunked or not."""
     model, filter = small(), preset(name, prune=0.5)
     free = collect(3, generate(model, PROMPTS, 20, filter))
-    decisions = Decisions(3, 4)
-    answers = collect(3, generate(model, PROMPTS, 20, filter, {free[0][3], free[2][7]}, chunk=16, watch=decisions.watch))
+    watched = Decisions(3, 4)
+    answers = collect(3, generate(model, PROMPTS, 20, filter, {free[0][3], free[2][7]}, chunk=16, watch=watched.watch))
     assert len(set(map(len, answers))) > 1
     for row, (prompt, answer) in enumerate(zip(PROMPTS, answers)):
         cache = model.new_cache(1, filter)
         model(torch.tensor([prompt + answer[:19]]), cache)  # a 20th is not fed back
-        assert decisions.redundant[row].any()
-        assert torch.equal(decisions.redundant[row], torch.cat([layer.redundant for layer in cache.layers]))
-        for layer, score in zip(cache.layers, decisions.score[row]):
-            expected = torch.full_like(score, float("nan")) if layer.score is None else layer.score[0]
-            torch.testing.assert_close(score, expected, rtol=0, atol=1e-9, equal_nan=True)
+        redundant, score = decisions(cache)
+        assert watched.redundant[row].any()
+        assert torch.equal(watched.redundant[row], redundant[:, 0])
+        torch.testing.assert_close(watched.score[row], score[:, 0].to(watched.score[row].dtype), rtol=0, atol=1e-6, equal_nan=True)
 
 
 # --------------------------------------------------------------------------------------------- the command line
@@ -134,7 +146,9 @@ def test_one_prompt_streams_what_json_reports(checkpoint, capsys):
     main([str(checkpoint), "--prompt", LONG, "--prune", "0.5", "--json", *RUN])
     result = json.loads(capsys.readouterr().out)["results"][0]
     assert streamed == result["texts"][0] + "\n"
-    assert f"skipped {result['skip_ratio']:.1%} of (token, layer) pairs" in figures and 0.1 < result["skip_ratio"] < 0.6
+    assert f"skipped {result['skip_ratio']:.1%} of (token, layer) pairs; KV held {result['kv_held']:.0%} (" in figures
+    assert f"read {result['kv_read']:.0%} of dense" in figures
+    assert 0.1 < result["skip_ratio"] < 0.6 and 0.3 < result["kv_held"] < 0.9 and 0.2 < result["kv_read"] < 0.9
     assert "note: models below a billion parameters" in figures
     assert result["filter"]["prune"] == 0.5 and result["new_tokens"] == 12
     model, tokenizer = load(checkpoint, "cpu")
@@ -176,11 +190,38 @@ def test_compare_runs_dense_and_every_preset(checkpoint, capsys):
 
 
 def test_every_filter_field_can_be_overridden(checkpoint, capsys):
-    flags = "--mode cache --grace 3 --schedule head --gamma 0.8 --warmup 5 --history 9 --fusion key --keys unrotated --seed 7"
+    flags = "--mode cache --recent 3 --schedule head --gamma 0.8 --warmup 5 --history 9 --fusion key --keys unrotated --seed 7"
     main([str(checkpoint), "--prompt", LONG, "--prune", "0.5", "--json", *flags.split(), *RUN])
     used = json.loads(capsys.readouterr().out)["results"][0]["filter"]
-    assert used == {"prune": 0.5, "mode": "cache", "fill": "zero", "grace": 3, "schedule": "head", "gamma": 0.8, "warmup": 5,
+    assert used == {"prune": 0.5, "mode": "cache", "recent": 3, "schedule": "head", "gamma": 0.8, "warmup": 5,
                     "history": 9, "fusion": "key", "keys": "unrotated", "seed": 7}  # fmt: skip
+
+
+def test_compile_changes_nothing_but_the_time(checkpoint, capsys, monkeypatch):
+    """With a backend that runs a graph as it is, which takes seconds less; test_decode.py has the real one."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=lambda graph, _: compiled.append(graph) or graph))
+    flags = [str(checkpoint), "--prompt", LONG, "--prune", "0.5", "--preset", "local", *RUN]
+    main(flags)
+    text, figures = capsys.readouterr()
+    assert not compiled and "models below a billion" not in figures  # that note is for mode skip
+    torch.compiler.reset()
+    main([*flags, "--compile"])
+    assert capsys.readouterr().out == text
+    assert len(compiled) > 1  # the trial, and a block
+
+
+def test_without_a_compiler_compile_says_so_in_one_line(checkpoint, capsys, monkeypatch):
+    flags = [str(checkpoint), "--prompt", LONG, "--prune", "0.5", "--preset", "local", *RUN]
+    main(flags)
+    text = capsys.readouterr().out
+    torch.compiler.reset()
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no/such/compiler",))
+    main([*flags, "--compile"])
+    out, err = capsys.readouterr()
+    notes = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("note: ")]
+    assert out == text and len(notes) == 1 and "Traceback" not in err
+    assert notes[0].startswith("note: torch.compile does not work here, so nothing is compiled: ") and "C++ compiler" in notes[0]
 
 
 @pytest.mark.parametrize("command", ["generate", "eval_ppl", "eval_tasks", "bench", "demo_checkpoint"])
@@ -207,7 +248,7 @@ def test_show_skips_colours_each_row(checkpoint, capsys, monkeypatch):
         cache = model.new_cache(1, filter)
         model(torch.tensor([prompt + answer[:-1]]), cache)
         pieces = token_pieces(tokenizer, prompt) + token_pieces(tokenizer, answer)
-        expected.append(paint(pieces, len(prompt), torch.cat([layer.redundant for layer in cache.layers])))
+        expected.append(paint(pieces, len(prompt), decisions(cache)[0][:, 0]))
     assert all("48;5;" in text for text in expected)
 
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
@@ -261,10 +302,11 @@ def refused(capsys, *flags, command=main):
     (["--prompt", "a", "--prune", "nan"], "prune=nan is not a number in [0, 1)"),
     (["--prompt", "a", "--prune", "half"], "--prune: invalid float value: 'half'"),
     (["--prompt", "a", "--prune", "0.5", "--gamma", "1"], "gamma=1.0 is not a number in [0, 1)"),
-    (["--prompt", "a", "--prune", "0.5", "--preset", "cache", "--fill", "anchor"], "fill='anchor' has no meaning"),
+    (["--prompt", "a", "--prune", "0.5", "--recent", "-1"], "recent=-1 is not a whole number of at least 0"),
+    (["--prompt", "a", "--prune", "0.5", "--mode", "attention"], "--mode: invalid choice: 'attention'"),
     (["--prompt", "a", "--preset", "cache"], "--preset does nothing without --prune"),
-    (["--prompt", "a", "--grace", "3"], "--grace does nothing without --prune"),
-    (["--prompt", "a", "--compare", "--grace", "3"], "cannot be combined with --grace"),
+    (["--prompt", "a", "--recent", "3"], "--recent does nothing without --prune"),
+    (["--prompt", "a", "--compare", "--recent", "3"], "cannot be combined with --recent"),
     (["--prompt", ""], "prompt 1 is empty"),
     ([], "no prompt"),
     (["--prompts-file", "no/such/file"], "no/such/file: cannot be read"),

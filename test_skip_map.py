@@ -6,9 +6,26 @@ import torch
 from matplotlib.figure import Figure
 
 from load_weights import load
-from skip_map import BOLD, MOST_STRIPS, RESET, SHADES, STRIP, UNDERLINE, draw_skip_map, paint, token_pieces
+from skip_map import BOLD, MOST_STRIPS, RESET, SHADES, STRIP, UNDERLINE, decisions, draw_skip_map, paint, token_pieces
+from test_model import small, texts
+from token_filter import preset
 
 ESCAPES = re.compile(r"\033\[[0-9;]*m")
+
+
+def test_decisions():
+    """Of layers that filter, what they found; of one at ratio 0 nothing; at ratio 1, all tokens past the warm-up; not of padding."""
+    model, n_new = small(), [40, 7, 0]
+    cache = model.new_cache(3, preset("paper", prune=0.5, warmup=6))  # ratios 0, 1/3, 2/3, 1
+    model(texts()[:, :3], cache)
+    model(texts()[:, 3:43], cache, n_new)
+    redundant, score = decisions(cache)
+    real = torch.arange(40) < torch.tensor(n_new)[:, None]
+    assert not redundant[0].any() and torch.equal(redundant[3], real & (torch.arange(40) >= 3))
+    assert score[[0, 3]].isnan().all()
+    for l in (1, 2):
+        assert torch.equal(redundant[l], cache.layers[l].redundant) and redundant[l].any()
+        assert torch.equal(score[l].isnan(), ~real) and (score[l] == cache.layers[l].score.float())[real].all()
 
 
 def test_paint():
