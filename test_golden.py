@@ -4,6 +4,7 @@ Every check runs on an implementation: golden/port.py, that file with one change
 code behind the same names.
 """
 
+import copy
 import functools
 import json
 import types
@@ -15,8 +16,9 @@ import torch
 from safetensors.numpy import load_file
 
 from golden import make, port
-from model import ModelConfig, Transformer, rotate
-from schedule import adaptive_ratios, layer_ratios
+from model import ModelConfig, Transformer, rope_table, rotate
+from schedule import layer_ratios
+from skip_map import decisions
 from token_filter import FilterConfig, FilterState, above_threshold, token_filter
 
 INDEX = json.loads((make.FOLDER / "files.json").read_text())
@@ -42,17 +44,18 @@ def agree(got, want, dtype, what):
         np.testing.assert_array_equal(got, want, err_msg=what)
 
 
-def in_calls(calls, T, feed):
-    """What every feed(at, n_new) of these calls returns, each array (B, t, ...), put together to (B, T, ...).
+def in_calls(calls, feed, *given):
+    """What feed(*chunks of given, n_new), each array (B, t, ...), returns in these calls, put together to (B, T, ...).
 
-    x[at] are a call's chunk of x (B, T, ...), padded with what follows.
+    A chunk of x (B, T, ...) is padded with what follows.
     """
+    T = given[0].shape[1]
     done, out, found = np.zeros(len(calls[0]), int), {}, []
     for n_new in np.array(calls):
         step = np.arange(n_new.max())
         at = np.arange(len(n_new))[:, None], np.minimum(done[:, None] + step, T - 1)
         real = step < n_new[:, None]
-        found.append(feed(at, n_new))
+        found.append(feed(*(x[at] for x in given), n_new))
         for name, x in found[-1].items():
             assert name != "redundant" or not x[~real].any(), "a pad is redundant"
             whole = out.setdefault(name, np.zeros((len(n_new), T) + x.shape[2:], x.dtype))
@@ -65,32 +68,21 @@ def one_by_one(lengths):
     return [[int(t < n) for n in lengths] for t in range(max(lengths))]
 
 
-def turned(implementation, raw_k, theta, calls):
-    """Keys after RoPE, each row at its own positions."""
-    return in_calls(calls, raw_k.shape[1], lambda at, n_new: {"k": implementation.rotate(raw_k[at], at[1], theta)})["k"]
-
-
-def filtered(implementation, k, v, ratio, config, calls, dtype):
-    """Every stage that the implementation shows."""
-    B, T, KVH, D = k.shape
-    state = implementation.Filter(B, KVH, D, config, np.dtype(dtype).type)
-    return in_calls(calls, T, lambda at, n_new: implementation.filter_chunk(k[at], v[at], n_new, state, ratio, config))
-
-
 def check_filter(implementation, name, dtype):
     data, about = golden(name), INDEX["filter"][name]
     config, layers = about["config"], len(data["k"])
-    if name == "schedule-adaptive":
-        agree(implementation.adaptive_ratios(data["contribution"], config["prune"]), data["ratio"], dtype, "ratio")
-    elif name.startswith("schedule"):
+    if name.startswith("schedule"):
         agree(implementation.layer_ratios(config["schedule"], config["prune"], layers), data["ratio"], dtype, "ratio")
     k, v = (data[side] if name == "half" else data[side].astype(dtype) for side in ("k", "v"))
+    if "raw_k" in data:
+        raw_k = data["raw_k"].astype(dtype)
+        k = implementation.rotate(raw_k, np.arange(raw_k.shape[1])[None].repeat(len(raw_k), 0), about["rope_theta"])
+        agree(k, data["k"], dtype, "k")
     lengths = np.sum(about["calls"], 0).tolist()
     for calls in (about["calls"], [lengths], one_by_one(lengths)):
-        if "raw_k" in data:
-            k = turned(implementation, data["raw_k"].astype(dtype), about["rope_theta"], calls)
-            agree(k, data["k"], dtype, "k")
-        for stage, got in filtered(implementation, k, v, data["ratio"], config, calls, dtype).items():
+        state = implementation.Filter(len(k), *k.shape[2:], config, np.dtype(dtype).type)
+        feed = functools.partial(implementation.filter_chunk, state=state, ratio=data["ratio"], config=config)
+        for stage, got in in_calls(calls, feed, k, v).items():
             if not (name == "alike" and stage == "w_k" and dtype == "float32"):  # float32's variances are too rough for it
                 agree(got, data[stage], dtype, stage)
 
@@ -106,21 +98,20 @@ def check_ties(implementation, dtype):
         history = np.concatenate((history[:, 1:], score[:, t, None]), 1)
 
 
-def run(implementation, weights, tokens, config, calls, dtype):
-    """The model's logits, and what else the implementation shows."""
-    model = implementation.Model(weights, SHAPE, config, len(tokens), np.dtype(dtype).type)
-    return in_calls(calls, tokens.shape[1], lambda at, n_new: model.feed(tokens[at], n_new))
-
-
 def check_model(implementation, name, dtype):
     weights, config = dict(golden("model")), INDEX["model"]["files"][name]["config"]
     tokens, dense = weights.pop("tokens"), weights.pop("dense")
     for p, prune in enumerate(PRUNES) if name != "model" else [(0, 0.0)]:
         want = {"logits": dense} if name == "model" else {part: x[p] for part, x in golden(name).items()}
-        for calls in (CALLS, one_by_one(LENGTHS)):
-            got = run(implementation, weights, tokens, config | {"prune": prune}, calls, dtype)
+        if "n" in want:
+            agree(implementation.layer_ratios(config["schedule"], prune, SHAPE["n_layers"]), want["ratio"], dtype, "ratio")
+            want["read"] = want["n"].sum(-1)  # in all layers
+        for calls in (CALLS, one_by_one(LENGTHS), one_by_one(LENGTHS[:1])):  # the last: a row alone, which is decode to its end
+            rows = len(calls[0])
+            model = implementation.Model(weights, SHAPE, config | {"prune": prune}, rows, np.dtype(dtype).type)
+            got = in_calls(calls, model.feed, tokens[:rows])
             for part in want.keys() & got.keys():
-                agree(got[part], want[part], dtype, f"{part}, prune {prune}")
+                agree(got[part], want[part][:rows], dtype, f"{part}, prune {prune}")
 
 
 def check(implementation, name, dtype="float64"):
@@ -138,15 +129,17 @@ class Reference:
 
     @staticmethod
     def Filter(B, kv_heads, head_dim, config, dtype):
-        return FilterState.new(B, kv_heads, head_dim, FilterConfig(**config), 0, getattr(torch, dtype.__name__), "cpu")
+        return FilterState(B, kv_heads, head_dim, FilterConfig(**config), 0, getattr(torch, dtype.__name__), "cpu")
 
     @staticmethod
     def filter_chunk(k, v, n_new, state, ratio, config):
-        (k, v, n_new, ratio), config = (torch.tensor(x) for x in (k, v, n_new, ratio)), FilterConfig(**config)
-        heads, out = k.shape[2], {}
+        decode = k.shape[1] == 1 and n_new.all()
+        (k, v, n_new), ratio, config = (torch.tensor(x) for x in (k, v, n_new)), torch.tensor(ratio)[:, None], FilterConfig(**config)
+        n_new, heads, out = None if decode else n_new, k.shape[2], {}
 
         def mean(side, some):  # of these heads' cosines: the score of a filter that sees those heads and that side only
-            part = FilterState(state.anchor[:, :, some], state.history, state.count, 0)
+            part = copy.deepcopy(state)
+            part.anchor = part.anchor[:, :, some]
             return token_filter(k[:, :, some], v[:, :, some], n_new, part, ratio, replace(config, fusion=side))[1]
 
         sides = "key", "value"
@@ -162,45 +155,33 @@ class Reference:
 
     @staticmethod
     def threshold(score, history, count, ratio):
-        above = above_threshold(*(torch.tensor(x) for x in (score[:, None], history, count, ratio)))
-        return (above[:, 0].numpy(),)
+        score, history, count, ratio = (torch.tensor(x)[:, None] for x in (score, history, count, ratio))
+        return (above_threshold(score, history, count.clamp(max=history.shape[2]), ratio)[:, 0].numpy(),)
 
     @staticmethod
     def layer_ratios(schedule, p, L):
         return np.array(layer_ratios(FilterConfig(schedule=schedule, prune=p), L))
 
     @staticmethod
-    def adaptive_ratios(contribution, p):
-        return adaptive_ratios(torch.tensor(contribution)[None], p)[0].numpy()
-
-    @staticmethod
     def rotate(x, position, theta):
         x, D = torch.tensor(x), x.shape[-1]
-        angle = torch.tensor(position)[:, :, None, None] * theta ** (-torch.arange(0, D, 2, dtype=x.dtype) / D)
-        cos, sin = angle.cos(), angle.sin()
-        return rotate(x, torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)).numpy()
+        frequencies = theta ** (-torch.arange(0, D, 2, dtype=x.dtype) / D)
+        return rotate(x, *rope_table(torch.tensor(position), frequencies, x.dtype)).numpy()
 
     class Model:
         def __init__(self, weights, shape, config, B, dtype):
             self.model = Transformer(ModelConfig(**shape)).to(getattr(torch, dtype.__name__))
             self.model.load_state_dict({name: torch.tensor(w) for name, w in weights.items()})
-            self.config = FilterConfig(**config)
-            self.cache = self.model.new_cache(B, self.config)
+            self.cache = self.model.new_cache(B, FilterConfig(**config))
 
         def feed(self, tokens, n_new):
-            logits = self.model(torch.tensor(tokens).long(), self.cache, n_new)
-            layers, nan = self.cache.layers, torch.full(tokens.shape, torch.nan)
-            out = {"redundant": [layer.redundant for layer in layers]}
-            out["score"] = [nan if layer.score is None else layer.score for layer in layers]
-            if tokens.shape[1] == 1:  # what only shows after each token
-                attends = [~layer.redundant | (self.config.mode == "cache") for layer in layers]
-                position = self.cache.seen[:, None] - 1
-                seen = [(layer.until >= position).sum(1, keepdim=True) for layer in layers]
-                out["visible"] = [torch.where(some, number, 0) for some, number in zip(attends, seen)]
-                out["length"] = [layer.length[:, None] for layer in layers]
-                ratios = [torch.as_tensor(layer.ratio, dtype=torch.float64) for layer in layers]
-                out["ratio"] = [ratio.expand(len(tokens))[:, None] for ratio in ratios]
-            return {"logits": logits.numpy()} | {name: torch.stack(x, 2).numpy() for name, x in out.items()}
+            read = self.cache.usage()[:, 3]
+            logits, nan = self.model(torch.tensor(tokens).long(), self.cache, n_new), torch.full(tokens.shape, torch.nan)
+            score = torch.stack([nan if layer.score is None else layer.score for layer in self.cache.layers], 2)
+            out = {"logits": logits, "score": score, "redundant": decisions(self.cache)[0].permute(1, 2, 0)}
+            if tokens.shape[1] == 1:  # of one token alone
+                out["read"] = (self.cache.usage()[:, 3] - read)[:, None]
+            return {name: x.numpy() for name, x in out.items()}
 
 
 # ------------------------------------------------------------------------------------------------- who passes them
@@ -220,7 +201,7 @@ def test_the_port_passes_every_file(name, dtype):
 
 def test_the_port_is_short_and_stands_alone():
     source = (make.FOLDER / "port.py").read_text()
-    assert source.count("\n") < 200
+    assert source.count("\n") < 170
     imports = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
     assert imports == ["import numpy as np"]
 
@@ -243,22 +224,34 @@ CHANGES = {  # to the port: a piece of its text, what it becomes, files that mus
     "NaN is above": ("& ~np.isnan(score) &", "&", ["ties"]),
     "ceiling in float32": ("np.ceil((1 - ratio) * n - 1e-9)", "np.ceil((1 - np.float32(ratio)) * n)", ["ties"]),
     "no eps": ("variance[:, 1] + 1e-6", "variance[:, 1]", ["one-head", "alike"]),
-    "warm-up not in the history": ("real[:, None], hi", '(real & (state.count > config["warmup"]))[:, None], hi', ["gqa"]),
-    "redundant not in the history": ("real[:, None], hi", "(real & ~redundant)[:, None], hi", ["history", "gqa"]),
-    "redundant not in the anchors": ("real[:, None, None, None]", "(real & ~redundant)[:, None, None, None]", ["history"]),
-    "history one short": ("(state.history[:, 1:], ", "(state.history[:, :1] * np.nan, state.history[:, 2:], ", ["history"]),
+    "warm-up not in the history": ("state.history[real,", 'real &= state.count > config["warmup"]; state.history[real,', ["gqa"]),
+    "redundant not in the history": ("state.history[real,", "real = real & ~redundant; state.history[real,", ["history", "gqa"]),
+    "redundant not in the anchors": ("[real] = after[real]", "[real & ~redundant] = after[real & ~redundant]", ["history"]),
+    "history one short": ("history.shape[1])\n", "history.shape[1])\n    history = history[:, 1:]\n", ["history"]),
     "position of the longest row": ("self.seen[:, None] + step", "self.seen.max() + 0 * n_new[:, None] + step", ["model"]),
-    "position by slot": ("rotate(y, position,", "rotate(y, cache.k.shape[1] + position - self.seen[:, None],", PRESET_FILES),
-    "pads enter the anchors": ("np.where(real[:, None, None, None], after, state.anchor)", "after", ["ragged"]),
-    "pads enter the history": ("np.where(real[:, None], history, state.history)", "history", ["ragged", *PRESET_FILES]),
+    "position by slot": ("rotate(y, position,", "rotate(y, cache.far[:, None] + position - self.seen[:, None],", PRESET_FILES),
+    "pads enter the anchors": ("[real] = after[real]", "[:] = after", ["ragged"]),
+    "pads enter the history": ("state.history[real,", "real = real | True; state.history[real,", ["ragged", *PRESET_FILES]),
     "a pad is redundant": ("redundant = real & above", "redundant = above", ["ragged"]),
+    # the cache, and who sees what
+    "pads enter the cache": ("flatnonzero(real[:, t] &", "flatnonzero((real[:, t] | True) &", ["model", *PRESET_FILES]),
+    "as long as the longest row": ("position + 1, front), self.far[b]", "position + 1, front), self.far.max()", ["model", *PRESET_FILES]),
+    "unwritten slots in sight": ("np.minimum(position + 1, front)", "0 * position + front", PRESET_FILES),
+    "blind to itself": ("np.minimum(position + 1, front)", "np.minimum(position, front)", PRESET_FILES),
+    "no ring": ('config["recent"] + 1', "1", ["model-local", "model-cache"]),
+    "ring one short": ('config["recent"] + 1', 'max(config["recent"], 1)', ["model-local", "model-cache"]),
+    "ring from the first token on": ("(position - self.sinks) % self.ring", "position % self.ring", ["model-local", "model-cache"]),
+    "no sinks": ('max(config["warmup"], 1) if', "0 if", ["model-local"]),
+    "a redundant token stays": ("self.kept[b, slot] = ~redundant", "self.kept[b, slot] = True", PRESET_FILES),
+    "a kept token goes": ("self.far[b] += self.kept[b, slot]", "self.far[b] += 0", PRESET_FILES),
+    "stored before the oldest is copied": ("self.kv[:, b, slot]  #", "kv  #", PRESET_FILES),
+    "flags set before the oldest's is read": ("self.kept[b, slot]\n", "~redundant\n", PRESET_FILES),
+    "skip attends": ('{"skip": 0', '{"skip": near + far', ["model-paper"]),
+    "local reads far": ('"local": near', '"local": near + far', ["model-local"]),
+    "local skips": ('"local": near', '"local": 0', ["model-local"]),
+    "cache reads sinks and ring alone": ('"cache": near + far', '"cache": near', ["model-cache"]),
     "cosine in half precision": (".astype(state.anchor.dtype)  #", ".astype(np.float16)  #", ["half"]),
     "cosine of a zero norm": ("np.where(norms == 0, 0,", "np.where(norms == 0, 1,", ["zeros"]),
-    "grace one long": ('position + config["grace"]', 'position + config["grace"] + 1', ["model-anchored", "model-cache"]),
-    "skipped in the anchor output": ("np.where(keep[:, t, None], a", "np.where(real[:, t, None], a", ["model-anchored"]),
-    "contribution to the normed stream": ("np.linalg.norm(x[:, t]", "np.linalg.norm(normed[:, t]", ["model-adaptive"]),
-    "every kept token counts alike": ("1 / (1 - np.minimum(ratio, 0.95))", "1", ["model-adaptive"]),
-    "ratios set one token late": ("np.isin(self.seen, self", "np.isin(self.seen - 1, self", ["model-adaptive"]),
 }  # fmt: skip
 
 
@@ -303,15 +296,14 @@ def test_no_decision_is_close(name):
     data = golden(name)
     if name in INDEX["filter"]:
         config, lengths = FilterConfig(**INDEX["filter"][name]["config"]), np.sum(INDEX["filter"][name]["calls"], 0)
-        rows = [(data["score"][b], data["redundant"][b], np.full(n, data["ratio"][b]), n) for b, n in enumerate(lengths)]
+        rows = [(data["score"][b], data["redundant"][b], data["ratio"][b], n) for b, n in enumerate(lengths)]
     else:
         config, L = FilterConfig(**INDEX["model"]["files"][name]["config"]), SHAPE["n_layers"]
-        parts = [data[part] for part in ("score", "redundant", "ratio")]
-        cases = [(p, b, l) for p in range(len(PRUNES)) for b in range(len(LENGTHS)) for l in range(L)]
-        rows = [(*(x[p, b, :, l] for x in parts), LENGTHS[b]) for p, b, l in cases]
+        cases = np.ndindex(len(PRUNES), len(LENGTHS), L)
+        rows = [(data["score"][p, b, :, l], data["redundant"][p, b, :, l], data["ratio"][p, l], LENGTHS[b]) for p, b, l in cases]
     decided = 0
     for score, redundant, ratio, n in rows:
-        margin = make.margins(score[:n], ratio[:n], config)
+        margin = make.margins(score[:n], ratio, config)
         some = np.isfinite(margin)
         assert (np.abs(margin) > 1e-4).all()
         np.testing.assert_array_equal(redundant[:n][some], margin[some] > 0)

@@ -13,7 +13,7 @@ Shapes: B sequences, T tokens, KVH key/value heads, D head size, L layers, V voc
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,12 @@ from token_filter import PRESETS, FilterConfig, preset
 FOLDER = Path(__file__).parent
 MARGIN = 1e-4  # every score is further than this from the one that decides,
 APART = 1e-5  # and in the filter's files than this from every other, so that ranks agree as well
-RATIO_SLACK = 1e-4  # and no decision hangs on a computed (adaptive) ratio being more exact than this
 
 TENSORS = {  # what the names mean, for files.json
     "k": "(B, T, KVH, D) input: keys as the cache holds them, after RoPE; 0 after a row's end",
     "v": "(B, T, KVH, D) input: values",
     "raw_k": "(B, T, KVH, D) input: keys before RoPE",
-    "contribution": "(B,) input: D_l of each layer, from which schedule adaptive sets the ratios",
-    "ratio": "(B,) or, in the model, (P, B, T, L): the target ratio r_l that decides on a token",
+    "ratio": "(B,) or, in the model, (P, L): the target ratio",
     "anchors": "(B, T, 2, KVH, D) running averages of keys [:, :, 0] and values [:, :, 1] as they are before each token",
     "cosine": "(B, T, 2, KVH) of keys and of values with their anchors",
     "mean": "(B, T, 2) of the cosines over the heads",
@@ -44,8 +42,7 @@ TENSORS = {  # what the names mean, for files.json
     "needed": "(B, T) int32: how many must be; below >= needed is what the threshold asks",
     "redundant": "(B, T) or (P, B, T, L) bool: the decision",
     "tokens": "(B, T) int32 input",
-    "length": "(P, B, T, L) int32: kept tokens in the cache, after each token",
-    "visible": "(P, B, T, L) int32: how many keys the token attends to, its own included; 0 if it skips attention",
+    "n": "(P, B, T, L) int32: how many slots of the cache the token may see, its own included; 0 if it skips attention",
     "dense": "(B, T, V) logits with no filter",
     "logits": "(P, B, T, V), NaN at padding",
 }
@@ -82,21 +79,15 @@ def stages(k, v, lengths, ratio, config):
 
 
 def margins(score, ratio, config):
-    """How far each score of one sequence is from the one that decides: positive where the token is redundant.
-
-    score (T,), ratio (T,) -> (T,), inf where nothing is decided. The one that decides is the needed-th smallest of those
-    remembered. With schedule="adaptive" the least margin for ratios within RATIO_SLACK, 0 if those do not agree.
+    """How far each score (T,) of one sequence is from the one that decides, the needed-th smallest of those remembered:
+    positive where the token is redundant, inf where nothing is decided.
     """
     out = np.full(len(score), np.inf)
-    slack = RATIO_SLACK if config.schedule == "adaptive" else 0.0
     for t in range(max(config.warmup, 1), len(score)):
-        recent, found = np.sort(score[max(0, t - config.history) : t]), []
-        for r in (ratio[t] - slack, ratio[t], ratio[t] + slack):
-            needed = math.ceil((1 - r) * len(recent) - 1e-9)
-            if r > 0 and needed > 0 and not math.isnan(score[t]):
-                found.append(score[t] - recent[needed - 1])
-        if found:
-            out[t] = min(found, key=abs) if min(found) * max(found) > 0 else 0.0
+        recent = np.sort(score[max(0, t - config.history) : t])
+        needed = math.ceil((1 - ratio) * len(recent) - 1e-9)
+        if ratio > 0 and needed > 0 and not math.isnan(score[t]):
+            out[t] = score[t] - recent[needed - 1]
     return out
 
 
@@ -104,7 +95,7 @@ def clear(score, lengths, ratio, config):
     """Whether a port in float32 can match every decision and rank: score (B, T), ratio (B,)."""
     for s, n, r in zip(score, lengths, ratio):
         apart = np.diff(np.sort(s[:n])).min(initial=np.inf)
-        if apart < APART or np.abs(margins(s[:n], np.full(n, r), config)).min(initial=np.inf) <= MARGIN:
+        if apart < APART or np.abs(margins(s[:n], r, config)).min(initial=np.inf) <= MARGIN:
             return False
     return True
 
@@ -116,19 +107,9 @@ def turned(x, position, theta):
     return np.concatenate((z.real, z.imag), -1)
 
 
-def adaptive(contribution, p):
-    """min(0.95, a D_l^-8) with the a, found by bisection, whose mean over the layers is p."""
-    weights = np.array(contribution, dtype=np.float64) ** -8
-    low, high = 0.0, p * len(weights) / weights.min()
-    for _ in range(200):
-        a = (low + high) / 2
-        low, high = (a, high) if np.minimum(0.95, a * weights).mean() < p else (low, a)
-    return np.minimum(0.95, a * weights)
-
-
 def schedule_ratios(schedule, p, L):
-    """The ratios a sequence starts with, (L,)."""
-    if schedule in ("uniform", "adaptive"):
+    """The layers' ratios, (L,)."""
+    if schedule == "uniform":
         return np.full(L, p)
     if schedule == "last":
         top = max(0.9, p)
@@ -152,7 +133,6 @@ class Case:
     change: Callable = lambda k, v: (k, v)  # to the drifting k, v
     dtype: type = np.float32
     also: Callable = lambda out: True  # what else must hold of the stages
-    contribution: list | None = None
 
 
 def of_head(x, tokens, head):
@@ -202,13 +182,10 @@ CASES = {
         (2, 32, 2, 8), [0.5, 0.5], [[9, 4], [0, 6], [22, 3], [1, 1]],
     ),
 }  # fmt: skip
-for _name in ("tail", "uniform", "head", "last", "adaptive"):
+for _name in ("tail", "uniform", "head", "last"):
     CASES[f"schedule-{_name}"] = Case(
-        f"Schedule {_name}: row b is layer b of four; the ratios follow from prune"
-        + (" and the layers' contributions." if _name == "adaptive" else "."),
-        (4, 24, 2, 4), [], [[24] * 4],
-        FilterConfig(schedule=_name, prune=0.6, warmup=4),
-        contribution=[0.25, 0.75, 0.5625, 0.5] if _name == "adaptive" else None,
+        f"Schedule {_name}: row b is layer b of four; the ratios follow from prune.",
+        (4, 24, 2, 4), [], [[24] * 4], FilterConfig(schedule=_name, prune=0.6, warmup=4),
     )  # fmt: skip
 
 
@@ -218,12 +195,8 @@ def filter_file(case: Case, seed):
     lengths, config = np.sum(case.calls, 0), case.config
     k, v = case.change(*(x.numpy() for x in drift(*case.shape, seed)))
     k, v = (np.where((np.arange(T) < lengths[:, None])[:, :, None, None], x, 0).astype(case.dtype) for x in (k, v))
-    ratio, inputs = np.array(case.ratio), dict[str, np.ndarray](k=k, v=v)
-    if case.contribution:
-        inputs["contribution"] = np.array(case.contribution, np.float32)
-        ratio = adaptive(inputs["contribution"], config.prune)
-    elif not case.ratio:
-        ratio = schedule_ratios(config.schedule, config.prune, B)
+    ratio = np.array(case.ratio or schedule_ratios(config.schedule, config.prune, B))
+    inputs: dict[str, np.ndarray] = {"k": k, "v": v}
     k, v = k.astype(np.float64), v.astype(np.float64)
     if case is CASES["rope"]:
         k = turned(k, np.arange(T)[:, None, None], THETA)
@@ -255,6 +228,9 @@ SHAPE: dict[str, Any] = {  # as in files.json
 LENGTHS = [64, 40, 17]
 CALLS = [[20, 13, 9], [1, 1, 0], [11, 0, 7], [1, 1, 1], [31, 25, 0]]
 PRUNES = [0.3, 0.6]  # at 0.3 `tail` leaves layer 0 alone, at 0.6 it closes layer 1 past the warm-up
+CONFIGS = {  # the presets, with windows so small that even these texts have far tokens
+    name: preset(name, warmup=6, recent=min(preset(name).recent, 8)) for name in PRESETS
+}
 
 
 def random_weights(rng):
@@ -281,23 +257,26 @@ def rms_norm(x, weight):
     return weight * x / math.sqrt((x * x).mean() + SHAPE["norm_eps"])
 
 
+def in_sight(t, redundant, config):
+    """The tokens that token t may see in a layer, where redundant[j] says what token j is found to be."""
+    if redundant[t] and config.mode == "skip":
+        return []
+    sinks, far = max(config.warmup, 1), not redundant[t] or config.mode == "cache"
+    return [j for j in range(t + 1) if j < sinks or t - j <= config.recent or (far and not redundant[j])]
+
+
 def slow_model(weights, tokens, config):
-    """One sequence through the model: dict of logits (T, V) and, by (T, L), of what TENSORS names."""
+    """One sequence through the model: logits (T, V) and, by (T, L), what else TENSORS names."""
     W = {name: w.astype(np.float64) for name, w in weights.items()}
     L, H, KVH, D = (SHAPE[name] for name in ("n_layers", "heads", "kv_heads", "head_dim"))
-    ratio = schedule_ratios(config.schedule, config.prune, L)
-    warmup, T = max(config.warmup, 1), len(tokens)
-    past: list[list[tuple]] = [[] for _ in range(L)]  # of each layer: (position, k, v, redundant) of each token
-    states, anchor_output = [None] * L, [np.zeros(SHAPE["width"])] * L
-    departures: list[list[tuple]] = [[] for _ in range(L)]  # of each layer: (D, weight) of each token kept
-    out: dict[str, np.ndarray] = {name: np.zeros((T, L), np.int32) for name in ("length", "visible")}
-    out |= {"ratio": np.zeros((T, L)), "score": np.full((T, L), np.nan), "redundant": np.zeros((T, L), bool)}
+    ratio, T = schedule_ratios(config.schedule, config.prune, L), len(tokens)
+    past: list[tuple] = [([], [], []) for _ in range(L)]  # of each layer: every token's k, its v, whether it is redundant
+    states = [None] * L
+    out = {"n": np.zeros((T, L), np.int32), "score": np.full((T, L), np.nan), "redundant": np.zeros((T, L), bool)}
     out["logits"] = np.zeros((T, SHAPE["vocab_size"]))
 
     for t, token in enumerate(tokens):
         x = W["embed.weight"][token]
-        if config.schedule == "adaptive" and t in [warmup * 2**i for i in range(20)]:
-            ratio = adaptive([sum(w * d for d, w in layer) / sum(w for _, w in layer) for layer in departures], config.prune)
         for l in range(L):
             w = {name[len(f"blocks.{l}.") :]: m for name, m in W.items() if name.startswith(f"blocks.{l}.")}
             normed = rms_norm(x, w["attn_norm.weight"])
@@ -306,38 +285,23 @@ def slow_model(weights, tokens, config):
             q = turned((w["attn.q.weight"] @ normed).reshape(H, D), t, THETA)
 
             redundant = False
-            if ratio[l] == 1 and config.mode == "attention":
-                redundant = t >= warmup
+            if ratio[l] == 1 and config.mode == "skip" and config.recent == 0:
+                redundant = t >= max(config.warmup, 1)
             elif ratio[l] > 0:
                 found, score, _, states[l] = filter_loop(k[None, None], v[None, None], [1], [ratio[l]], config, states[l])
                 redundant, out["score"][t, l] = found[0, 0], score[0, 0]
-            past[l].append((t, k, v, redundant))
-            out["ratio"][t, l], out["redundant"][t, l] = ratio[l], redundant
-            out["length"][t, l] = sum(not was for *_, was in past[l])
+            for part, new in zip(past[l], (k, v, redundant)):
+                part.append(new)
+            seen = in_sight(t, past[l][2], config)
+            out["redundant"][t, l], out["n"][t, l] = redundant, len(seen)
 
-            if redundant and config.mode == "attention":
-                added = anchor_output[l] if config.fill == "anchor" else np.zeros_like(x)
-            else:
-                heads = []
+            if seen:
+                keys, values, heads = np.array(past[l][0])[seen], np.array(past[l][1])[seen], []
                 for h in range(H):
-                    kv, logit, value = h * KVH // H, [], []
-                    for j, k_j, v_j, was_redundant in past[l]:
-                        if j == t or not was_redundant or t - j <= config.grace:
-                            logit.append(q[h] @ k_j[kv] / math.sqrt(D))
-                            value.append(v_j[kv])
-                    weight = np.exp(np.array(logit) - max(logit))
-                    heads.append(weight / weight.sum() @ np.array(value))
-                out["visible"][t, l] = len(value)
-                added = w["attn.o.weight"] @ np.concatenate(heads)
-                if not redundant:
-                    if t == 0:
-                        anchor_output[l] = added
-                    if t >= 4:
-                        departure = np.linalg.norm(added - anchor_output[l]) / np.linalg.norm(x)
-                        departures[l].append((departure, 1 / (1 - ratio[l]) if t >= warmup else 1.0))
-                    anchor_output[l] = config.gamma * anchor_output[l] + (1 - config.gamma) * added
-
-            x = x + added
+                    logit = keys[:, h * KVH // H] @ q[h] / math.sqrt(D)
+                    weight = np.exp(logit - logit.max())
+                    heads.append(weight / weight.sum() @ values[:, h * KVH // H])
+                x = x + w["attn.o.weight"] @ np.concatenate(heads)
             normed = rms_norm(x, w["mlp_norm.weight"])
             gate = w["mlp.gate.weight"] @ normed
             x = x + w["mlp.down.weight"] @ (gate / (1 + np.exp(-gate)) * (w["mlp.up.weight"] @ normed))
@@ -362,18 +326,15 @@ def model_files(seed):
     tokens = rng.integers(0, SHAPE["vocab_size"], (len(LENGTHS), max(LENGTHS)), dtype=np.int32)
     tokens[np.arange(max(LENGTHS)) >= np.array(LENGTHS)[:, None]] = 0
     files = {}
-    for name in PRESETS:
-        results = []
-        for p in PRUNES:
-            config = preset(name, prune=p)
-            result = batch(weights, tokens, config)
+    for name, config in CONFIGS.items():
+        results, ratios = [], [schedule_ratios(config.schedule, p, SHAPE["n_layers"]) for p in PRUNES]
+        for p, ratio in zip(PRUNES, ratios):
+            results.append(batch(weights, tokens, replace(config, prune=p)))
             for b, l in np.ndindex(len(LENGTHS), SHAPE["n_layers"]):
-                score, ratio = (result[part][b, : LENGTHS[b], l] for part in ("score", "ratio"))
-                if np.abs(margins(score, ratio, config)).min() <= MARGIN:
+                if np.abs(margins(results[-1]["score"][b, : LENGTHS[b], l], ratio[l], config)).min() <= MARGIN:
                     return None
-            results.append(result)
-        tensors = {part: np.stack([result[part] for result in results]) for part in results[0]}
-        files[f"model-{name}"] = tensors, f"The model filtered by preset {name}; axis P is prune = {PRUNES}.", preset(name)
+        tensors = {"ratio": np.array(ratios)} | {part: np.stack([result[part] for result in results]) for part in results[0]}
+        files[f"model-{name}"] = tensors, f"The model filtered as preset {name} does; axis P is prune = {PRUNES}.", config
     dense = batch(weights, tokens, FilterConfig(prune=0.0))["logits"]
     what = "The two-layer model: weights, a batch of three texts, and its logits when nothing is filtered."
     return {"model": ({**weights, "tokens": tokens, "dense": dense}, what, FilterConfig(prune=0.0))} | files

@@ -1,21 +1,20 @@
 """Token Filtering in NumPy, written from PORTING.md and the golden files alone: the proof that they suffice.
 
-For batches fed in any chunks; nothing is gained by skipping (step 8 of PORTING.md is left out). Settings are dicts, as in
+For batches fed in any chunks, a token at a time within a layer: a chunk is so many decode steps. Settings are dicts, as in
 files.json. Neither PyTorch nor any other file of this repository is used.
 
-Shapes: B sequences, T new tokens, S cached keys, H heads, KVH key/value heads, D head size, L layers, W scores remembered.
+Shapes: B sequences, T new tokens, S slots, H heads, KVH key/value heads, D head size, L layers, W scores remembered.
 """
 
 import numpy as np
 
-FAR = 2**40  # a position no text reaches
 
 class Filter:
     """What one layer's filter remembers of B sequences."""
 
     def __init__(self, B, kv_heads, head_dim, config, dtype):
         self.anchor = np.zeros((B, 2, kv_heads, head_dim), dtype)
-        self.history = np.full((B, config["history"]), np.nan, dtype)  # newest last
+        self.history = np.full((B, config["history"]), np.nan, dtype)  # a ring: the order does not matter
         self.count = np.zeros(B, int)
 
 
@@ -44,37 +43,26 @@ def filter_chunk(k, v, n_new, state, ratio, config):
         redundant = real & above & (state.count >= max(config["warmup"], 1))
         steps.append({"anchors": anchor, "cosine": cosine, "mean": mean, "variance": variance, "w_k": w_k,
                       "score": score, "below": below, "needed": needed, "redundant": redundant})  # fmt: skip
-        state.anchor = np.where(real[:, None, None, None], after, state.anchor)
-        history = np.concatenate((state.history[:, 1:], score[:, None]), 1)
-        state.history = np.where(real[:, None], history, state.history)
-        state.count = state.count + real
+        state.anchor[real] = after[real]
+        state.history[real, (state.count % config["history"])[real]] = score[real]
+        state.count += real
     return {name: np.stack([step[name] for step in steps], 1) for name in steps[0]}
 
 
-def shares(weight, total, cap):
-    """min(cap, a * weight), a such that they sum to total: what is above the cap goes to the others."""
-    capped = np.zeros(len(weight), bool)
-    while True:
-        a = (total - cap * capped.sum()) / weight[~capped].sum()
-        if (a * weight[~capped] <= cap).all():
-            return np.where(capped, cap, a * weight)
-        capped |= a * weight > cap
-
-
 def layer_ratios(schedule, p, L):
-    """(L,) ratios that a sequence starts with."""
-    if schedule in ("uniform", "adaptive"):
+    """(L,)"""
+    if schedule == "uniform":
         return np.full(L, p)
     if schedule == "last":
         top = max(0.9, p)
         return np.clip(p * L - top * np.arange(L), 0, top)[::-1]
-    tail = shares(np.arange(L), p * L, 1.0) if p <= (L - 1) / L else np.array([p * L - (L - 1)] + [1.0] * (L - 1))
+    layer, full, a = np.arange(L), np.zeros(L, bool), 0.0
+    for _ in range(L):  # what is above 1 goes to the others
+        a = (p * L - full.sum()) / max(1, layer[~full].sum())
+        full |= a * layer >= 1 - 1e-12
+    tail = np.where(full, 1.0, a * layer)
+    tail[0] = max(0.0, p * L - (L - 1))
     return tail[::-1] if schedule == "head" else tail
-
-
-def adaptive_ratios(contribution, p):
-    """(L,) -> (L,)"""
-    return shares(np.asarray(contribution, np.float64) ** -8, p * len(contribution), 0.95)
 
 
 def rotate(x, position, theta):
@@ -87,14 +75,43 @@ def rotate(x, position, theta):
 
 
 class LayerCache:
-    """A layer's visible keys and values: `at` and `until` are the first and last position that sees each."""
+    """A layer's keys and values: each row's slots are sinks, ring, far tokens, and what a token may see is the first n."""
 
-    def __init__(self, B, shape, config, dtype):
-        self.k = self.v = np.zeros((B, 0, shape["kv_heads"], shape["head_dim"]), dtype)
-        self.at = self.until = np.zeros((B, 0), int)
+    def __init__(self, B, shape, config, filters, dtype):
+        self.mode = config["mode"]
+        self.sinks = max(config["warmup"], 1) if filters else 0
+        self.ring = config["recent"] + 1 if filters else 0
+        slots = self.sinks + self.ring + shape["max_positions"] + 1  # a real one grows as the far tokens do
+        self.kv = np.zeros((2, B, slots, shape["kv_heads"], shape["head_dim"]), dtype)
+        self.far = np.zeros(B, int)  # how many far tokens each row has
+        self.kept = np.zeros((B, self.sinks + self.ring), bool)  # who of them will be a far token
         self.state = Filter(B, shape["kv_heads"], shape["head_dim"], config, dtype)
-        self.anchor_output = np.zeros((B, shape["width"]), dtype)
-        self.departure = np.zeros((2, B))  # sum and number, for D_l
+
+    def put(self, b, kv, redundant, position):
+        """One token of each of the rows b, kv (2, rows, KVH, D), into its slot; returns how many slots each of them may see."""
+        front, end = self.sinks + self.ring, self.sinks + self.ring + self.far[b]
+        if self.ring:
+            slot = np.where(position < self.sinks, position, self.sinks + (position - self.sinks) % self.ring)
+            self.kv[:, b, end] = self.kv[:, b, slot]  # the one that leaves: if it was not kept, far does not grow over it
+            self.far[b] += self.kept[b, slot]
+            self.kept[b, slot] = ~redundant
+        else:
+            slot = end
+            self.far[b] += 1
+        self.kv[:, b, slot] = kv
+        near, far = np.minimum(position + 1, front), self.far[b]
+        return np.where(redundant, {"skip": 0, "local": near, "cache": near + far}[self.mode], near + far)
+
+
+def attend(q, k, v, n):
+    """q (B, H, D) of one token a row over its row's first n[b] slots, k, v (B, S, KVH, D) -> (B, H, D), 0 where n[b] is 0."""
+    share = q.shape[1] // k.shape[2]
+    seen = np.arange(k.shape[1]) < n[:, None, None]
+    logit = np.einsum("bhd,bshd->bhs", q, k.repeat(share, 2)) / q.dtype.type(np.sqrt(q.shape[2]))
+    logit = np.where(seen, logit, -1e9)
+    weight = seen * np.exp(logit - logit.max(-1, keepdims=True))
+    weight /= np.maximum(weight.sum(-1, keepdims=True), 1e-30)
+    return np.einsum("bhs,bshd->bhd", weight, v.repeat(share, 2))
 
 
 class Model:
@@ -103,35 +120,16 @@ class Model:
     def __init__(self, weights, shape, config, B, dtype):
         self.w = {name: w.astype(dtype) for name, w in weights.items()}
         self.shape, self.config, self.dtype = shape, config, dtype
-        self.layers = [LayerCache(B, shape, config, dtype) for _ in range(shape["n_layers"])]
+        self.ratio = layer_ratios(config["schedule"], config["prune"], shape["n_layers"])
+        self.closed = (self.ratio == 1) & (config["mode"] == "skip") & (config["recent"] == 0)
+        self.layers = [LayerCache(B, shape, config, some, dtype) for some in (self.ratio > 0) & ~self.closed]
         self.seen = np.zeros(B, int)
-        ratios = layer_ratios(config["schedule"], config["prune"], shape["n_layers"])
-        self.ratio = np.repeat(ratios[:, None], B, 1)  # (L, B)
-        self.warmup = max(config["warmup"], 1)
-        self.changes = self.warmup * 2 ** np.arange(40)  # where schedule adaptive sets the ratios anew
 
     def norm(self, x, name):
         return self.w[name] * x / np.sqrt((x * x).mean(-1, keepdims=True) + self.dtype(self.shape["norm_eps"]))
 
     def feed(self, tokens, n_new):
         """tokens (B, T), row b's first n_new[b] real: {"logits": (B, T, V)} and, by (B, T, L), what else is expected."""
-        done, out = np.zeros(len(tokens), int), dict[str, np.ndarray]()
-        while (done < n_new).any():
-            count = np.minimum(n_new - done, [min(self.changes[self.changes > seen]) - seen for seen in self.seen])
-            row, step = np.nonzero(np.arange(count.max()) < count[:, None])
-            piece = np.take_along_axis(tokens, np.minimum(done[:, None] + np.arange(count.max()), tokens.shape[1] - 1), 1)
-            for name, x in self.feed_piece(piece, count).items():
-                whole = out.setdefault(name, np.zeros(tokens.shape + x.shape[2:], x.dtype))
-                whole[row, done[row] + step] = x[row, step]
-            done = done + count
-        return out
-
-    def feed_piece(self, tokens, n_new):
-        """The same, while no ratio changes."""
-        for b in np.flatnonzero(np.isin(self.seen, self.changes)):
-            if self.config["schedule"] == "adaptive":
-                total, number = np.array([layer.departure[:, b] for layer in self.layers]).T
-                self.ratio[:, b] = adaptive_ratios(total / number, self.config["prune"])
         step = np.arange(tokens.shape[1])
         real, position = step < n_new[:, None], self.seen[:, None] + step
         x, traces = self.w["embed.weight"][tokens], list[dict]()
@@ -146,54 +144,23 @@ class Model:
         return {"logits": logits} | {name: np.stack([trace[name] for trace in traces], 2) for name in traces[0]}
 
     def attention(self, x, l, cache, real, position, n_new):
-        """x (B, T, C), the residual stream -> what attention or its replacement adds, and a dict of (B, T)."""
-        config, ratio, D = self.config, self.ratio[l], self.shape["head_dim"]
-        normed = self.norm(x, f"blocks.{l}.attn_norm.weight")
+        """x (B, T, C), the residual stream -> what attention adds to it, and a dict of (B, T)."""
+        normed, D = self.norm(x, f"blocks.{l}.attn_norm.weight"), self.shape["head_dim"]
         q, k, v = (normed @ self.w[f"blocks.{l}.attn.{part}.weight"].T for part in "qkv")
         raw_k, q, v = (y.reshape(*y.shape[:2], -1, D) for y in (k, q, v))
         k, q = (rotate(y, position, self.shape["rope_theta"]) for y in (raw_k, q))
 
         # who is redundant
-        score, redundant = np.full(real.shape, np.nan), np.zeros(real.shape, bool)
-        if (ratio == 1).all() and config["mode"] == "attention":
-            redundant = real & (position >= self.warmup)
-        elif (ratio > 0).any():
-            found = filter_chunk(k, v, n_new, cache.state, ratio, config)
+        score, redundant = np.full(real.shape, np.nan), real & self.closed[l] & (position >= max(self.config["warmup"], 1))
+        if cache.ring:
+            found = filter_chunk(k, v, n_new, cache.state, self.ratio[l], self.config)
             score, redundant = found["score"], found["redundant"]
-        keep = real & ~redundant
-        attends = keep if config["mode"] == "attention" else real
-        length = (cache.until == FAR).sum(1, keepdims=True) + keep.cumsum(1)
 
-        # attention over what is cached and the chunk, (B, T, heads, S)
-        until = np.where(keep, FAR, np.where(real, position + config["grace"], -1))
-        keys, values, at, until = (np.concatenate(pair, 1) for pair in
-                                   ((cache.k, k), (cache.v, v), (cache.at, position), (cache.until, until)))  # fmt: skip
-        seen = (at[:, None] <= position[:, :, None]) & (position[:, :, None] <= until[:, None])
-        share = q.shape[2] // k.shape[2]
-        logit = np.einsum("bthd,bshd->bths", q, keys.repeat(share, 2)) / self.dtype(np.sqrt(D))
-        weight = np.where(seen[:, :, None], np.exp(logit - logit.max(-1, keepdims=True)), 0)
-        weight = weight / np.maximum(weight.sum(-1, keepdims=True), self.dtype(1e-30))  # 0 for a pad that sees nobody
-        y = np.einsum("bths,bshd->bthd", weight, values.repeat(share, 2)).reshape(*real.shape, -1)
-        out = y @ self.w[f"blocks.{l}.attn.o.weight"].T
-
-        # what the others add, and D_l
-        added = np.where(attends[:, :, None], out, 0)
+        # store and attend
+        n, y = np.zeros(real.shape, int), np.zeros_like(q)
         for t in range(real.shape[1]):
-            before = np.where(position[:, t, None] == 0, out[:, t], cache.anchor_output)
-            if config["fill"] == "anchor":
-                added[:, t] = np.where(attends[:, t, None], out[:, t], before)
-            departure = np.linalg.norm(out[:, t] - before, axis=-1) / np.linalg.norm(x[:, t], axis=-1)
-            stands_for = np.where(position[:, t] < self.warmup, 1, 1 / (1 - np.minimum(ratio, 0.95)))
-            counted = keep[:, t] & (position[:, t] >= 4)
-            cache.departure += np.where(counted, [stands_for * departure, stands_for], 0)
-            after = config["gamma"] * before + (1 - config["gamma"]) * out[:, t]
-            cache.anchor_output = np.where(keep[:, t, None], after, cache.anchor_output)
-
-        # drop what no later token can see
-        visible = until >= (self.seen + n_new)[:, None]
-        order = np.argsort(~visible, axis=1, kind="stable")[:, : visible.sum(1).max()]
-        cache.k, cache.v = (np.take_along_axis(y, order[:, :, None, None], 1) for y in (keys, values))
-        cache.at, cache.until = (np.take_along_axis(y, order, 1) for y in (at, until))
-        return added, {"score": score, "redundant": redundant, "length": length,
-                       "visible": np.where(attends, seen.sum(-1), 0),
-                       "ratio": np.repeat(ratio[:, None], real.shape[1], 1)}  # fmt: skip
+            b = np.flatnonzero(real[:, t] & ~(self.closed[l] & redundant[:, t]))
+            n[b, t] = cache.put(b, np.stack((k[b, t], v[b, t])), redundant[b, t], position[b, t])
+            y[:, t] = attend(q[:, t], cache.kv[0], cache.kv[1], n[:, t])
+        added = y.reshape(*real.shape, -1) @ self.w[f"blocks.{l}.attn.o.weight"].T
+        return added, {"score": score, "redundant": redundant, "n": n}
