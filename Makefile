@@ -25,18 +25,18 @@ check: .venv/dev
 
 figures: .venv/dev $(DEMO)
 	$(BIN)/python -m figures.idea
-	$(BIN)/python generate.py --prompt "$(LIST)" --prune 0.3 --preset anchored --max-new-tokens 10 --device cpu \
+	$(BIN)/python generate.py --prompt "$(LIST)" --prune 0.3 --preset local --max-new-tokens 10 --device cpu \
 	    --skip-map figures/skip-map.png
 ifdef TEXT
 	$(BIN)/python eval_ppl.py --passkey --lengths 512 1024 2048 --prune 0.1 0.2 0.5 --plot figures/passkey.png
-	$(BIN)/python eval_ppl.py --text $(TEXT) --window 768 --offsets 0 4096 8192 --prune 0.1 0.2 0.3 0.5 0.7 \
-	    --preset paper anchored adaptive cache --plot figures/perplexity.png
-	$(BIN)/python eval_ppl.py --text $(TEXT) --window 4096 --offsets 0 --prune 0.3 --preset paper anchored adaptive cache \
+	$(BIN)/python eval_ppl.py --text $(TEXT) --window 768 --offsets 0 4096 8192 --prune 0.1 0.2 0.3 0.5 0.7 0.8 0.9 \
+	    --preset paper local cache --plot figures/perplexity.png
+	$(BIN)/python eval_ppl.py --text $(TEXT) --window 4096 --offsets 0 --prune 0.3 --preset paper local cache \
 	    --by-position --plot figures/by-position.png
 	$(BIN)/python bench.py --text $(TEXT) --batch 1 8 32 64 --context 1024 --distinct 8 --new-tokens 8 --repeat 1 --compile \
 	    --nothing-skipped --vs transformers --plot figures/bench-batch.png
 	$(BIN)/python bench.py --text $(TEXT) --batch 8 --context 256 512 1024 2048 4096 8160 --distinct 1 --new-tokens 8 \
-	    --repeat 1 --compile --preset paper cache --plot figures/bench-context.png
+	    --repeat 1 --compile --preset paper local cache --plot figures/bench-context.png
 endif
 
 bench: .venv/dev $(DEMO)

@@ -19,8 +19,9 @@ from token_filter import preset, token_filter
 TEXT = "The cat sat on the mat. The cat sat on the mat. The cat sat on the mat. The cat sat on the hot stove."
 LAYER = 15  # chosen because its decisions are clear
 SKIPPED, KEPT = 25, 26  # " the", an old word, and " hot", a new one
-DRAWN = (0, 4, 8, 12, 15, 20, 29)  # the layers whose cache is shown
+RECENT, FIRST = 2, 18  # of the cache that is drawn: how many recent tokens, and the token it starts with
 BLUE, ORANGE = "#2f6fb0", "#f08c2e"
+PALE = {BLUE: "#cfe2f3", ORANGE: "#fde3c8"}
 
 
 @dataclass
@@ -78,6 +79,20 @@ def watch(prune=0.5):
     return token_pieces(tokenizer, tokens), seen, cache
 
 
+def slots(redundant, sinks, recent):
+    """A layer's cache after each token of a sequence: the tokens in the slots of sinks and ring, and those in the far ones."""
+    front, far = list[int](), list[int]()
+    for t in range(len(redundant)):
+        slot = t if t < sinks else sinks + (t - sinks) % (recent + 1)
+        if slot == len(front):
+            front.append(t)
+        else:
+            if not redundant[front[slot]]:
+                far.append(front[slot])
+            front[slot] = t
+        yield front.copy(), far.copy()
+
+
 def table(skipped: Stage, kept: Stage) -> str:
     """README's table, without its head."""
 
@@ -99,11 +114,11 @@ def table(skipped: Stage, kept: Stage) -> str:
     return "\n".join(f"| {name} | {show(skipped)} | {show(kept)} |" for name, show in rows)
 
 
-def draw(path, pieces, steps: list[Stage], cache):
+def draw(path, pieces, steps: list[Stage], warm):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 10.4), layout="constrained")
-    flow, score, slots = figure.subplots(3, 1, height_ratios=[2.6, 4.4, 3.4])
+    figure = Figure(figsize=(13, 11.4), layout="constrained")
+    flow, score, cache = figure.subplots(3, 1, height_ratios=[2.6, 4.4, 4.4])
     draw_flow(flow)
 
     at = np.arange(len(pieces))
@@ -113,7 +128,6 @@ def draw(path, pieces, steps: list[Stage], cache):
         score.plot(chosen, [steps[t].score for t in chosen], "o", color=colour, markersize=9, label=f"score, {label}")
     score.plot(at, [s.c_k.mean() for s in steps], "^", color="#777777", markersize=4, label="of its key alone")
     score.plot(at, [s.c_v.mean() for s in steps], "v", color="#a8a8a8", markersize=4, label="of its value alone")
-    warm = cache.layers[LAYER].filter.warmup
     score.hlines([s.threshold for s in steps[warm:]], at[warm:] - 0.45, at[warm:] + 0.45, colors="black", linewidth=2,
                  label="threshold: a rank among earlier scores")  # fmt: skip
     score.axvspan(-0.5, warm - 0.5, color="#eeeeee", zorder=0)
@@ -126,21 +140,8 @@ def draw(path, pieces, steps: list[Stage], cache):
     score.set_title(f"2. One sentence in layer {LAYER} of the demo model: what is above its threshold is skipped", loc="left")
     score.legend(loc="upper center", ncols=5, fontsize=8.5, frameon=False, columnspacing=1.2)
 
-    for row, number in enumerate(DRAWN):
-        kept = [t for t in at if not cache.layers[number].redundant[0, t]]
-        for slot in at:
-            used = slot < len(kept)
-            slots.barh(row, 0.94, left=slot - 0.47, height=0.8, facecolor="#cfe2f3" if used else "white", edgecolor="#b8c4d0",
-                       linewidth=1 if used else 0.4)  # fmt: skip
-            if used:
-                slots.text(slot, row, pieces[kept[slot]].strip(), ha="center", va="center", fontsize=8.5)
-        slots.text(len(at) - 0.3, row, f"{len(kept)} of {len(at)}", va="center", fontsize=9)
-    slots.set(xlim=(-0.5, len(at) + 1.3), ylim=(len(DRAWN) - 0.5, -0.5), xticks=[])
-    slots.set_xlabel("cache slot (white: what a dense cache would hold and this one does not)")
-    slots.set_yticks(range(len(DRAWN)), [f"layer {number}, $r$ = {cache.layers[number].ratio:.2f}" for number in DRAWN])
-    slots.set_title("3. What the caches of some layers hold afterwards: each layer its own tokens, so the cache is ragged", loc="left")
-    for panel in (score, slots):
-        panel.spines[["top", "right"]].set_visible(False)
+    score.spines[["top", "right"]].set_visible(False)
+    draw_cache(cache, [piece.strip() for piece in pieces], [step.redundant for step in steps], warm)
     figure.savefig(path, dpi=110)
 
 
@@ -176,10 +177,54 @@ def draw_flow(panel):
     arrow(82.5, 5, 88.5, 10, ORANGE)
 
 
+def draw_cache(panel, pieces, redundant, warm):
+    """A layer's slots after each token from FIRST on, a row each, and how many of them the token sees."""
+    from matplotlib.patches import Rectangle
+
+    states, front, last = list(slots(redundant, warm, RECENT)), warm + RECENT + 1, len(pieces) - FIRST
+    # where slots begin: those of the sinks, which never change, are narrower
+    edge = [0.75 * slot + 0.75 * max(0, slot - warm) for slot in range(front + len(states[-1][1]) + 2)]
+    columns = {name: edge[-1] + 1 + 2 * i for i, name in enumerate(("skip", "local", "cache"))}
+    panel.set(xlim=(-0.05, columns["cache"] + 0.8), ylim=(last + 0.8, -1.7), xticks=[])
+    title = "what it holds after each token, and what the token sees"
+    panel.set_title(f"3. The cache that these decisions fill, with recent = {RECENT}: {title}", loc="left")
+    parts = (0, warm, f"sinks: the first {warm}"), (warm, front, f"ring: the latest {RECENT + 1}"), (front, -1, "far: kept")
+    for start, end, name in parts:
+        panel.plot((edge[start] + 0.1, edge[end] - 0.1), (-0.65, -0.65), color="#888888", linewidth=1)
+        panel.text((edge[start] + edge[end]) / 2, -1.1, name, ha="center", va="center", fontsize=10)
+    panel.text(columns["local"], -1.4, "slots it sees, by mode", ha="center", va="center", fontsize=10)
+    for name, x in columns.items():
+        panel.text(x, -0.8, name, ha="center", va="center", fontsize=9.5)
+
+    for row, t in enumerate(range(FIRST, len(pieces))):
+        near, far = states[t]
+        everything, colour = len(near + far), ORANGE if redundant[t] else BLUE
+        for slot, held in enumerate(near + far):
+            inside = "#f3f3f3" if slot < warm else PALE[ORANGE if redundant[held] else BLUE]
+            width, weight = edge[slot + 1] - edge[slot] - 0.08, "bold" if held == t else "normal"
+            panel.add_patch(Rectangle((edge[slot] + 0.04, row - 0.33), width, 0.66, facecolor=inside, edgecolor="#b8c4d0", linewidth=0.8))
+            panel.text(edge[slot] + 0.04 + width / 2, row, pieces[held], ha="center", va="center", fontsize=8.5 if slot >= warm else 7.5,
+                       fontweight=weight, color="#888888" if slot < warm else "black")  # fmt: skip
+        sees = {"skip": 0, "local": len(near), "cache": everything} if redundant[t] else dict.fromkeys(columns, everything)
+        panel.add_patch(Rectangle((0, row - 0.42), edge[sees["local"]], 0.84, fill=False, edgecolor=colour, linewidth=1.8))
+        for name, x in columns.items():
+            panel.text(x, row, sees[name], ha="center", va="center", fontsize=9.5, color=colour)
+        if far != states[t - 1][1]:  # a kept token has left the ring
+            left, to = edge[states[t - 1][0].index(far[-1])] + 0.75, edge[everything - 1] + 0.4
+            panel.annotate("", (to, row - 0.34), (left, row - 0.64), arrowprops={"arrowstyle": "-|>", "color": BLUE, "linewidth": 1.5})
+        name = f'"{pieces[t]}" is {"redundant" if redundant[t] else "kept"}'
+        panel.text(-0.2, row, name, ha="right", va="center", fontsize=9.5, color=colour)
+    panel.text(0, last - 0.3, "Bold: the new token. Framed: what it sees under local, always the first so many slots. Blue: kept; orange:"
+               " redundant, gone once out of the ring.\nArrow: a kept token leaves the ring and becomes a far one.",
+               fontsize=9.5, va="top", color="#555555")  # fmt: skip
+    panel.axis("off")
+
+
 if __name__ == "__main__":
     pieces, seen, cache = watch()
+    ratio = cache.layers[LAYER].ratio.item()
     k, v = seen[LAYER]
-    steps = stages(k, v, cache.layers[LAYER].ratio)
-    draw(Path(__file__).parent / "idea.png", pieces, steps, cache)
-    print(f"layer {LAYER}, ratio {cache.layers[LAYER].ratio:.4f}: {pieces[SKIPPED]!r} and {pieces[KEPT]!r}")
+    steps = stages(k, v, ratio)
+    draw(Path(__file__).parent / "idea.png", pieces, steps, cache.filter.warmup)
+    print(f"layer {LAYER}, ratio {ratio:.4f}: {pieces[SKIPPED]!r} and {pieces[KEPT]!r}")
     print(table(steps[SKIPPED], steps[KEPT]))

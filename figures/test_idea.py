@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from figures import idea
 from model import ModelConfig, Transformer
 from schedule import layer_ratios
-from test_model import small
-from token_filter import PRESETS, FilterConfig, FilterState, above_threshold, preset, token_filter
+from skip_map import decisions
+from test_filter import small
+from token_filter import CHOICES, PRESETS, FilterConfig, FilterState, above_threshold, preset, token_filter
 
 HERE = Path(__file__).resolve().parent.parent
 README = (HERE / "README.md").read_text(encoding="utf-8")
@@ -27,7 +29,7 @@ PROSE = " ".join(README.split())
 @pytest.fixture(scope="module")
 def example(demo):
     pieces, seen, cache = idea.watch()
-    return pieces, seen[idea.LAYER], cache, idea.stages(*seen[idea.LAYER], cache.layers[idea.LAYER].ratio)
+    return pieces, seen[idea.LAYER], cache, idea.stages(*seen[idea.LAYER], cache.layers[idea.LAYER].ratio.item())
 
 
 def test_the_worked_example(example):
@@ -53,7 +55,31 @@ def test_the_worked_example(example):
 
 def test_the_picture(example, tmp_path):
     pytest.importorskip("matplotlib")
-    idea.draw(tmp_path / "idea.png", example[0], example[3], example[2])
+    idea.draw(tmp_path / "idea.png", example[0], example[3], warm=16)
+
+
+@pytest.mark.parametrize("recent", [0, 2, 5])
+@pytest.mark.parametrize("mode", CHOICES["mode"])
+def test_the_slots_drawn_are_those_of_a_cache(mode, recent):
+    """A cache that is given decisions holds the keys that the picture would show, and each token reads as many."""
+    redundant, keys = torch.rand(1, 40, generator=torch.Generator().manual_seed(0)) < 0.5, []
+    redundant[:, :3] = False
+
+    def decided(k, v, n_new, state, ratio, config):
+        state.count += 1
+        if state.layer == 1:
+            keys.append(k[0, 0])
+        return redundant[:, state.count - 1], torch.zeros(1, 1)
+
+    model, read = small(n_layers=2), 0
+    cache = model.new_cache(1, FilterConfig(prune=0.5, mode=mode, recent=recent, schedule="uniform", warmup=3), decided)
+    for t, (front, far) in enumerate(idea.slots(redundant[0].tolist(), 3, recent)):
+        model(torch.tensor([[t]]), cache)
+        layer, held = cache.layers[1], front + far
+        sees = {"skip": 0, "local": len(front), "cache": len(held)}[mode] if redundant[0, t] else len(held)
+        assert torch.equal(layer.kv[0, 0, :, : len(held)].transpose(0, 1), torch.stack([keys[i] for i in held]))
+        assert int(layer.read) == (read := read + sees)
+    assert 5 < len(far) < 37
 
 
 # -------------------------------------------------------------------------------------------------- what is saved
@@ -69,12 +95,10 @@ def multiply_adds(C, H, KVH, D, M, S):
     return {"key, value": 2 * C * KVH * D, "query, output": 2 * C * H * D, "attention": 2 * H * D * S, "MLP": 3 * C * M}
 
 
-def layer_bytes(C, KVH, D, e, filter, ratio):
-    """Of a cached token; of what a layer keeps for each sequence: the filter's, the anchor output, for adaptive ratios."""
-    stats, scores = 8 if e == 8 else 4, 0 < ratio < 1
-    adaptive = filter.schedule == "adaptive"
-    filters = (stats * (2 * KVH * D + 256) + 8) * scores
-    return 2 * KVH * D * e + 8, filters, stats * C * (ratio > 0 and filter.fill == "anchor"), (2 * stats + 8) * adaptive
+def layer_bytes(KVH, D, e, filter, filters, window=None):
+    """Of a slot; of what a layer keeps for each sequence: its filter's, its counters and flags."""
+    slot, stats, front = 2 * KVH * D * e + (0 if window is None else 8), 8 if e == 8 else 4, max(filter.warmup, 1) + filter.recent + 1
+    return slot, (stats * (2 * KVH * D + 256) + 8) * filters, 3 * 8 + 1 + front * filters
 
 
 def test_the_tables_of_what_is_saved():
@@ -83,43 +107,58 @@ def test_the_tables_of_what_is_saved():
         assert numbers(name) == [round(demo[name] / 1e6, 2), round(llama[name] / 1e6, 1)]
     shares = [(part["query, output"] + part["attention"]) / sum(part.values()) for part in (demo, llama)]
     assert f"saves {shares[0]:.0%} of a layer's multiply-adds in the demo model there, {shares[1]:.0%} in LLaMA-2-13B" in PROSE
-    rows = ("a cached token", "the filter, per", "the anchor output, with", "adaptive ratios, per")
-    assert [numbers(name) for name in rows] == [[x] for x in layer_bytes(576, 3, 64, 4, preset("adaptive"), 0.5)]
+    rows = ("a slot", "the filter, per sequence")
+    assert [numbers(name) for name in rows] == [[x] for x in layer_bytes(3, 64, 4, preset("paper"), True)[:2]]
 
 
-@pytest.mark.parametrize("prune", [0.3, 0.7])
-def test_multiply_adds_are_what_the_model_does(prune):
-    """Every decode step, counted by torch, is the sum of the formulas."""
-    model, aten, skipped = small(), torch.ops.aten, 0
-    attention = {aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
-    c, cache = model.config, model.new_cache(1, preset("paper", prune=prune))
-    for t, token in enumerate(torch.randint(0, 97, (40, 1, 1))):
-        with FlopCounterMode(display=False, custom_mapping=attention) as counter:
-            model(token, cache)
-        expected = c.width * c.vocab_size
-        for layer in cache.layers:
-            part = multiply_adds(c.width, c.heads, c.kv_heads, c.head_dim, c.mlp_width, int(layer.length))
-            saved = ["query, output", "attention"] * layer.redundant.item() + ["key, value"] * (layer.ratio == 1 and t >= 16)
-            skipped, expected = skipped + layer.redundant.item(), expected + sum(part[x] for x in part if x not in saved)
-        assert counter.get_total_flops() == 2 * expected
-    assert skipped > 20
+@pytest.mark.parametrize("name, prune", [("paper", 0.3), ("paper", 0.7), ("local", 0.5), ("cache", 0.5)])
+def test_multiply_adds_are_what_the_model_does(name, prune, monkeypatch):
+    """Counted by torch, they are the sum of the formulas: of a prefill, but for its attention, and of every decode step."""
+    model, attention, done = small(), F.scaled_dot_product_attention, []
+
+    def counting(q, k, v, **options):
+        done.append(2 * q.numel() * k.shape[-2])
+        return attention(q, k, v, **options)
+
+    def multiply_adds_of(tokens):
+        with FlopCounterMode(display=False) as counter:
+            model(tokens, cache)
+        return counter.get_total_flops() // 2
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counting)
+    c, filter, tokens = model.config, preset(name, prune=prune, recent=0 if name == "paper" else 8), torch.randint(0, 97, (1, 40))
+    part = multiply_adds(c.width, c.heads, c.kv_heads, c.head_dim, c.mlp_width, 1)
+    each, kv, qo = c.width * c.vocab_size + 4 * part["MLP"], part["key, value"], part["query, output"]
+    cache = model.new_cache(1, filter)
+    found, kept = multiply_adds_of(tokens), [40 - int(row.sum()) for row in decisions(cache)[0]]
+    fed = [16 if layer.closed else 40 for layer in cache.layers]
+    assert found == 40 * each + sum(fed) * kv + sum(kept if name == "paper" else fed) * qo
+
+    cache, reads = model.new_cache(1, filter), [0]
+    for t, token in enumerate(tokens.T[:, None]):
+        done.clear()
+        found = multiply_adds_of(token)
+        reads.append(int(cache.usage()[0, 3]))
+        open_layers = sum(not (layer.closed and t >= 16) for layer in cache.layers)
+        assert found == each + open_layers * (kv + qo)  # a token that skips runs the latter for nothing: the weights are read anyway
+        assert sum(done) == part["attention"] * (reads[-1] - reads[-2])
+    assert reads[-1] < 4 * 40 * 41 / 2 and sum(kept) < 140
 
 
 @pytest.mark.parametrize("e, dtype", [(2, torch.bfloat16), (4, torch.float32), (8, torch.float64)])
+@pytest.mark.parametrize("window", [None, 200])
 @pytest.mark.parametrize("name", PRESETS)
-def test_bytes_are_what_the_cache_counts(name, e, dtype):
-    filter, lengths, live, allocated = preset(name, prune=0.5), [90, 50], 0, 0
-    model = Transformer(ModelConfig(97, 32, 4, 6, 2, 8, 48, 1e4, 1e-5, 512, False)).to(dtype)
+def test_bytes_are_what_the_cache_counts(name, window, e, dtype):
+    filter, lengths, live, allocated = preset(name, prune=0.5), [90, 60], 0, 0
+    model = Transformer(ModelConfig(97, 32, 4, 6, 2, 8, 48, 1e4, 1e-5, 512, False, window)).to(dtype)
     cache = model.new_cache(2, filter)
     model(torch.randint(0, 97, (2, 90)), cache, lengths)
-    for layer, ratio in zip(cache.layers, layer_ratios(filter, 4)):
-        token, *state = layer_bytes(32, 2, 8, e, filter, ratio)
-        G = filter.grace if state[0] else 0
-        graced = sum(int(layer.redundant[b, n - G : n].sum()) for b, n in enumerate(lengths))
-        kept = [n - int(layer.redundant[b].sum()) for b, n in enumerate(lengths)]
-        slots = max(kept) + G + (filter.mode == "cache")  # where a redundant token must find itself
-        live += (sum(kept) + graced) * token + 2 * sum(state)
-        allocated += 2 * (math.ceil(slots / 32) * 32 * token + sum(state))
+    for layer, redundant in zip(cache.layers, decisions(cache)[0]):
+        slot, *state = layer_bytes(2, 8, e, filter, layer.filters, window)
+        front = 17 + filter.recent if layer.filters else 0
+        held = [n - int(redundant[b, : n - front + 16].sum()) for b, n in enumerate(lengths)]  # who has left the ring and is gone
+        live += sum(held) * slot + 2 * sum(state)
+        allocated += 2 * (max(max(held) + 1, 33) * slot + sum(state))  # 33 at the start
     assert (cache.live_bytes(), cache.nbytes()) == (live, allocated)
 
 
@@ -128,13 +167,13 @@ def test_bytes_are_what_the_cache_counts(name, e, dtype):
 
 def test_answers_1_and_2(example):
     k, v = torch.randn(2, 1, 30, 1, 8, dtype=torch.float64)
-    state = FilterState.new(1, 1, 8, FilterConfig(), 0, torch.float64, "cpu")
+    state = FilterState(1, 1, 8, FilterConfig(), 0, torch.float64, "cpu")
     _, score = token_filter(k, v, torch.tensor([30]), state, 0.5, FilterConfig())
     plain = [(step.c_k[0] + step.c_v[0]) / 2 for step in idea.stages(k[0].numpy(), v[0].numpy(), 0.5)]
     np.testing.assert_allclose(score[0], plain, rtol=0, atol=1e-12)
     score = torch.tensor([[step.score for step in example[3]]])
     for t, ratio, redundant in ((25, 0.1999, False), (25, 0.2, True), (26, 0.8846, False), (26, 23 / 26, True)):
-        assert above_threshold(score[:, t : t + 1], score[:, :t], torch.tensor([t]), ratio).item() == redundant
+        assert above_threshold(score[:, t : t + 1], score[:, None, :t], torch.tensor([[t]]), ratio).item() == redundant
     assert (
         f"but in floating point {(1 - 23 / 26) * 26}" in PROSE
         and "for $r_l < 0.2$" in PROSE
@@ -144,19 +183,23 @@ def test_answers_1_and_2(example):
 
 def test_answer_3():
     changed = {"__name__": "token_filter"}
-    exec((HERE / "token_filter.py").read_text().replace("before < score", "before <= score"), changed)
+    exec((HERE / "token_filter.py").read_text().replace("past < score", "past <= score"), changed)
     ties, about = load_file(HERE / "golden" / "ties.safetensors"), json.loads((HERE / "golden" / "files.json").read_text())
-    ratio, empty = ties["ratio"].double(), torch.full((len(ties["ratio"]), about["ties"]["config"]["history"]), math.nan)
+
+    def above(rule, score, ratio, W):
+        past = F.pad(score, (W, 0), value=math.nan)[:, :-1].unfold(1, W, 1)
+        return rule(score, past, torch.arange(score.shape[1]).clamp(max=W).expand(score.shape), ratio)
+
     assert "all 74 past the warm-up would be skipped, even at $r_l = 0.1$" in PROSE
     for rule, right, of_90 in ((above_threshold, True, 0), (changed["above_threshold"], False, 74)):
-        above = rule(ties["score"], empty, torch.zeros(len(empty), dtype=torch.int64), ratio)
-        assert torch.equal(above, ties["redundant"]) == right
-        assert rule(torch.zeros(1, 90), empty[:1, :1].expand(1, 256), torch.tensor([0]), 0.1)[0, 16:].sum() == of_90
+        found = above(rule, ties["score"], ties["ratio"].double()[:, None], about["ties"]["config"]["history"])
+        assert torch.equal(found, ties["redundant"]) == right
+        assert above(rule, torch.zeros(1, 90), 0.1, 256)[0, 16:].sum() == of_90
 
 
 def test_answers_4_to_6(example):
     _, (k, v), cache, steps = example
-    after = idea.stages(k, v, cache.layers[15].ratio, averaged_first=True)
+    after = idea.stages(k, v, cache.layers[15].ratio.item(), averaged_first=True)
     before, then = (sum(step.redundant for step in x) for x in (steps, after))
     the, hot = (f"from {steps[t].score:.3f} to {after[t].score:.3f}" for t in (25, 26))
     assert f'`" the"` goes {the}, that of `" hot"` {hot}' in PROSE
@@ -167,7 +210,8 @@ def test_answers_4_to_6(example):
     assert ratios[0][-2] < ratios[0][-1] == 1 and f"at 0.7 the last {ratios[1].count(1.0)} have it" in PROSE
     with torch.device("meta"):
         model = Transformer(ModelConfig(32000, 5120, 40, 40, 40, 128, 13824, 1e4, 1e-5, 4096, False)).to(torch.bfloat16)
-    states, token = model.new_cache(128, preset("paper", prune=0.5)).nbytes(), model.kv_bytes_per_token()  # no token yet
+    cache = model.new_cache(128, preset("paper", prune=0.5))
+    states, token = sum(layer.state.nbytes() for layer in cache.layers if layer.filters), 40 * cache.slot_bytes
     whole, weights = token * 128 * 512 / 1e9, 2 * sum(p.numel() for p in model.parameters()) / 1e9
     assert token == 40 * 20480 and f"{token:,} in all layers" in PROSE and f"{whole:.1f} GB, twice the weights' {weights:.1f} GB" in PROSE
     saved = 0.5 * 496 / 512
