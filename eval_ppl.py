@@ -1,6 +1,6 @@
 """What filtering costs: perplexity of a text, ablations, perplexity by position, and finding a pass key in a long text.
 
-    python eval_ppl.py [CHECKPOINT] --text FILE --window 768 --prune 0.1 0.3 0.5 --preset paper anchored cache
+    python eval_ppl.py [CHECKPOINT] --text FILE --window 768 --prune 0.3 0.5 0.7 --preset local cache
     python eval_ppl.py [CHECKPOINT] --text FILE --window 768 --prune 0.3 --ablate
     python eval_ppl.py [CHECKPOINT] --text FILE --window 4096 --prune 0.3 --by-position
     python eval_ppl.py [CHECKPOINT] --passkey --lengths 1024 2048 --prune 0.3
@@ -38,12 +38,7 @@ class Score:
 
     losses: torch.Tensor  # (window,) float64: negative log-likelihood, in nats, of the tokens at each position
     counts: torch.Tensor  # (window,) int64: how many they are
-    pairs: int = 0  # (token, layer) pairs of the batches completed
-    kept: int = 0  # of those, not redundant
-    live_bytes: int = 0  # cache in use at the end of each batch: K, V, positions, filter state
-    dense_bytes: int = 0  # K and V of every token in every layer
-    live_sum: int = 0  # the same two summed over the ends of all chunks
-    dense_sum: int = 0
+    usage: torch.Tensor  # (5,) float64: what cache.usage() says of the windows completed
 
     @property
     def tokens(self) -> int:
@@ -59,9 +54,10 @@ class Score:
         return float((self.losses[start:stop].sum() / self.counts[start:stop].sum()).exp())
 
     @property
-    def skip_ratio(self) -> float:
-        """Redundant (token, layer) pairs over all pairs; NaN until a batch is complete."""
-        return 1 - self.kept / self.pairs if self.pairs else math.nan
+    def shares(self) -> dict[str, float]:
+        """The columns that COLUMNS explains; NaN until a batch is complete."""
+        pairs, redundant, held, read, dense_read = self.usage
+        return {"skipped": float(redundant / pairs), "KV held": float(held / pairs), "KV read": float(read / dense_read)}
 
 
 @torch.no_grad()
@@ -80,7 +76,7 @@ def evaluate(
     tokens are context only, not scored. `chunk` bounds the memory the logits take. `criterion` as in model.new_cache.
     """
     longest = max(map(len, windows))
-    score = Score(torch.zeros(longest, dtype=torch.float64), torch.zeros(longest, dtype=torch.int64))
+    score = Score(*(torch.zeros(n, dtype=dtype) for n, dtype in ((longest, torch.float64), (longest, torch.int64), (5, torch.float64))))
     for start in range(0, len(windows), batch):
         rows = windows[start : start + batch]
         lengths = torch.tensor([len(row) for row in rows])
@@ -99,13 +95,8 @@ def evaluate(
             )
             score.losses[position] += losses.cpu().double().view(targets.shape).masked_fill(~scored, 0).sum(0)
             score.counts[position] += scored.sum(0)
-            live, dense = cache.live_bytes(), int(cache.seen.sum()) * model.kv_bytes_per_token()
-            score.live_sum, score.dense_sum = score.live_sum + live, score.dense_sum + dense
             yield score
-        score.live_bytes, score.dense_bytes = score.live_bytes + live, score.dense_bytes + dense
-        score.pairs += int(cache.seen.sum()) * model.config.n_layers
-        score.kept += int(cache.kept().sum())
-        yield score
+        score.usage += cache.usage().sum(0)
 
 
 def cut(ids: list[int], window: int, stride: int | None = None, bos: int | None = None) -> tuple[list[list[int]], int]:
@@ -123,28 +114,33 @@ def cut(ids: list[int], window: int, stride: int | None = None, bos: int | None 
 
 
 # ------------------------------------------------------------- what else one could do: rivals of token_filter
-# Each has token_filter's signature and promises: k, v (B, T, KVH, D), n_new (B,), state, ratio, config -> redundant, score.
+# Each has token_filter's signature and promises: k, v (B, T, KVH, D), n_new (B,) or None, state, ratio, config -> redundant, score.
 
 SINKS = 16  # first tokens that StreamingLLM keeps, as many as our warm-up
 
 
+def past_warmup(k, n_new, state, config):
+    """Move state.count past a chunk. Returns the positions of its tokens, and which are real and past the warm-up, (B, T) both."""
+    position = state.count[:, None] + torch.arange(k.shape[1], device=k.device)
+    state.count += k.shape[1] if n_new is None else n_new
+    return position, (position >= max(config.warmup, 1)) & (position < state.count[:, None])
+
+
 def last_layers(first):
-    """Depth pruning: layers first .. L-1 have no attention, for no token, whatever the text."""
+    """Depth pruning: layers first .. L-1 have no attention, for no token past the warm-up, whatever the text."""
 
     def criterion(k, v, n_new, state, ratio, config):
-        real = torch.arange(k.shape[1], device=k.device) < n_new[:, None]
-        return real & (state.layer >= first), torch.full(real.shape, math.nan, device=k.device)
+        _, free = past_warmup(k, n_new, state, config)
+        return free & (state.layer >= first), torch.full(free.shape, math.nan, device=k.device)
 
     return criterion
 
 
 def recent_only(k, v, n_new, state, ratio, config):
-    """StreamingLLM (arXiv 2309.17453), to run with mode="cache": past the warm-up every token is redundant, so that only
-    the first config.warmup tokens and the latest config.grace are visible. Keys keep their positions in the text."""
-    step = torch.arange(k.shape[1], device=k.device)
-    redundant = (step < n_new[:, None]) & (state.count[:, None] + step >= config.warmup)
-    state.count = state.count + n_new
-    return redundant, torch.full(redundant.shape, math.nan, device=k.device)
+    """StreamingLLM (arXiv 2309.17453), to run with mode="cache": past the warm-up every token is redundant, so that only the
+    sinks, a token itself and the config.recent before it are visible. Keys keep their positions in the text."""
+    _, free = past_warmup(k, n_new, state, config)
+    return free, torch.full(free.shape, math.nan, device=k.device)
 
 
 def key_distance(k, v, n_new, state, ratio, config):
@@ -154,17 +150,19 @@ def key_distance(k, v, n_new, state, ratio, config):
     over heads of its cosine with the mean before it, against the same threshold as token_filter's. state.anchor[:, 0] holds
     the sum, whose direction is the mean's.
     """
-    B, T = k.shape[:2]
-    step = torch.arange(T, device=k.device)
+    W = config.history
+    position, free = past_warmup(k, n_new, state, config)
+    n = state.count - position[:, 0]  # (B,) how many are real
     unit = F.normalize(k.to(state.anchor.dtype), dim=-1)  # (B, T, KVH, D)
-    sums = torch.cat((state.anchor[:, :1], unit), dim=1).cumsum(1)  # (B, T+1, KVH, D) before each
-    score = F.cosine_similarity(unit, sums[:, :-1], dim=-1).mean(-1).masked_fill(step >= n_new[:, None], math.nan)
-    redundant = above_threshold(score, state.history, state.count, ratio)
-    redundant &= state.count[:, None] + step >= max(config.warmup, 1)
-    latest = n_new[:, None] + torch.arange(config.history, device=k.device)
-    state.history = torch.cat((state.history, score), dim=1).gather(1, latest)
-    state.anchor = sums[torch.arange(B, device=k.device), n_new][:, None].expand_as(state.anchor).clone()
-    state.count = state.count + n_new
+    sums = torch.cat((state.anchor[:, :1], unit), dim=1).cumsum(1)  # (B, T+1, KVH, D) before each, and after the last
+    score = F.cosine_similarity(unit, sums[:, :-1], dim=-1).mean(-1).masked_fill(position >= state.count[:, None], math.nan)
+    state.anchor[:, 0] = sums[torch.arange(len(k), device=k.device), n]
+
+    ring = position[:, :1] + torch.arange(W, device=k.device)  # mod W, the columns of the W tokens before, oldest first
+    scores = torch.cat((state.history.gather(1, ring % W), score), dim=1)  # (B, W+T)
+    redundant = above_threshold(score, scores[:, :-1].unfold(1, W, 1), position.clamp(max=W), ratio) & free
+    latest = n[:, None] + torch.arange(W, device=k.device)
+    state.history.scatter_(1, (ring + n[:, None]) % W, scores.gather(1, latest))
     return redundant, score
 
 
@@ -172,24 +170,25 @@ def rivals(p, n_layers, window):
     """(label, FilterConfig, criterion) of each rival at ratio p.
 
     StreamingLLM has a fixed budget where the others keep a share, so it is there twice: with the same cache at a window's
-    end, B = (1-p) W tokens; and with the same on average over the window, where min(t, B) has the mean of (1-p) t. KeyDiff
-    ranks among 32 scores only: its scores fall while the mean settles, and among 256 it would skip a third where p is half.
+    end, B = (1-p) W tokens; and with the same read over the window, where the min(t, B) tokens that are seen at t add up to
+    (1-p) of the t that dense sees. KeyDiff ranks among 32 scores only: its scores fall while the mean settles, and among
+    256 it would skip a third where p is half.
     """
     last = round(p * n_layers)
-    yield f"no attention in the last {last} layers", FilterConfig(prune=p, schedule="uniform"), last_layers(n_layers - last)
+    config = FilterConfig(prune=p, schedule="uniform", warmup=0)
+    yield f"no attention in the last {last} layers", config, last_layers(n_layers - last)
     for share in (1 - p, 1 - math.sqrt(p)):
-        recent = max(0, round(share * window) - SINKS)
-        config = preset("cache", prune=p, warmup=SINKS, grace=recent)
-        yield f"StreamingLLM, {SINKS} + {recent} tokens", config, recent_only
+        latest = max(1, round(share * window) - SINKS)  # a token itself is one of them
+        yield f"StreamingLLM, {SINKS} + {latest} tokens", preset("cache", prune=p, warmup=SINKS, recent=latest - 1), recent_only
     yield "KeyDiff, online", preset("cache", prune=p, history=32), key_distance
 
 
 VARIED: dict[str, tuple] = {
-    **{name: CHOICES[name] for name in ("schedule", "fusion", "keys", "fill")},
+    **{name: CHOICES[name] for name in ("schedule", "fusion", "keys")},
     "gamma": (0.5, 0.7, 0.9, 0.95, 0.99),
     "warmup": (0, 4, 16, 64),
     "history": (64, 128, 256, 512, 1024),
-    "grace": (0, 8, 32, 128),
+    "recent": (0, 8, 16, 32, 64, 128),
 }
 
 
@@ -198,10 +197,7 @@ def variations(base: FilterConfig):
     for name, values in VARIED.items():
         for value in values:
             if value != getattr(base, name):
-                try:
-                    yield f"{name}={value}", replace(base, **{name: value})
-                except ValueError:  # has no meaning with this base, as fill="anchor" where every token attends
-                    continue
+                yield f"{name}={value}", replace(base, **{name: value})
 
 
 # --------------------------------------------------------------------------------------------------- pass key
@@ -242,12 +238,11 @@ def passkey_prompt(tokenizer: Tokenizer, key: str, length: int, depth: float, ch
 
 
 def passkey(model, tokenizer: Tokenizer, length, depths, trials, filter, chat=False, seed=0) -> dict:
-    """The share of `trials` keys that greedy decoding reproduces, at each depth and overall, and what was skipped and kept.
+    """The share of `trials` keys that greedy decoding reproduces, at each depth and overall, and the columns of COLUMNS.
 
     The same seed and length give the same texts whatever the filter. Each trial is a batch of all depths.
     """
-    rng, found, live, dense = random.Random(f"{seed} {length}"), [0] * len(depths), 0, 0
-    skipped: list[float] = []
+    rng, found, shares = random.Random(f"{seed} {length}"), [0] * len(depths), torch.zeros(3, dtype=torch.float64)
     for _ in tqdm(range(trials), f"{length} tokens", unit=" trials", leave=False):
         keys = [str(rng.randrange(10000, 100000)) for _ in depths]
         prompts = [passkey_prompt(tokenizer, key, length, depth, chat) for key, depth in zip(keys, depths)]
@@ -257,12 +252,11 @@ def passkey(model, tokenizer: Tokenizer, length, depths, trials, filter, chat=Fa
             answers[row].append(token)
         for row, (key, answer) in enumerate(zip(keys, answers)):
             found[row] += key in tokenizer.decode(answer)
-        skipped, live, dense = skipped + stats.row_skip_ratio, live + stats.kv_bytes, dense + stats.dense_kv_bytes
+        shares += torch.tensor([stats.skip_ratio, stats.kv_held, stats.kv_read])
     return {
         **{f"depth {depth:g}": n / trials for depth, n in zip(depths, found)},
         "found": sum(found) / len(depths) / trials,
-        "skipped": sum(skipped) / len(skipped),
-        "KV end": live / dense,
+        **dict(zip(("skipped", "KV held", "KV read"), (shares / trials).tolist())),
     }
 
 
@@ -270,8 +264,8 @@ def passkey(model, tokenizer: Tokenizer, length, depths, trials, filter, chat=Fa
 
 COLUMNS = """\
 skipped  redundant (token, layer) pairs over all pairs
-KV end   bytes of the cache in use at a window's end (K, V, positions, filter state) over those of all K and V
-KV mean  the same on average over the window, taken every 128 tokens"""
+KV held  keys and values in the cache at the end of a text over those of all its tokens in all layers
+KV read  keys and values that all queries of a text have read over those that they read without a filter"""
 
 
 class Report:
@@ -319,16 +313,16 @@ def perplexity_figure(xlabel):
     return figure, axes
 
 
-def draw_ratios(rows):
-    """Perplexity against the measured skip ratio, a line for each preset."""
-    figure, axes = perplexity_figure("share of (token, layer) pairs found redundant, as measured")
+def draw_reads(rows):
+    """Perplexity against KV read, which presets can be compared by, a line for each preset."""
+    figure, axes = perplexity_figure("KV read: keys and values read, over those read without a filter")
     for name in dict.fromkeys(row["setting"] for row in rows):
-        points = [(row["skipped"], row["perplexity"]) for row in rows if row["setting"] == name]
+        points = sorted((row["KV read"], row["perplexity"]) for row in rows if row["setting"] == name)
         if name == "dense":
             axes.axhline(points[0][1], color="black", linestyle="--", label=f"dense: {points[0][1]:.1f}")
         else:
             axes.plot(*zip(*points), marker="o", label=name)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1)
     axes.legend()
     return figure
 
@@ -397,12 +391,11 @@ def sweep(model, windows, overlap, settings: list[Setting], losses, args, report
             except KeyboardInterrupt:
                 bar.close()
                 if bar.n:
-                    print(f"interrupted: {label}: perplexity {score.perplexity:.3f} over the first {bar.n} of {losses} losses")
+                    print(f"interrupted: {label}: perplexity {score.perplexity:.3f} over the first {score.tokens} of {losses} losses")
                 raise
         dense = dense or score.perplexity
         row = {"setting": label, "prune": float(config.prune) if config else 0.0}
-        row |= {"perplexity": score.perplexity, "x dense": score.perplexity / dense, "skipped": score.skip_ratio}
-        row |= {"KV end": score.live_bytes / score.dense_bytes, "KV mean": score.live_sum / score.dense_sum}
+        row |= {"perplexity": score.perplexity, "x dense": score.perplexity / dense, **score.shares}
         if args.by_position:
             row |= {f"{lo}-{hi - 1}": score.between(lo, hi) for lo, hi in pairwise(edges)}
         report.add(row)
@@ -444,7 +437,7 @@ def main(argv=None):
     parser.add_argument("--json", metavar="FILE", help="write the table as JSON, after each row")
     parser.add_argument("--csv", metavar="FILE", help="write the table as CSV, after each row")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the table (needs matplotlib); not with --ablate")
-    add_filter_arguments(parser, several=True, default="paper; with --ablate anchored cache; with --passkey all of them")
+    add_filter_arguments(parser, several=True, default="all of them; with --ablate local cache")
     args = parser.parse_args(argv)
 
     if min(args.window, args.max_tokens or 2) < 2 or args.max_tokens == 0 or min(args.batch, args.trials, *args.lengths) < 1:
@@ -453,7 +446,7 @@ def main(argv=None):
         fail("--depths must lie between 0 and 1")
     if args.stride is not None and (args.offsets or not 1 <= args.stride <= args.window - args.bos):
         fail("--stride must be at least 1 and not more than --window (less the BOS token), and goes without --offsets")
-    names = args.preset or (list(PRESETS) if args.passkey else ["anchored", "cache"] if args.ablate else ["paper"])
+    names = args.preset or (["local", "cache"] if args.ablate else list(PRESETS))
     prunes = args.prune or ([0.3] if args.ablate or args.passkey else [0.1, 0.2, 0.3, 0.5])
     if args.ablate and (len(prunes) > 1 or prunes == [0] or args.plot):
         fail("--ablate takes one --prune above 0, and draws no --plot")
@@ -483,7 +476,7 @@ def main(argv=None):
         except (CheckpointError, ValueError) as e:  # no chat template; too short
             fail(e)
         form = "question in the chat template" if args.chat else 'plain text to be continued after "The pass key is"'
-        protocol = f"pass key of five digits, {args.trials} for each length and depth, {form}; greedy decoding; {dtype}"
+        protocol = f"pass key of five digits, {args.trials} for each length and depth, {form}; greedy decoding; {dtype}\n{COLUMNS}"
         sweep_passkeys(model, tokenizer, settings, args, Report(args, protocol, draw_passkey, 10))
         return
 
@@ -511,7 +504,7 @@ def main(argv=None):
         f"{Path(args.text).name}: {len(ids)} tokens, {'BOS before each window' if args.bos else 'no BOS'}; "
         f"{len(windows)} windows of up to {args.window} {layout}; {losses} losses; {dtype}\n{COLUMNS}"
     )
-    report = Report(args, protocol, draw_positions if args.by_position else draw_ratios, 2 + max(len(s[0]) for s in settings))
+    report = Report(args, protocol, draw_positions if args.by_position else draw_reads, 2 + max(len(s[0]) for s in settings))
     sweep(model, windows, overlap, settings, losses, args, report)
 
 

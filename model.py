@@ -211,7 +211,7 @@ class LayerCache:
         t, redundant, device = p[:, self.ring :], ~tape.kept[:, self.ring :], self.far.device
         n = self.in_sight(redundant, (t + 1).clamp(max=self.front), far[:, : t.shape[1]]).clamp(max=self.window or 2**62)
         self.read += send(n.masked_fill(t >= end, 0).sum(1), device)
-        self.far = send(far[:, -1].contiguous(), device)
+        self.far = send(tape.far + leaves.sum(1), device)
         row, slot = chunk.row[:, None], send(slot, device)
         self.kv[:, row, :, slot] = tape.kv
         self.kept[row, slot.clamp(max=self.front)] = send(tape.kept, device)
@@ -298,7 +298,7 @@ class KVCache:
         longest = torch.stack([F.pad(layer.far, (0, 1)).max() for layer in self.layers]).cpu().tolist()
         for layer, far in zip(self.layers, longest):
             filled = far + min(seen, layer.front)
-            layer.resize(min(filled + BLOCK, self.sinks) if layer.closed else filled + BLOCK + 1)
+            layer.resize(min(filled + BLOCK, self.sinks) if layer.closed else filled + BLOCK + (seen < layer.front))
         self.room = BLOCK
 
     @torch.inference_mode()

@@ -23,7 +23,6 @@ import eval_ppl
 import generate
 import load_weights
 from model import ModelConfig, Transformer
-from token_filter import token_filter
 
 HERE = Path(__file__).resolve().parent
 README = (HERE / "README.md").read_text(encoding="utf-8")
@@ -57,7 +56,6 @@ def reader(demo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "figures").mkdir()
     (tmp_path / "wikitext-2-test.txt").write_text(README, encoding="utf-8")
-    monkeypatch.setattr(bench, "CompiledFilter", lambda: token_filter)
     for module, loader in ((generate, load), (load_weights, load), (eval_ppl, load_tiny), (bench, load_tiny)):
         monkeypatch.setattr(module, "load", loader)
 
