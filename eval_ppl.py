@@ -76,7 +76,7 @@ def evaluate(
     tokens are context only, not scored. `chunk` bounds the memory the logits take. `criterion` as in model.new_cache.
     """
     longest = max(map(len, windows))
-    score = Score(*(torch.zeros(n, dtype=dtype) for n, dtype in ((longest, torch.float64), (longest, torch.int64), (5, torch.float64))))
+    score = Score(torch.zeros(longest).double(), torch.zeros(longest).long(), torch.zeros(5).double())
     for start in range(0, len(windows), batch):
         rows = windows[start : start + batch]
         lengths = torch.tensor([len(row) for row in rows])

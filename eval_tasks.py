@@ -77,7 +77,7 @@ def score(model: Transformer, pairs, filter: FilterConfig | None, chunk=128):
     """Score pairs (context, continuation) of token tuples, none empty, each from an empty cache, as one batch.
 
     Returns for each: sum of log p(token | all before it) over the continuation, in nats; whether every token of it is
-    the likeliest; tokens fed (all but the last, which is only predicted); (token, layer) pairs kept. `chunk` bounds the
+    the likeliest; the row of cache.usage(), of all tokens but the last, which is only predicted. `chunk` bounds the
     memory the logits take. Raises ValueError beyond the model's context.
     """
     contexts = list(dict.fromkeys(context for context, _ in pairs))
@@ -100,14 +100,14 @@ def score(model: Transformer, pairs, filter: FilterConfig | None, chunk=128):
         if done == targets.shape[1]:
             break
         logits = model(targets[:, done - 1 : -1][:, :chunk], cache, (n - done).clamp(0, chunk))
-    return list(zip((-nll).tolist(), greedy.tolist(), cache.seen.tolist(), cache.kept().tolist()))
+    return list(zip((-nll).tolist(), greedy.tolist(), cache.usage().tolist()))
 
 
 class FilteredLM(TemplateLM):
     """A Transformer and its Tokenizer as the harness wants a model.
 
-    `batch` is how many continuations are scored, or texts continued, at a time. `fed[task]` lists (tokens fed, (token,
-    layer) pairs kept) of every text scored or continued for that task, a shared context counted for each.
+    `batch` is how many continuations are scored, or texts continued, at a time. `used[task]` lists what
+    cache.usage() says of every text scored or continued for that task, a shared context counted for each.
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, filter: FilterConfig | None = None, batch=8, seed=0, title=""):
@@ -115,7 +115,7 @@ class FilteredLM(TemplateLM):
         self.model, self.tokenizer, self.filter = model, tokenizer, filter
         self.batch, self.seed, self.title = batch, seed, title
         self.context = model.config.max_positions
-        self.fed: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        self.used: dict[str, list[list[int]]] = defaultdict(list)
 
     @property
     def eot_token_id(self):
@@ -161,12 +161,12 @@ class FilteredLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, **kwargs):
         self._latest = self.score_all([(context, continuation) for _, context, continuation in requests])
-        return [(logprob, greedy) for logprob, greedy, _, _ in self._latest]
+        return [(logprob, greedy) for logprob, greedy, _ in self._latest]
 
     def loglikelihood(self, requests, disable_tqdm=False):
         answers = super().loglikelihood(requests, disable_tqdm=True)
-        for request, (_, _, tokens, kept) in zip(requests, self._latest):
-            self.fed[request.task_name].append((tokens, kept))
+        for request, (_, _, used) in zip(requests, self._latest):
+            self.used[request.task_name].append(used)
         return answers
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
@@ -178,9 +178,9 @@ class FilteredLM(TemplateLM):
                 windows.append(make_disjoint_window(window))
                 owner.append(i)
         totals = [0.0] * len(requests)
-        for i, (logprob, _, tokens, kept) in zip(owner, self.score_all(windows)):
+        for i, (logprob, _, used) in zip(owner, self.score_all(windows)):
             totals[i] += logprob
-            self.fed[requests[i].task_name].append((tokens, kept))
+            self.used[requests[i].task_name].append(used)
         return totals
 
     def generate_until(self, requests, disable_tqdm=False):
@@ -207,7 +207,7 @@ class FilteredLM(TemplateLM):
                 cache = self.model.new_cache(len(rows), self.filter)
                 logits = self.model.prefill([prompts[i] for i in rows], cache)
                 while rows:
-                    stay, tokens, seen, kept, made = [], [], cache.seen.tolist(), cache.kept().tolist(), made + 1
+                    stay, tokens, usage, made = [], [], cache.usage().tolist(), made + 1
                     for b, i in enumerate(rows):
                         option = options[i]
                         token = sample(logits[b], option["temperature"], option["top_k"], option["top_p"], rngs[i])
@@ -215,7 +215,7 @@ class FilteredLM(TemplateLM):
                         ended = token in self.tokenizer.eos_ids or made == option["max_gen_toks"]
                         if ended or any(stop in texts[i] for stop in option["until"] if stop):
                             texts[i] += streams[i].flush()
-                            self.fed[requests[i].task_name].append((seen[b], kept[b]))
+                            self.used[requests[i].task_name].append(usage[b])
                             bar.update()
                         else:
                             stay.append(b)
@@ -269,7 +269,7 @@ def summarise(results, lm: FilteredLM, lines):
                 stderr = results["results"][name].get(f"{metric}_stderr,{kind}")
                 label = metric if kind == "none" else f"{metric}, {kind}"
                 metrics[label] = (value, stderr if isinstance(stderr, float) else None)
-        table[name] = {"metrics": metrics, "fed": [text for part in parts for text in lm.fed[part]]}
+        table[name] = {"metrics": metrics, "used": [text for part in parts for text in lm.used[part]]}
     if len(table) > 1:
         averages = {}
         for metric in AVERAGED:
@@ -278,11 +278,13 @@ def summarise(results, lm: FilteredLM, lines):
                 mean = sum(value for value, _ in having) / len(having)
                 known = all(stderr is not None for _, stderr in having)
                 averages[metric] = (mean, math.hypot(*(stderr for _, stderr in having)) / len(having) if known else None)
-        table["average"] = {"metrics": averages, "fed": [text for row in table.values() for text in row["fed"]]}
+        table["average"] = {"metrics": averages, "used": [text for row in table.values() for text in row["used"]]}
     for row in table.values():
-        lengths, kept = zip(*row.pop("fed"))
+        usage = torch.tensor(row.pop("used"))  # (texts, 5)
+        pairs, redundant, held, read, dense_read = usage.sum(0).tolist()
+        lengths = (usage[:, 0] // lm.model.config.n_layers).tolist()
         row["texts"], row["longest"] = len(lengths), max(lengths)
-        row["skip_ratio"] = 1 - sum(kept) / (sum(lengths) * lm.model.config.n_layers)
+        row |= {"skip_ratio": redundant / pairs, "kv_held": held / pairs, "kv_read": read / dense_read}
         row["unfiltered"] = sum(n <= max(lm.filter.warmup, 1) for n in lengths) if lm.filter else len(lengths)
     return table
 
@@ -291,15 +293,16 @@ def print_table(settings):
     """One line per task, metric and setting: [(title, summarise()'s table)], the dense one first if there is one."""
     dense = settings[0][1] if settings[0][0] == "dense" else None
     width = max(map(len, settings[0][1]))
-    print(f"{'task':<{width}}  {'metric':<15} {'setting':<14} {'value':>9} {'stderr':>8} {'- dense':>9} {'skipped':>8}")
+    head = f"{'task':<{width}}  {'metric':<15} {'setting':<14} {'value':>9} {'stderr':>8} {'- dense':>9}"
+    print(f"{head} {'skipped':>8} {'KV held':>8} {'KV read':>8}")
     for name, row in settings[0][1].items():
         for metric in row["metrics"]:
             for title, table in settings:
                 value, stderr = table[name]["metrics"][metric]
                 error = "" if stderr is None else f"{stderr:.4f}"
                 change = "" if dense is None or table is dense else f"{value - dense[name]['metrics'][metric][0]:+.4f}"
-                skipped = f"{table[name]['skip_ratio']:.4f}"
-                print(f"{name:<{width}}  {metric:<15} {title:<14} {value:>9.4f} {error:>8} {change:>9} {skipped:>8}")
+                shares = " ".join(f"{table[name][key]:>8.4f}" for key in ("skip_ratio", "kv_held", "kv_read"))
+                print(f"{name:<{width}}  {metric:<15} {title:<14} {value:>9.4f} {error:>8} {change:>9} {shares}")
 
 
 def main(argv=None):

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import eval_ppl
-from eval_ppl import cut, evaluate, key_distance, main, passkey, passkey_prompt, rivals, variations
+from eval_ppl import cut, evaluate, key_distance, main, passkey, passkey_prompt, recent_only, rivals, variations
 from load_weights import load
 from model import rope_frequencies
-from test_filter import drift, is_above
+from test_filter import drift, is_above, turned
 from test_generate import FILTERS, LONG, PROMPTS, refused
-from test_model import LENGTHS, small, texts, turned
+from test_model import LENGTHS, small, texts
 from token_filter import PRESETS, FilterConfig, FilterState, preset
 
 # -------------------------------------------------------------------------------------------------- perplexity
@@ -23,32 +23,30 @@ from token_filter import PRESETS, FilterConfig, FilterState, preset
 
 @pytest.mark.parametrize("filter", FILTERS, ids=["dense", *PRESETS])
 def test_perplexity_equals_decoding_token_by_token(filter):
-    model, nll, kept, live = small(), torch.zeros(max(LENGTHS)).double(), 0, 0
+    model, nll, usage = small(), torch.zeros(max(LENGTHS)).double(), torch.zeros(5).double()
     for prompt in PROMPTS:
         cache = model.new_cache(1, filter)
         for t, (token, target) in enumerate(zip(prompt, prompt[1:] + [None])):
             logits = model(torch.tensor([[token]]), cache)[0, 0]
             if target is not None:
                 nll[t + 1] -= logits.log_softmax(-1)[target]
-        kept, live = kept + int(cache.kept()), live + cache.live_bytes()
+        usage += cache.usage()[0]
     *_, score = evaluate(model, PROMPTS, filter, batch=2, chunk=17)
     assert score.tokens == sum(LENGTHS) - 3
     torch.testing.assert_close(score.losses, nll, rtol=0, atol=1e-9)
     assert score.perplexity == pytest.approx(math.exp(nll.sum() / (sum(LENGTHS) - 3)), rel=1e-12)
     assert score.between(50, 80) == pytest.approx(math.exp(nll[50:80].sum() / (30 + 13)), rel=1e-12)  # of two rows
-    assert (score.kept, score.pairs) == (kept, sum(LENGTHS) * 4)
-    assert score.live_bytes == live
-    assert score.dense_bytes == sum(LENGTHS) * 4 * 2 * 2 * 8 * 8  # 4 layers, K and V, 2 heads of 8 float64s
+    pairs, redundant, held, read, dense_read = usage.tolist()
+    assert score.shares == {"skipped": redundant / pairs, "KV held": held / pairs, "KV read": read / dense_read}
+    assert filter is not None or score.shares == {"skipped": 0, "KV held": 1, "KV read": 1}
 
 
-def test_kv_is_also_averaged_over_the_window():
-    model, filter, live, dense = small(), preset("anchored", prune=0.5), 0, 0
-    cache = model.new_cache(1, filter)
-    for lo in range(0, 90, 30):
-        model(texts()[:1, lo : lo + 30], cache)
-        live, dense = live + cache.live_bytes(), dense + (lo + 30) * 4 * 2 * 2 * 8 * 8
-    *_, score = evaluate(model, PROMPTS[:1], filter, chunk=30)
-    assert (score.live_sum, score.dense_sum) == (live, dense)
+def test_kv_held_and_read_by_hand():
+    """Everything past the warm-up redundant: at position t, `local` sees 4 sinks and 3 recent tokens, so min(t + 1, 7)."""
+    config = FilterConfig(prune=0.5, mode="local", recent=2, warmup=4, schedule="uniform")
+    *_, score = evaluate(small(), [PROMPTS[0][:10]], config, chunk=4, criterion=recent_only)
+    read = sum(min(t + 1, 7) for t in range(10))
+    assert score.shares == pytest.approx({"skipped": 6 / 10, "KV held": 7 / 10, "KV read": read / 55})
 
 
 def sliding_loop(model, ids, window, stride, bos, filter):
@@ -84,19 +82,17 @@ def test_sliding_windows_equal_a_plain_loop(window, stride, bos, filter):
 # ------------------------------------------------------------------------------------------------------- rivals
 
 
-def plain(model, tokens, visible, attending):
-    """Logits (T, V) of one text, without a cache: visible (T, T) says which keys a query sees, and only the first
-    `attending` layers have attention."""
+def plain(model, tokens, visible):
+    """Logits (T, V) of one text, without a cache: visible (L, T, T) says which keys a query sees; one that sees none adds nothing."""
     c, x, T = model.config, model.embed(tokens), len(tokens)
     angle = torch.arange(T)[:, None, None] * rope_frequencies(c).double()
-    for l, block in enumerate(model.blocks):
-        if l < attending:
-            h = block.attn_norm(x)
-            q = turned(block.attn.q(h).view(T, c.heads, c.head_dim), angle)
-            k = turned(block.attn.k(h).view(T, c.kv_heads, c.head_dim), angle).repeat_interleave(c.heads // c.kv_heads, 1)
-            v = block.attn.v(h).view(T, c.kv_heads, c.head_dim).repeat_interleave(c.heads // c.kv_heads, 1)
-            weights = torch.einsum("qhd,khd->hqk", q, k).div(c.head_dim**0.5).masked_fill(~visible, -math.inf).softmax(-1)
-            x = x + block.attn.o(torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
+    for block, seen in zip(model.blocks, visible):
+        h = block.attn_norm(x)
+        q = turned(block.attn.q(h).view(T, c.heads, c.head_dim), angle)
+        k = turned(block.attn.k(h).view(T, c.kv_heads, c.head_dim), angle).repeat_interleave(c.heads // c.kv_heads, 1)
+        v = block.attn.v(h).view(T, c.kv_heads, c.head_dim).repeat_interleave(c.heads // c.kv_heads, 1)
+        weights = torch.einsum("qhd,khd->hqk", q, k).div(c.head_dim**0.5).masked_fill(~seen, -math.inf).softmax(-1).nan_to_num(0)
+        x = x + block.attn.o(torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
         x = x + block.mlp(block.mlp_norm(x))
     return model.head(model.norm(x))
 
@@ -104,17 +100,27 @@ def plain(model, tokens, visible, attending):
 @pytest.mark.parametrize("sizes", [[90], [1] * 90, [33, 1, 56]])
 def test_last_layers_and_recent_only_equal_a_plain_forward(sizes):
     model, tokens, t = small(), texts()[0], torch.arange(90)
-    causal, attending, length = t[:, None] >= t, 3, 90
-    (_, *static), (label, *streaming), _, _ = rivals(0.25, 4, 60)
+    causal, (_, *static), (label, *streaming), _, _ = (t[:, None] >= t, *rivals(0.25, 4, 60))
     assert label == "StreamingLLM, 16 + 29 tokens"  # 45 of 60
-    recent = causal & ((t < 16) | (t[:, None] - t <= 29))
-    for (config, criterion), visible, attending in ((static, causal, 3), (streaming, recent, 4)):
-        cache, logits = model.new_cache(1, config, criterion), []
-        for piece in tokens.split(sizes):
-            logits.append(model(piece[None], cache)[0])
-        torch.testing.assert_close(torch.cat(logits), plain(model, tokens, visible, attending), rtol=0, atol=1e-9)
-        live = [int((layer.until >= length).sum()) for layer in cache.layers]
-        assert live == ([90, 90, 90, 0] if attending == 3 else [16 + 29] * 4)
+    first, recent = causal & (t[:, None] < 1), causal & ((t < 16) | (t[:, None] - t < 29))
+    for (config, criterion), visible, held in (
+        (static, [causal, causal, causal, first], 3 * 90 + 2),  # of the last layer the first token, always kept, and the latest
+        (streaming, [recent] * 4, 4 * 45),
+    ):
+        cache = model.new_cache(1, config, criterion)
+        logits = [model(piece[None], cache)[0] for piece in tokens.split(sizes)]
+        torch.testing.assert_close(torch.cat(logits), plain(model, tokens, torch.stack(visible)), rtol=0, atol=1e-9)
+        assert int(cache.usage()[0, 2]) == held
+
+
+@pytest.mark.parametrize("rival", range(4))
+def test_rivals_are_chunk_free_and_batch_invariant(rival):
+    model, (_, config, criterion) = small(), list(rivals(0.5, 4, 60))[rival]
+    whole = model(texts(), model.new_cache(3, config, criterion), LENGTHS)
+    for row, n in enumerate(LENGTHS):
+        cache = model.new_cache(1, config, criterion)
+        alone = torch.cat([model(texts()[row : row + 1, t : t + 1], cache)[0] for t in range(n)])
+        torch.testing.assert_close(whole[row, :n], alone, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("chunks", [[[70, 40, 0]], [[30, 5, 0]] + [[1, 1, 0]] * 35 + [[5, 0, 0]]])
@@ -122,7 +128,7 @@ def test_key_distance_equals_a_loop(chunks):
     k, v = drift(3, 70, 2, 8)
     k[0, 33] = 0
     config = preset("cache", prune=0.4, warmup=4, history=20)
-    state, done = FilterState.new(3, 2, 8, config, 0, torch.float64, "cpu"), [0, 0, 0]
+    state, done = FilterState(3, 2, 8, config, 0, torch.float64, "cpu"), [0, 0, 0]
     redundant, score = np.zeros((3, 70), bool), np.full((3, 70), math.nan)
     for n_new in chunks:
         index = (torch.tensor(done)[:, None] + torch.arange(max(n_new))).clamp(max=69)
@@ -153,25 +159,24 @@ def test_rivals_have_the_budget_they_are_named_for(p):
 
     def figures(config, criterion):
         *_, score = evaluate(model, [window], config, chunk=10, criterion=criterion)
-        return score.skip_ratio, score.live_bytes / score.dense_bytes, score.live_sum / score.dense_sum
+        return tuple(score.shares.values())
 
     static, at_end, on_average, keydiff = (figures(*rival) for _, *rival in rivals(p, 4, 400))
-    assert static[0] == pytest.approx(round(p * 4) / 4)
-    assert at_end[1] == pytest.approx(1 - p, abs=0.06)  # the filter state, 2 to 3 % here, comes on top
-    assert on_average[2] == pytest.approx(1 - p, abs=0.06)
+    assert static[0] == pytest.approx(round(p * 4) / 4 * (1 - 1 / 400))  # all but the first token
+    assert at_end[1] == pytest.approx(1 - p, abs=0.003)
+    assert on_average[2] == pytest.approx(1 - p, abs=0.003)
     assert keydiff[0] == pytest.approx(p, abs=0.05)
 
 
 def test_variations_change_one_field_each():
-    base = preset("anchored", prune=0.3)
+    base = preset("paper", prune=0.3)
     found = dict(variations(base))
     for label, config in found.items():
         name, value = label.split("=")
         assert str(getattr(config, name)) == value != str(getattr(base, name))
         assert FilterConfig(**{**vars(config), name: getattr(base, name)}) == base
-    assert {"schedule=uniform", "fusion=random", "keys=unrotated", "gamma=0.99", "warmup=0", "history=64", "fill=zero",
-            "grace=0"} <= found.keys()  # fmt: skip
-    assert not any("fill" in label for label, _ in variations(preset("cache", prune=0.3)))
+    assert {"schedule=uniform", "fusion=random", "keys=unrotated", "gamma=0.99", "warmup=0", "history=64",
+            "recent=8"} <= found.keys()  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------- pass key
@@ -209,7 +214,7 @@ def test_passkey_counts_the_keys_that_are_reproduced(checkpoint, monkeypatch):
     monkeypatch.setattr(eval_ppl, "generate", oracle)
     figures = passkey(model, tokenizer, 190, [0, 0.5, 1], 4, preset("cache", prune=0.5))
     assert figures["depth 0"] == 1 and figures["depth 0.5"] == 0.5 and figures["depth 1"] == 0 and figures["found"] == 0.5
-    assert 0.4 < figures["skipped"] < 0.55 and 0.5 < figures["KV end"] < 0.8
+    assert 0.4 < figures["skipped"] < 0.55 < figures["KV held"] < 0.7 < figures["KV read"] < 0.85  # early tokens see most of them
     assert len({key for keys in seen for key in keys}) == 12
     first = list(seen)
     passkey(model, tokenizer, 190, [0, 0.5, 1], 4, None)
@@ -242,9 +247,10 @@ def test_sweep_prints_and_writes_the_same_rows(checkpoint, capsys, tmp_path, tex
     flags = ["--json", files["json"], "--csv", files["csv"], "--plot", files["png"], "--prune", "0", "0.5"]
     main([str(checkpoint), *text, *map(str, flags), "--preset", "paper", "cache"])
     head, *rows = table(capsys.readouterr().out)
-    assert head == ["setting", "prune", "perplexity", "x dense", "skipped", "KV end", "KV mean"]
+    assert head == ["setting", "prune", "perplexity", "x dense", "skipped", "KV held", "KV read"]
     assert [row[:2] for row in rows] == [["dense", "0.000"], ["paper", "0.500"], ["cache", "0.500"]]
-    assert rows[0][3] == "1.000" and rows[0][4] == "0.000" and 0.2 < float(rows[1][4]) < 0.6 < float(rows[1][5]) < 1.3
+    assert rows[0][3:] == ["1.000", "0.000", "1.000", "1.000"]
+    assert all(0.2 < float(row[4]) < 0.6 and all(0.3 < float(kv) < 1 for kv in row[5:]) for row in rows[1:])
     written = json.loads(files["json"].read_text())
     assert "64" in written["protocol"] and "no BOS" in written["protocol"] and "float32" in written["protocol"]
     with open(files["csv"], newline="") as file:
@@ -254,6 +260,13 @@ def test_sweep_prints_and_writes_the_same_rows(checkpoint, capsys, tmp_path, tex
         assert list(in_json) == list(in_csv) == head and shown == row
         assert [str(v) for v in in_json.values()] == list(in_csv.values())
     assert files["png"].read_bytes()[1:4] == b"PNG"
+
+
+def test_perplexity_is_drawn_against_kv_read():
+    rows = [("dense", 1.0, 9.0), ("cache", 0.5, 12.0), ("cache", 0.7, 10.0), ("local", 0.3, 20.0)]
+    lines = eval_ppl.draw_reads([{"setting": name, "KV read": x, "perplexity": y} for name, x, y in rows]).axes[0].lines
+    shown = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in lines}
+    assert shown["cache"] == ([0.5, 0.7], [12.0, 10.0]) and shown["local"] == ([0.3], [20.0]) and "dense: 9.0" in shown
 
 
 def test_flags_choose_the_windows(checkpoint, capsys, text):
@@ -276,21 +289,21 @@ def test_by_position(checkpoint, capsys, tmp_path, text):
     picture = tmp_path / "positions.png"
     main([str(checkpoint), *text, "--window", "150", "--prune", "0.5", "--by-position", "--plot", str(picture)])
     head, *rows = table(capsys.readouterr().out)
-    assert head[-3:] == ["0-63", "64-127", "128-149"] and len(rows) == 2 and picture.read_bytes()[1:4] == b"PNG"
+    assert head[-3:] == ["0-63", "64-127", "128-149"] and len(rows) == 1 + len(PRESETS) and picture.read_bytes()[1:4] == b"PNG"
     assert len({*rows[0][-3:]}) == 3
 
 
 def test_ablate_changes_one_thing_a_row_and_adds_rivals(checkpoint, capsys, text):
     main([str(checkpoint), *text, "--max-tokens", "128", "--ablate", "--prune", "0.5"])
     rows = {row[0]: row[1:] for row in table(capsys.readouterr().out)[1:]}
-    assert list(rows)[:3] == ["dense", "anchored", "cache"]
-    assert {"anchored, fill=zero", "cache, schedule=tail", "KeyDiff, online", "no attention in the last 2 layers"} <= rows.keys()
+    assert list(rows)[:3] == ["dense", "local", "cache"]
+    assert {"local, recent=8", "cache, schedule=tail", "KeyDiff, online", "no attention in the last 2 layers"} <= rows.keys()
     assert {row[0] for row in rows.values()} == {"0.000", "0.500"}
-    main([str(checkpoint), *text, "--max-tokens", "128", "--preset", "anchored", "--gamma", "0.5", "--prune", "0.5"])
-    assert table(capsys.readouterr().out)[2][1:] == rows["anchored, gamma=0.5"] != rows["anchored"]
+    main([str(checkpoint), *text, "--max-tokens", "128", "--preset", "local", "--gamma", "0.5", "--prune", "0.5"])
+    assert table(capsys.readouterr().out)[2][1:] == rows["local, gamma=0.5"] != rows["local"]
     main([str(checkpoint), *text, "--max-tokens", "128", "--preset", "cache", "--gamma", "0.5", "--prune", "0.5", "--ablate"])
     rows = {row[0]: row[1:] for row in table(capsys.readouterr().out)[1:]}
-    assert "cache, gamma=0.9" in rows and "cache, gamma=0.5" not in rows and "anchored" not in rows
+    assert "cache, gamma=0.9" in rows and "cache, gamma=0.5" not in rows and "local" not in rows
 
 
 def test_passkey_command(checkpoint, capsys, tmp_path):
@@ -298,7 +311,7 @@ def test_passkey_command(checkpoint, capsys, tmp_path):
     flags = ["--passkey", "--device", "cpu", "--lengths", "180", "200", "--depths", "0", "0.5", "--json", out, "--plot", picture]
     main([str(checkpoint), *map(str, flags)])
     head, *rows = table(capsys.readouterr().out)
-    assert head == ["setting", "prune", "length", "depth 0", "depth 0.5", "found", "skipped", "KV end"]
+    assert head == ["setting", "prune", "length", "depth 0", "depth 0.5", "found", "skipped", "KV held", "KV read"]
     assert [row[:3] for row in rows] == [
         [name, prune, length]
         for name, prune in [("dense", "0.000"), *((name, "0.300") for name in PRESETS)]
@@ -322,9 +335,9 @@ def test_ctrl_c_shows_what_was_measured(checkpoint, capsys, tmp_path, text, monk
     shown = capsys.readouterr().out
     model, tokenizer = load(checkpoint, "cpu")
     ids = tokenizer.encode(LONG * 8, bos=False)
-    *_, score = real(model, [ids[:64]], preset("cache", prune=0.5))
+    *_, score = real(model, [ids[:64], ids[64:128]], preset("cache", prune=0.5), batch=1)
     losses = sum(len(ids[lo : lo + 64]) - 1 for lo in range(0, len(ids), 64))
-    assert f"interrupted: cache: perplexity {score.perplexity:.3f} over the first 63 of {losses} losses" in shown
+    assert f"interrupted: cache: perplexity {score.perplexity:.3f} over the first 126 of {losses} losses" in shown
     rows = json.loads(out.read_text())["rows"]
     assert len(rows) == 1 and f"{rows[0]['perplexity']:.3f}" in shown
 

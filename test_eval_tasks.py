@@ -18,6 +18,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is an extra: pip instal
 from lm_eval.api.instance import Instance
 
 import eval_tasks
+import skip_map
 from eval_tasks import SUITES, FilteredLM, batches, load_tasks, main, print_table
 from generate import generate
 from load_weights import load
@@ -170,7 +171,7 @@ PAIRS += [("", "the lazy dog " * 4), (PUMP, " x"), (FERRY[:270], " the end")]
 
 
 def one_by_one(lm, context, continuation):
-    """The same score from tokens fed alone, one at a time: log-probability, greedy, tokens fed, pairs kept."""
+    """The same score from tokens fed alone, one at a time: log-probability, greedy, and what was used."""
     cache, total, greedy = lm.model.new_cache(1, lm.filter), 0.0, True
     ids = [*context, *continuation][-(lm.context + 1) :]
     for t, (token, following) in enumerate(itertools.pairwise(ids)):
@@ -178,7 +179,7 @@ def one_by_one(lm, context, continuation):
         if t >= len(ids) - 1 - len(continuation):
             total += float(logprobs[following])
             greedy &= following == int(logprobs.argmax())
-    return total, greedy, len(ids) - 1, int(cache.kept())
+    return total, greedy, cache.usage()[0].tolist()
 
 
 @pytest.mark.parametrize("filter", FILTERS, ids=["dense", *PRESETS])
@@ -194,9 +195,9 @@ def test_scores_equal_decoding_one_by_one(tiny, filter):
             expected = [one_by_one(lm, *pair) for pair in ids]
         assert [answer[0] for answer in answers] == pytest.approx([e[0] for e in expected], abs=1e-9)
         assert [answer[1] for answer in answers] == [e[1] for e in expected]
-        assert lm.fed["t"] == [e[2:] for e in expected]
+        assert lm.used["t"] == [e[2] for e in expected]
     if filter is not None:
-        assert sum(kept for _, kept in lm.fed["t"]) < 0.7 * 3 * sum(tokens for tokens, _ in lm.fed["t"])
+        assert sum(used[1] for used in lm.used["t"]) > 0.3 * sum(used[0] for used in lm.used["t"])
 
 
 def test_greedy_is_recognised(tiny):
@@ -235,8 +236,8 @@ def test_generation_equals_generate(tiny, filter):
     requests = [(prompt, {"until": [stop], "max_gen_toks": 20}) for prompt, stop in zip(prompts, stops)]
     texts = lm.generate_until(instances("generate_until", requests))
     assert texts == [text.split(stop)[0] if stop else text for text, stop in zip(free, stops)]
-    assert texts[0] != free[0] and len(lm.fed["t"]) == len(prompts)
-    assert sum(tokens for tokens, _ in lm.fed["t"]) < full - 30  # what has met its stop string is not fed any more
+    assert texts[0] != free[0] and len(lm.used["t"]) == len(prompts)
+    assert sum(used[0] // 3 for used in lm.used["t"]) < full - 30  # what has met its stop string is not fed any more
 
 
 def test_a_shared_context_is_fed_once(tiny, monkeypatch):
@@ -267,7 +268,7 @@ def decisions(monkeypatch, work):
     def recorded(self, tokens, cache, n_new=None, last=False):
         logits = forward(self, tokens, cache, n_new, last)
         rows = getattr(cache, "rows", [((), ())] * len(tokens))
-        redundant = torch.stack([layer.redundant for layer in cache.layers], -1)  # (B, T, L)
+        redundant = skip_map.decisions(cache)[0].permute(1, 2, 0)  # (B, T, L)
         counts = [tokens.shape[1]] * len(tokens) if n_new is None else n_new.tolist()
         cache.rows = [
             (fed + tuple(tokens[b, :n].tolist()), made + tuple(redundant[b, :n].tolist()))
@@ -377,13 +378,13 @@ def test_the_table_of_a_suite(checkpoint, stand_ins, capsys):
 
     dense, filtered = (row["tasks"] for row in results)
     names = [*SUITES["commonsense"], "mmlu_astronomy", "average"]
-    assert list(dense) == names and "".join(shown[0].split()) == "taskmetricsettingvaluestderr-denseskipped"
+    assert list(dense) == names and "".join(shown[0].split()) == "taskmetricsettingvaluestderr-denseskippedKVheldKVread"
     for table in (dense, filtered):
         for metric in ("acc", "acc_norm"):
             values = torch.tensor([table[name]["metrics"][metric] for name in names[:-1] if metric in table[name]["metrics"]])
             expected = values[:, 0].mean(), values[:, 1].square().sum().sqrt() / len(values)
             assert table["average"]["metrics"][metric] == pytest.approx([float(x) for x in expected], abs=1e-6)
-    assert all(row["skip_ratio"] == 0 for row in dense.values())
+    assert all((row["skip_ratio"], row["kv_held"], row["kv_read"]) == (0, 1, 1) for row in dense.values())
     assert filtered["mmlu_astronomy"]["skip_ratio"] > 0.2 and filtered["mmlu_astronomy"]["unfiltered"] == 0
     assert dense["piqa"]["texts"] == 4 and dense["mmlu_astronomy"]["texts"] == 8
 
@@ -396,11 +397,12 @@ def test_the_table_of_a_suite(checkpoint, stand_ins, capsys):
 
 
 def test_the_table_compares_with_dense(capsys):
-    rows = [{"metrics": {"acc": figures}, "skip_ratio": ratio} for figures, ratio in (((0.5, 0.1), 0.0), ((0.25, None), 0.2))]
+    shares = ({"skip_ratio": 0.0, "kv_held": 1.0, "kv_read": 1.0}, {"skip_ratio": 0.2, "kv_held": 0.75, "kv_read": 0.5})
+    rows = [{"metrics": {"acc": figures}} | share for figures, share in zip(((0.5, 0.1), (0.25, None)), shares)]
     print_table([("dense", {"t": rows[0]}), ("paper 0.2", {"t": rows[1]})])
     _, dense, filtered = capsys.readouterr().out.splitlines()
-    assert dense.split() == ["t", "acc", "dense", "0.5000", "0.1000", "0.0000"]
-    assert filtered.split() == ["t", "acc", "paper", "0.2", "0.2500", "-0.2500", "0.2000"]
+    assert dense.split() == ["t", "acc", "dense", "0.5000", "0.1000", "0.0000", "1.0000", "1.0000"]
+    assert filtered.split() == ["t", "acc", "paper", "0.2", "0.2500", "-0.2500", "0.2000", "0.7500", "0.5000"]
 
 
 def test_a_group_is_one_line(checkpoint, stand_ins, capsys):
