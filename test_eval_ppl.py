@@ -100,7 +100,8 @@ def plain(model, tokens, visible):
 @pytest.mark.parametrize("sizes", [[90], [1] * 90, [33, 1, 56]])
 def test_last_layers_and_recent_only_equal_a_plain_forward(sizes):
     model, tokens, t = small(), texts()[0], torch.arange(90)
-    causal, (_, *static), (label, *streaming), _, _ = (t[:, None] >= t, *rivals(0.25, 4, 60))
+    (_, *static), (label, *streaming), _, _ = rivals(0.25, 4, 60)
+    causal = t[:, None] >= t
     assert label == "StreamingLLM, 16 + 29 tokens"  # 45 of 60
     first, recent = causal & (t[:, None] < 1), causal & ((t < 16) | (t[:, None] - t < 29))
     for (config, criterion), visible, held in (
