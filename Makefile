@@ -33,10 +33,6 @@ ifdef TEXT
 	    --preset paper local cache --plot figures/perplexity.png
 	$(BIN)/python eval_ppl.py --text $(TEXT) --window 4096 --offsets 0 --prune 0.3 --preset paper local cache \
 	    --by-position --plot figures/by-position.png
-	$(BIN)/python bench.py --text $(TEXT) --batch 1 8 32 64 --context 1024 --distinct 8 --new-tokens 8 --repeat 1 --compile \
-	    --nothing-skipped --vs transformers --plot figures/bench-batch.png
-	$(BIN)/python bench.py --text $(TEXT) --batch 8 --context 256 512 1024 2048 4096 8160 --distinct 1 --new-tokens 8 \
-	    --repeat 1 --compile --preset paper local cache --plot figures/bench-context.png
 endif
 
 bench: .venv/dev $(DEMO)

@@ -119,5 +119,5 @@ def test_links_files_and_quotes():
     quotes, labels = "".join(blocks("py")).splitlines(), re.findall(r"\[`(# \w+)`", README)
     assert len(quotes) >= 11 and set(quotes) <= set(source), set(quotes) - set(source)
     assert len(labels) == 4 and all(any(line.startswith(label) for line in source) for label in labels)
-    for label in ("# filter\n", "# what the others add instead\n"):
+    for label in ("# filter\n", "# store, attend, and add\n"):
         assert f"`{label.strip()}`" in README and label in (HERE / "model.py").read_text()
