@@ -53,7 +53,7 @@ class Decisions:
 
 def token_pieces(tokenizer: Tokenizer, tokens) -> list[str]:
     """The text each token brings; "" for a special token, or one that ends within a character."""
-    stream = tokenizer.stream()
+    stream = tokenizer.stream(start=True)
     pieces = [stream.push(token) for token in tokens]
     return pieces[:-1] + [pieces[-1] + stream.flush()]
 

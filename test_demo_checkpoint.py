@@ -57,7 +57,7 @@ def test_tokenizer_agrees_with_transformers(demo):
         assert ids == reference(text, split_special_tokens=True).input_ids
         assert ours.encode(text, parse_special=True) == reference(text).input_ids
         assert ours.decode(ids) == text
-        stream = ours.stream()
+        stream = ours.stream(start=True)
         assert "".join(map(stream.push, ids)) + stream.flush() == text
     assert len(ours.encode("1234567890", bos=False)) == 10  # every digit is a token
     messages = [{"role": "user", "content": TEXTS[0]}, {"role": "assistant", "content": "Yes."}]

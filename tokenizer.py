@@ -2,31 +2,31 @@
 
     tokenizer.json                                     in the format of the `tokenizers` package, or else
     tokenizer.model, tokenizer.model.v3                in SentencePiece's
-    tokenizer_config.json, generation_config.json, config.json,
-    added_tokens.json, chat_template.jinja             optional: special tokens, chat template
+    tokenizer_config.json, special_tokens_map.json, added_tokens.json,
+    generation_config.json, config.json,
+    chat_template.jinja, additional_chat_templates/    optional: special tokens, chat templates
 
 Whatever is wrong is raised as CheckpointError: one line that names the file and the key.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from datetime import datetime
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 
-import jinja2.sandbox
 import sentencepiece
 import tokenizers
 
+from chat_template import changed, disguises, render
 from checkpoint_files import CheckpointError, JsonObject, read_file
 
 MARK = "\ufdd0"  # one of the characters that Unicode sets aside for a program's own use, never to be part of a text
-
 
 @contextmanager
 def _tokenizing(path: Path, doing: str) -> Iterator[None]:
@@ -44,18 +44,40 @@ def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
     return re.compile(f"({'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True))) or '(?!)'})")  # (?!): nothing
 
 
+def _added_tokens(config: JsonObject) -> dict[str, tuple[int, bool]]:
+    """Tokens -> (id, special), of tokenizer_config.json's added_tokens_decoder and of added_tokens.json; whose ids must agree."""
+    added: dict[str, tuple[int, bool]] = {}
+    old = JsonObject.read(config.path.with_name("added_tokens.json"), optional=True)
+    try:
+        listed = [(token, int(i), False) for token, i in old.values.items()]
+        listed += [(d["content"], int(i), bool(d.get("special"))) for i, d in config.get("added_tokens_decoder", dict, {}).items()]
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
+        raise CheckpointError(config.path, "or added_tokens.json: not a table of added tokens") from None
+    for token, i, special in listed:
+        if not isinstance(token, str) or i < 0 or added.get(token, (i,))[0] != i:
+            raise CheckpointError(config.path, f"or added_tokens.json: the added token {token!r:.80} has two ids, or a bad one")
+        added[token] = i, special
+    return added
+
+
 class _TokenizerJson:
     """tokenizer.json, through the `tokenizers` package.
 
     encode_marked, here and below: special tokens are parsed where MARK stands in front of them and nowhere else.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, config: JsonObject):
         values = JsonObject.read(path).values
         values |= {"truncation": None, "padding": None}  # some files carry their training's
         post = values.get("post_processor") or {}
         with _tokenizing(path, "be read as a tokenizer"):
             self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(values))
+            for token, (i, special) in sorted(_added_tokens(config).items(), key=lambda item: item[1]):
+                if self.tokenizer.token_to_id(token) is None:
+                    self.tokenizer.add_tokens([tokenizers.AddedToken(token, special=special, normalized=False)])
+                if self.tokenizer.token_to_id(token) != i:
+                    raise config.error("added_tokens_decoder", f"or added_tokens.json gives {token!r:.80} the id {i}, unlike {path.name}")
+            self.plain_size = max(self.tokenizer.get_vocab(with_added_tokens=False).values(), default=-1) + 1
             self.vocab: dict[str, int] = self.tokenizer.get_vocab(with_added_tokens=True)
             templates = [p["single"] for p in post.get("processors", [post]) if p.get("type") == "TemplateProcessing"]
             first = [template[0]["SpecialToken"]["id"] for template in templates if "SpecialToken" in template[0]]
@@ -92,7 +114,7 @@ class _SentencePiece:
 
     adds_bos = True
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, config: JsonObject):
         try:
             proto = read_file(path) or b"empty"  # no bytes at all would pass for a model
             self.model = sentencepiece.SentencePieceProcessor(model_proto=proto)
@@ -102,14 +124,12 @@ class _SentencePiece:
         self.vocab = {self.model.id_to_piece(i): i for i in range(size)}
         self.bos, self.eos = {self.model.bos_id()} - {-1}, {self.model.eos_id()} - {-1}
         self.special = {t: i for t, i in self.vocab.items() if self.model.is_control(i) or self.model.is_unknown(i)}
-        config = JsonObject.read(path.with_name("tokenizer_config.json"), optional=True)
-        added = JsonObject.read(path.with_name("added_tokens.json"), optional=True).values.items()
-        try:
-            described = config.get("added_tokens_decoder", dict, {}).items()
-            tokens = {str(t): int(i) for t, i in [*added, *((d["content"], i) for i, d in described)]}
-        except (KeyError, TypeError, ValueError, OverflowError):
-            raise CheckpointError(config.path, "or added_tokens.json: not a table of added tokens") from None
-        self.special |= {token: i for token, i in tokens.items() if i >= size}
+        for token, (i, _) in _added_tokens(config).items():
+            if self.vocab.get(token, i) != i:
+                raise config.error("added_tokens_decoder", f"or added_tokens.json gives {token!r:.80} the id {i}, unlike {path.name}")
+            if i >= size or token not in self.vocab:  # new, or another name for a piece
+                self.special[token] = i
+        self.plain_size, self.legacy = size, config.get("legacy", bool, True)
         self.vocab |= self.special
 
     def encode(self, text: str, parse_special: bool) -> list[int]:
@@ -120,9 +140,13 @@ class _SentencePiece:
 
     def _encode(self, text: str, special: dict[str, int]) -> list[int]:
         ids: list[int] = []
-        for part in any_of(special).split(text):
-            ids += [special[part]] if part in special else self.model.encode(part)
+        for number, part in enumerate(any_of(special).split(text)):
+            ids += [special[part]] if part in special else self._after(part) if number and not self.legacy else self.model.encode(part)
         return ids
+
+    def _after(self, text: str) -> list[int]:
+        """Text that is not the first: where tokenizer_config.json has legacy: false, it gets no space in front."""
+        return self.model.encode(MARK + text)[len(self.model.encode(MARK)) :] if text else []
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids)
@@ -131,30 +155,32 @@ class _SentencePiece:
 class Tokenizer:
     """A checkpoint's tokenizer, from tokenizer.json or else SentencePiece's tokenizer.model, and its chat template.
 
-    Attributes: vocab_size (highest id + 1), bos_id (None if there is none), eos_ids (a set: any of them ends a text).
+    Attributes: vocab_size (highest id + 1), plain_size (the same without the tokens that were added to a vocabulary, such as
+    one for padding, which a model may have no embedding for), bos_id (None if there is none), eos_ids (a set: any of them ends a text).
     Raises CheckpointError.
     """
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
+        files = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
+        config, older, generation, model = (JsonObject.read(folder / name, optional=True) for name in files)
+        config.values = older.values | config.values
         self.path = folder / "tokenizer.json"
         if os.path.lexists(self.path):
-            self._backend: _TokenizerJson | _SentencePiece = _TokenizerJson(self.path)
+            self._backend: _TokenizerJson | _SentencePiece = _TokenizerJson(self.path, config)
         else:
             paths = [folder / name for name in ("tokenizer.model", "tokenizer.model.v3")]  # v3: as Mistral names it
             found = [path for path in paths if os.path.lexists(path)]
             if not found:
                 raise CheckpointError(folder, "has no tokenizer.json and no tokenizer.model")
             self.path = found[0]
-            self._backend = _SentencePiece(self.path)
+            self._backend = _SentencePiece(self.path, config)
         tokens = {i: token for token, i in self._backend.vocab.items()}
         special = set(self._backend.special.values())
-        self.vocab_size = max(tokens, default=-1) + 1
+        self.vocab_size, self.plain_size = max(tokens, default=-1) + 1, self._backend.plain_size
         self._shown = {i: token for i, token in tokens.items() if i not in special}  # what decode() does not drop
 
         # EOS: the first that names any. BOS: generation_config.json says nothing about it.
-        files = ("tokenizer_config.json", "generation_config.json", "config.json")
-        config, generation, model = (JsonObject.read(folder / name, optional=True) for name in files)
         named = self._named(config, "eos_token")
         numbered = self._numbered(generation, "eos_token_id") or self._numbered(model, "eos_token_id")
         self.eos_ids = numbered or named or self._backend.eos
@@ -164,21 +190,25 @@ class Tokenizer:
         if self._add_bos and self.bos_id is None:
             raise CheckpointError(self.path, "BOS is to be added to a text, but no file says which token it is")
 
-        eos = min(named or self.eos_ids, default=-1)
-        self._template_tokens = {"bos_token": tokens.get(min(bos, default=-1), ""), "eos_token": tokens.get(eos, "")}
-        self._template_path, template = config.path, config.values.get("chat_template")
-        if os.path.lexists(folder / "chat_template.jinja"):
-            self._template_path = folder / "chat_template.jinja"
-            try:
-                template = read_file(self._template_path).decode("utf-8")
-            except ValueError as error:
-                raise CheckpointError(self._template_path, f"cannot be read ({error})") from None
-        if isinstance(template, list):  # several, by name
-            default = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
-            template = default[0].get("template") if default else None
-        if template is not None and not isinstance(template, str):
-            raise config.error("chat_template", "is neither a string nor a list of named templates")
-        self._template = template
+        # what a chat template may name
+        self._template_tokens, ids = {}, {"bos_token": bos, "eos_token": named or self.eos_ids}
+        for name in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
+            token = config.values.get(name)
+            token = token.get("content") if isinstance(token, dict) else token
+            if token := token or tokens.get(min(ids.get(name, ()), default=-1)):
+                self._template_tokens[name] = str(token)
+        template = config.values.get("chat_template")
+        listed = [{"name": "default", "template": template}] if isinstance(template, str) else template or []
+        try:
+            self._templates = {t["name"]: (config.path, "" + t["template"]) for t in listed}
+        except (KeyError, TypeError):
+            raise config.error("chat_template", "is neither a string nor a list of named templates") from None
+        for path in (folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja"))):
+            if os.path.lexists(path):
+                try:
+                    self._templates["default" if path.parent == folder else path.stem] = path, read_file(path).decode("utf-8")
+                except ValueError as error:
+                    raise CheckpointError(path, f"cannot be read ({error})") from None
 
     def _named(self, config: JsonObject, key: str) -> set[int]:
         """The id of a token that a file names: a string, or an object with the string as its content."""
@@ -215,74 +245,71 @@ class Tokenizer:
         with _tokenizing(self.path, "decode the tokens"):
             return self._backend.decode([i for i in ids if i in self._shown])
 
-    def stream(self) -> Stream:
-        """A new Stream: ids in one by one, text out as soon as it is certain."""
-        return Stream(self)
+    def stream(self, start: bool = False) -> Stream:
+        """A new Stream: ids in one by one, text out as soon as it is certain. They are taken to go on with a text, so that an
+        answer has its first space, or to start one."""
+        return Stream(self, start)
 
-    def chat_text(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text that the chat template makes of a conversation, by default up to where the assistant speaks next.
+    def chat_text(self, messages: list[dict], add_generation_prompt: bool = True, template: str = "default") -> str:
+        """The text that a chat template makes of a conversation, by default up to where the assistant speaks next; rendered as
+        transformers does.
 
-        Raises CheckpointError if there is no chat template or it fails, which it may do on purpose.
+        Raises CheckpointError if there is no chat template of this name or it fails, which it may do on purpose.
         """
-        if self._template is None:
+        if not self._templates:
             raise CheckpointError(self.path.parent, "has no chat template; is it a base model? prompt it without chat")
+        if template not in self._templates:
+            raise CheckpointError(self.path.parent, f"has no chat template named {template}, only {', '.join(self._templates)}")
+        path, source = self._templates[template]
 
-        def refuse(message: str) -> None:
-            raise jinja2.TemplateError(message)
-
-        # a template is a program that came with the checkpoint: the sandbox keeps it away from everything else
-        sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        sandbox.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-        known = {"messages": messages, "add_generation_prompt": add_generation_prompt, **self._template_tokens}
+        known = {"add_generation_prompt": add_generation_prompt, **self._template_tokens}
         try:
-            return sandbox.from_string(self._template).render(known)
+            return render(source, messages, known)
         except Exception as error:  # noqa: BLE001 (a template can fail in as many ways as any program)
-            raise CheckpointError(self._template_path, f"the chat template failed ({error})") from None
+            raise CheckpointError(path, f"the chat template failed ({error})") from None
 
-    def chat(self, messages: list[dict[str, str]], parse_special: bool = False) -> list[int]:
+    def chat(self, messages: list[dict], parse_special: bool = False, template: str = "default") -> list[int]:
         """Ids of a conversation, [{"role": "user", "content": "..."}, ...], up to where the assistant speaks next.
 
         "<|im_end|>" and the like are special where the template writes them; in a message they are ordinary characters,
         so that nobody can end their own turn by typing it, unless parse_special. Raises CheckpointError as chat_text does.
         """
-        special = self._backend.special
-        names, pattern = {str(i): token for token, i in special.items()}, any_of(special)
-        if not parse_special:  # special tokens in a message pass through the template as their number between MARKs
-            messages = [
-                {
-                    key: pattern.sub(lambda found: f"{MARK}{special[found[0]]}{MARK}", value.replace(MARK, ""))
-                    for key, value in message.items()
-                }
-                for message in messages
-            ]
-        text = self.chat_text(messages)
-        if parse_special or MARK not in text:
+        special, messages = any_of(self._backend.special), changed(messages, lambda text: text.replace(MARK, ""))
+        text = self.chat_text(messages, template=template)
+        if parse_special:
             return self.encode(text, bos=False, parse_special=True)
-        parts = [
-            MARK + part if part in special else re.sub(f"{MARK}(\\d+){MARK}", lambda found: names.get(found[1], ""), part)
-            for part in pattern.split(text)
-        ]
+        for disguised in disguises(messages, special):
+            with suppress(CheckpointError):  # a template may refuse what it is not used to
+                other = self.chat_text(disguised, template=template)
+                own = [found.span() for found in special.finditer(other)]
+                if len(other) == len(text) and all(other[a:b] == text[a:b] for a, b in own):
+                    break
+        else:
+            problem = "the chat template does something else with these messages because of the special tokens in them"
+            raise CheckpointError(self._templates[template][0], problem)
+        for a, _ in reversed(own):
+            text = text[:a] + MARK + text[a:]
         with _tokenizing(self.path, "encode the conversation"):
-            return self._backend.encode_marked("".join(parts))
+            return self._backend.encode_marked(text)
 
 
 class Stream:
-    """Text from ids that come one at a time: all of push()'s results and flush()'s, joined, are decode(all ids).
+    """Text from ids that come one at a time: all of push()'s results and flush()'s, joined, are decode(all ids), or what
+    these add to a text.
 
     A token may hold only part of a character, and text that was given out cannot be taken back, so some is held back:
     an unfinished character, which decodes to U+FFFD at the end, and a run of byte tokens (<0xE2>) while it goes on,
     because some decoders turn all of it into U+FFFD when any of it is not UTF-8.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, start: bool):
         self._tokenizer = tokenizer
         # Only the latest ids are decoded again. The context is there because decoders treat the start of a text in a
         # special way (a space is stripped); once some text has come out, the rest no longer depends on what was before.
-        self._context: list[int] = []
+        words = (i for i, piece in tokenizer._shown.items() if piece.isalnum() and tokenizer.decode([i]) == piece)
+        self._context = [] if start else [*itertools.islice(words, 1)]
         self._pending: list[int] = []
-        self._given = 0  # characters of decode(context + pending) already given out
+        self._given = len(tokenizer.decode(self._context))  # characters of decode(context + pending) already given out
 
     def push(self, token: int) -> str:
         """The text that has become certain with this id, often of this id alone, maybe ""."""
@@ -290,9 +317,7 @@ class Stream:
         if piece is None:
             return ""
         self._pending.append(token)
-        if len(piece) == 6 and piece.startswith("<0x"):
-            return ""
-        return self._give(last=False)
+        return "" if len(piece) == 6 and piece.startswith("<0x") else self._give(last=False)
 
     def flush(self) -> str:
         """What is left, for after the last id."""
