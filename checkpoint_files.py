@@ -1,9 +1,10 @@
-"""Reading the files of a checkpoint folder, so that whatever is wrong with one is said in a line that names it."""
+"""Finding a checkpoint's folder and reading its files, so that whatever is wrong with one is said in a line that names it."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,67 @@ from typing import Any
 class CheckpointError(Exception):
     """A checkpoint cannot be used. The message is one line: the file, the tensor or key, what is wrong."""
 
-    def __init__(self, where: Path, problem: object):
+    def __init__(self, where: Path | str, problem: object):
         super().__init__(" ".join(f"{where}: {problem}".split()))
+
+
+def checkpoint_folder(checkpoint: str | Path) -> Path:
+    """The folder that is meant: an existing one, or, for org/name and org/name@revision, a model of the Hugging Face hub, whose
+    files are downloaded first if they are not in its cache. Raises CheckpointError, saying what to give instead.
+    """
+    name, folder = str(checkpoint), Path(checkpoint)
+    if os.path.isdir(folder):
+        if not any(os.path.lexists(folder / file) for file in ("config.json", "params.json")):
+            inside = sorted(path.parent for pattern in ("*", "snapshots/*") for path in folder.glob(f"{pattern}/config.json"))
+            if inside:
+                raise CheckpointError(folder, f"has no config.json itself; did you mean {', '.join(map(str, inside[:3]))}?")
+        return folder
+    if os.path.lexists(folder):
+        other = " (GGUF is not read)" if folder.suffix == ".gguf" else ""
+        raise CheckpointError(folder, f"is a file{other}, or cannot be opened; give the folder that it is in")
+    if found := re.match(r"https?:/+[^/]+/([\w.-]+/[\w.-]+)", name):
+        address = re.sub("^(https?:)/+", r"\1//", name)
+        raise CheckpointError(address, f"no such folder; a model of the Hugging Face hub is given by its name alone, {found[1]}")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", name) or isinstance(checkpoint, Path):
+        raise CheckpointError(folder, "no such folder")
+    return _from_hub(name)
+
+
+FROM_HUB = re.compile(
+    r"(config|params|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|model\.safetensors\.index)\.json"
+    r"|tokenizer\.model(\.v3)?|chat_template\.jinja|additional_chat_templates/[^/]+\.jinja"
+)
+
+
+def _from_hub(name: str) -> Path:
+    """The model's folder in the hub's cache, complete: what is missing of the files that we read is downloaded, with a progress bar."""
+    from huggingface_hub import HfApi, constants, errors, snapshot_download  # takes a while to import
+
+    repo, _, revision = name.partition("@")
+    where: dict[str, Any] = {"repo_id": repo, "revision": revision or None}
+    label = f"{name} (no such folder; taken as a model of the Hugging Face hub)"
+    try:
+        files = [each.rfilename for each in HfApi().model_info(**where).siblings or []]
+        ours = r"model.*" if "model.safetensors.index.json" in files else r"model" if "model.safetensors" in files else r"consolidated"
+        weights = [file for file in files if re.fullmatch(rf"{ours}\.safetensors", file)]
+        if not weights:
+            raise CheckpointError(label, "has no safetensors weights; pickles and GGUF are not read")
+        return Path(snapshot_download(**where, allow_patterns=weights + list(filter(FROM_HUB.fullmatch, files))))
+    except errors.GatedRepoError:
+        problem = "is gated: ask for access on its page, then set HF_TOKEN or run `hf auth login`"
+    except errors.RevisionNotFoundError:
+        problem = f"has no revision {revision!r}"
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        problem = "is not there either, or is private: then set HF_TOKEN"
+    except CheckpointError:
+        raise
+    except Exception as error:  # noqa: BLE001 (no network, or told not to use it, or it broke off: the cache may have everything)
+        try:
+            return Path(snapshot_download(**where, local_files_only=True))
+        except errors.LocalEntryNotFoundError:
+            why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer ({error})"
+            problem = f"is not in the cache, {constants.HF_HUB_CACHE}, and {why}"
+    raise CheckpointError(label, problem)
 
 
 def check_file(path: Path) -> None:
@@ -75,6 +135,13 @@ class JsonObject:
         if kind in (int, float) and not 0 < value <= most:
             raise self.error(key, f"is {value!r:.80}, not between 0 and {most}")
         return kind(value)
+
+    def shared(self, key: str, kind: Any, outer: JsonObject, *default: Any, most: float = 2**31) -> Any:
+        """The value of a key that may stand here or in an object around this one; if in both, it must be the same."""
+        values = [each.get(key, kind, most=most) for each in (self, outer) if each.raw(key) is not None]
+        if values and values[0] != values[-1]:
+            raise outer.error(key, f"is {values[-1]!r}, but {self.prefix}{key}, its newer place, {values[0]!r}: remove one")
+        return values[0] if values else outer.get(key, kind, *default, most=most)
 
     def error(self, key: str, problem: str) -> CheckpointError:
         return CheckpointError(self.path, f"{self.prefix}{self.aliases.get(key, key)} {problem}")

@@ -1,4 +1,4 @@
-"""Load a checkpoint folder: load(folder) -> (Transformer, Tokenizer).
+"""Load a checkpoint: load(folder, or a name on the Hugging Face hub) -> (Transformer, Tokenizer).
 
     config.json                                   the model's dimensions
     model.safetensors                             the weights, or in several files:
@@ -14,10 +14,11 @@ tensor or key.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
-from checkpoint_files import CheckpointError, JsonObject, check_file
+from checkpoint_files import CheckpointError, JsonObject, check_file, checkpoint_folder
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 
@@ -116,12 +117,10 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 def read_config(folder: str | Path) -> ModelConfig:
     """config.json (or params.json) as a ModelConfig. Raises CheckpointError, also for what our model does not compute."""
-    return _read_config(Path(folder))[0]
+    return _read_config(checkpoint_folder(folder))[0]
 
 
 def _read_config(folder: Path) -> tuple[ModelConfig, Family]:
-    if not os.path.isdir(folder):  # os.path's tests are false, not an error, for a path out of reach
-        raise CheckpointError(folder, "no such folder")
     if not os.path.lexists(folder / "config.json") and os.path.lexists(folder / PARAMS.config):
         family, config = PARAMS, JsonObject.read(folder / PARAMS.config, aliases=PARAMS_KEYS)
         for key, value in config.values.items():
@@ -180,28 +179,34 @@ def _read_config(folder: Path) -> tuple[ModelConfig, Family]:
 
 
 def _rope(config: JsonObject, family: Family, head_dim: int) -> tuple[float, dict[str, float] | None, int]:
-    """RoPE's theta, Llama 3.1's scaling and the channels that turn, from today's rope_parameters or from rope_theta and
-    rope_scaling."""
-    key = "rope_parameters" if config.raw("rope_parameters") is not None else "rope_scaling"
+    """RoPE's theta, its scaling (Llama 3.1's four numbers, or linear's one) and the channels that turn. They stand in
+    rope_parameters today; before, in rope_theta and rope_scaling. Where both say something they must agree."""
+    keys = [key for key in ("rope_parameters", "rope_scaling") if config.raw(key)]
+    if len(keys) == 2 and config.raw(keys[0]) != config.raw(keys[1]):
+        raise config.error("rope_scaling", "differs from rope_parameters, which is the newer name of the same thing: remove one")
+    key = keys[0] if keys else "rope_scaling"
     rope = JsonObject(config.path, config.get(key, dict, {}), f"{key}.")
-    theta = rope.get("rope_theta", float, config.get("rope_theta", float, 10000.0))
+    default = () if family is PARAMS else (10000.0,)  # in params.json, none has meant 10000 as well as 1000000
+    theta = rope.shared("rope_theta", float, config, *default)
     untyped = "default" if "factor" not in rope.values else "(none)"
     kind = rope.get("rope_type", str, rope.get("type", str, untyped))
-    if kind not in ("default", "llama3"):
-        raise config.error(key, f"has the rope type {kind!r}, which is not supported (supported: default, llama3)")
-    factor = rope.get("partial_rotary_factor", float, config.get("partial_rotary_factor", float, 1.0, most=1), most=1)
+    if kind != rope.get("type", str, kind):
+        raise rope.error("type", f"is {rope.raw('type')!r:.80}, but rope_type, its newer name, {kind!r:.80}: remove one")
+    if kind not in ("default", "linear", "llama3"):
+        raise config.error(key, f"has the rope type {kind!r}, which is not supported (supported: default, linear, llama3)")
+    factor = rope.shared("partial_rotary_factor", float, config, 1.0, most=1)
     if factor != 1 and not family.partial_rotary:
         raise config.error("partial_rotary_factor", f"is {factor}; the family has no such setting")
     rotary_dim = int(head_dim * factor)
     if rotary_dim % 2 or not rotary_dim:
         raise config.error("head_dim", f"is {head_dim}, of which RoPE turns {rotary_dim}; it needs an even number")
-    if kind == "default":
-        return theta, None, rotary_dim
-    scaling = {name: rope.get(name, float) for name in ("factor", "low_freq_factor", "high_freq_factor")}
-    if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-        raise rope.error("low_freq_factor", "is not below high_freq_factor")
-    name = "original_max_position_embeddings"
-    return theta, scaling | {name: rope.get(name, int)}, rotary_dim
+    names = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}[kind]
+    scaling = {name: rope.get(name, float) for name in names}
+    if kind == "llama3":
+        if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+            raise rope.error("low_freq_factor", "is not below high_freq_factor")
+        scaling["original_max_position_embeddings"] = rope.shared("original_max_position_embeddings", int, config)
+    return theta, scaling or None, rotary_dim
 
 
 def _window(config: JsonObject, family: Family) -> int | None:
@@ -260,7 +265,9 @@ def _stored_tensors(folder: Path, weights: str) -> tuple[Path, dict[str, Stored]
         pickles = [path.name for path in sorted(folder.glob("*")) if path.suffix in (".bin", ".pth", ".pt")]
         if pickles:
             raise CheckpointError(folder / pickles[0], "pickles are not read; convert the weights to safetensors")
-        raise CheckpointError(source, f"no such file, nor {index.name}")
+        other = folder / PARAMS.weights
+        hint = f"; {other.name} is there, but goes with params.json" if weights != other.name and os.path.lexists(other) else ""
+        raise CheckpointError(source, f"no such file, nor {index.name}{hint}")
     tensors = {}
     for file in files:
         with _opened(folder / file) as opened:
@@ -293,7 +300,7 @@ def load_model(
     device "auto" is CUDA where there is one, else the CPU; dtype "auto" is the checkpoint's own on CUDA, float32 on the
     CPU. Needs memory for one copy of the model and one tensor. Raises CheckpointError.
     """
-    folder = Path(folder)
+    folder = checkpoint_folder(folder)
     config, family = _read_config(folder)
     source, tensors = _stored_tensors(folder, family.weights)
     with torch.device("meta"):  # shapes without memory
@@ -329,11 +336,17 @@ def load_model(
     if dtype == "auto":
         dtype = DTYPES[tensors[embedding].dtype] if device.type == "cuda" else torch.float32
     final = dtype if isinstance(dtype, torch.dtype) else known.get(dtype)
-    if final not in known.values():
+    if final is None or final not in known.values():
         raise CheckpointError(folder, f"cannot be loaded as {dtype} (supported: {', '.join(known)})")
 
     if config.tied:
         del wanted[head]
+    numbers, free = sum(shapes[part].numel() for ours in wanted.values() for part in ours), _free_bytes(device)
+    if numbers * final.itemsize > free:
+        fitting = [name for name, each in known.items() if numbers * each.itemsize <= free]
+        hint = f"it fits with --dtype {' or '.join(fitting)}" if fitting else "no --dtype makes it fit"
+        sizes = f"needs {numbers * final.itemsize / 1e9:.1f} GB as {str(final)[6:]}, and {device.type} has {free / 1e9:.1f} GB free"
+        raise CheckpointError(folder, f"{sizes}; {hint}")
     for name, ours in tqdm(wanted.items(), "load weights", unit=" tensors", disable=not progress):
         stored = tensors[name]
         for part, weight in zip(ours, _read(stored, name).split([shapes[part][0] for part in ours])):
@@ -361,19 +374,35 @@ def _device(folder: Path, device: str | torch.device) -> torch.device:
         raise CheckpointError(folder, f"cannot be loaded on the device {str(device)!r} ({error})") from None
 
 
+def _free_bytes(device: torch.device) -> float:
+    """Memory that the device has for weights; infinite where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = [math.inf]
+    if device.type == "cpu":
+        with suppress(OSError, ValueError, AttributeError):
+            free += [1024 * int(re.findall(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[0])]
+        with suppress(OSError, ValueError):  # a container's own limit
+            limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+            cached = int(re.findall(r"^inactive_file (\d+)", Path("/sys/fs/cgroup/memory.stat").read_text(), re.M)[0])
+            free += [limit - used + cached]
+    return min(free)
+
+
 def load(
     folder: str | Path,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     progress: bool = False,
 ) -> tuple[Transformer, Tokenizer]:
-    """A checkpoint folder's model and tokenizer; see load_model for device and dtype.
+    """The model and tokenizer of a checkpoint: a folder, or org/name or org/name@revision on the Hugging Face hub, which is
+    downloaded into the hub's cache first. See load_model for device and dtype.
 
     progress shows a bar on stderr. Raises CheckpointError; missing files are reported before any weight is read.
     """
-    config = read_config(folder)
-    tokenizer = Tokenizer(folder)
-    if tokenizer.vocab_size > config.vocab_size:
-        sizes = f"{tokenizer.vocab_size} tokens, more than config.json's vocab_size, {config.vocab_size}"
+    folder = checkpoint_folder(folder)
+    config, tokenizer = read_config(folder), Tokenizer(folder)
+    if tokenizer.plain_size > config.vocab_size:  # added tokens may lie beyond: one for padding has no embedding in some models
+        sizes = f"{tokenizer.plain_size} tokens, more than config.json's vocab_size, {config.vocab_size}"
         raise CheckpointError(tokenizer.path, f"has {sizes}: it belongs to another model")
     return load_model(folder, device, dtype, progress), tokenizer

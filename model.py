@@ -34,7 +34,7 @@ class ModelConfig:
     max_positions: int  # the context: longest text the model was made for, in tokens
     tied: bool  # the output projection shares the embedding's weights
     window: int | None = None  # sliding window (Mistral v0.1): token t sees positions > t - window
-    rope_scaling: dict | None = None  # Llama 3.1's four numbers, see rope_frequencies
+    rope_scaling: dict | None = None  # see rope_frequencies
     rotary_dim: int | None = None  # R: RoPE turns the first R channels of each head (Phi); None: all D
     qkv_bias: bool = False  # biases of the projections: query, key and value (Qwen2),
     o_bias: bool = False  # output,
@@ -46,13 +46,15 @@ class ModelConfig:
 
 
 def rope_frequencies(config: ModelConfig) -> torch.Tensor:
-    """Radians per position of each channel pair, theta^(-2i/R), (R/2,) float32; with rope_scaling, as in Llama 3.1:
-    pairs that turn seldom within the original context are slowed by `factor`, fast ones are not, between is a blend.
+    """Radians per position of each channel pair, theta^(-2i/R), (R/2,) float32. With rope_scaling, all are slowed by `factor`
+    ("linear"), or as in Llama 3.1: pairs that turn seldom within the original context are, fast ones not, between is a blend.
     """
     R = config.rotary_dim or config.head_dim
     freq = 1.0 / config.rope_theta ** (torch.arange(0, R, 2, dtype=torch.float32) / R)
-    if config.rope_scaling:
-        scaling = config.rope_scaling
+    scaling = config.rope_scaling or {}
+    if list(scaling) == ["factor"]:
+        freq = freq / scaling["factor"]
+    elif scaling:
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
         fast = ((turns - low) / (high - low)).clamp(0, 1)
@@ -510,6 +512,8 @@ class Transformer(nn.Module):
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         if not lengths.all():
             raise ValueError("a prompt is empty")
+        if (highest := max(map(max, prompts))) >= self.config.vocab_size:
+            raise ValueError(f"a prompt has the token {highest}, but the model only {self.config.vocab_size} embeddings")
         tokens = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
         logits = None
         for start in range(0, tokens.shape[1], chunk):

@@ -302,7 +302,7 @@ def test_config_is_not_a_json_object(tmp_path, text):
         ({"model_type": "phi3", "partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
         ({"model_type": "phi3", "rope_parameters": ..., "rope_scaling": {"type": "longrope"}}, "rope type 'longrope'"),
-        ({"rope_parameters": ..., "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
+        ({"rope_parameters": ..., "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         ({"rope_parameters": ..., "rope_scaling": {"factor": 2.0}}, "rope_scaling has the rope type"),
         ({"rope_parameters": {**LLAMA3, "factor": None}}, "rope_parameters.factor is missing"),
         ({"rope_parameters": {**LLAMA3, "factor": -8}}, "rope_parameters.factor"),

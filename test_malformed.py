@@ -220,7 +220,7 @@ WHOLE = {  # damage, and words of the message
     "tokenizer is no tokenizer": (write(TOKENIZER, '{"model": {"type": "BPE"}}'), "cannot be read as a tokenizer"),
     "tokenizer is a loop": (replaced(TOKENIZER, loop), "tokenizer.json: cannot be read (Too many levels"),
     "tokenizer is a pipe": (replaced(TOKENIZER, os.mkfifo), "tokenizer.json: is not a file"),
-    "tokenizer of a larger model": (values(CONFIG, vocab_size=262, eos_token_id=None), "263 tokens, more than"),
+    "tokenizer of a larger model": (values(CONFIG, vocab_size=200, eos_token_id=None), "tokens, more than config.json's vocab_size, 200"),
     "no such end of text": (values("generation_config.json", eos_token_id=10**6), "eos_token_id is 1000000"),
     "no such special token": (values("tokenizer_config.json", bos_token="<nope>"), "'<nope>' is not in the vocabulary"),
 }
