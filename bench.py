@@ -19,10 +19,11 @@ import sys
 import time
 from pathlib import Path
 
+from command_line import Parser, add_filter_arguments, add_model_arguments, as_process, compile_decode, fail, filter_from, read_text
+
 import torch
 from tqdm import tqdm
 
-from command_line import Parser, add_filter_arguments, add_model_arguments, as_process, compile_decode, fail, filter_from, read_text
 from load_weights import CheckpointError, load
 from model import BLOCK, ModelConfig, Transformer
 from token_filter import PRESETS, FilterConfig, token_filter

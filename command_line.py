@@ -2,10 +2,15 @@
 
 import argparse
 import importlib.util
+import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
+
+if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:  # for Ctrl-C while a command still imports torch
+    sys.excepthook = lambda kind, *error: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *error)
 
 import torch
 
@@ -27,15 +32,60 @@ def fail(message) -> NoReturn:
     raise SystemExit(2)
 
 
+class Forgiving:
+    """A stream whose faults stop nobody: for stderr, which may be full."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with suppress(OSError):
+            self.stream.flush()
+
+
 def as_process(main):
-    """Call main(); Ctrl-C, or a reader that has enough (head, say), ends the process without a traceback."""
+    """Call main(). Ctrl-C, a reader that has enough (head, say), a full disk or a closed stream end the process without a traceback,
+    and a letter that the terminal's encoding lacks becomes "?"."""
+    sys.stderr = Forgiving(sys.stderr or open(os.devnull, "w"))  # noqa: SIM115
+    if sys.stdout is None:
+        fail("stdout is closed, so there is nowhere to print to")
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        if not isinstance(error, BrokenPipeError):
+            fail(f"cannot write or read{f' {error.filename}' if error.filename else ''}: {error.strerror}")
+
+
+def print_json(value):
+    """One JSON object on stdout, in ASCII where its encoding may lack a letter."""
+    print(json.dumps(value, ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf"), indent=1, allow_nan=False))
+
+
+def overflow(model, tokens: list[int], config: FilterConfig | None) -> str:
+    """Where the logits of a text stop being finite, in a line."""
+    cache, dtype, where = model.new_cache(1, config), str(model.embed.weight.dtype)[6:], "the output"
+    with torch.inference_mode():
+        x = model.embed(torch.tensor([tokens], device=cache.device))
+        chunk, warm = cache.advance(torch.tensor([len(tokens)]), len(tokens), x.dtype)
+        for number, (block, layer) in enumerate(zip(model.blocks, cache.layers)):
+            x = block(x, warm if layer.closed else chunk, layer)
+            if not x.isfinite().all():
+                where = f"layer {number}"
+                break
+    others = [name for name in ("bfloat16", "float32", "float64") if name != dtype]
+    return f"{dtype} is not enough for this model: from {where} on, values are not finite; use --dtype {' or '.join(others)}"
 
 
 def add_model_arguments(parser):
@@ -95,9 +145,9 @@ def compile_decode(model) -> bool:
 
 
 def read_text(path) -> str:
-    """A file's text. Exits with one line if there is none."""
+    """A file's text, without the byte order mark that some editors put first. Exits with one line if there is none."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         fail(f"{path}: cannot be read as UTF-8 text: {e}")
 

@@ -19,11 +19,12 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
+from command_line import Parser, add_filter_arguments, add_model_arguments, as_process, check_output, fail, filter_from, read_text
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from command_line import Parser, add_filter_arguments, add_model_arguments, as_process, check_output, fail, filter_from, read_text
 from generate import Stats, generate
 from load_weights import CheckpointError, Tokenizer, load
 from model import Transformer

@@ -18,11 +18,12 @@ from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
+from command_line import Parser, add_filter_arguments, add_model_arguments, as_process, fail, filter_from
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from command_line import Parser, add_filter_arguments, add_model_arguments, as_process, fail, filter_from
 from generate import sample
 from load_weights import CheckpointError, Tokenizer, load
 from model import Transformer

@@ -7,16 +7,13 @@
 From Python: `for row, token in generate(model, prompts, filter=preset("cache", prune=0.5)): ...`
 """
 
-import json
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
-
-import torch
-from tqdm import tqdm
 
 from command_line import (
     KNOBS,
@@ -28,8 +25,14 @@ from command_line import (
     compile_decode,
     fail,
     filter_from,
+    overflow,
+    print_json,
     read_text,
 )
+
+import torch
+from tqdm import tqdm
+
 from load_weights import CheckpointError, Tokenizer, load
 from model import KVCache, Transformer
 from skip_map import Decisions, draw_skip_map, paint, paint_legend, token_pieces
@@ -82,13 +85,33 @@ class Stats:
 
 def sample(logits, temperature=0.0, top_k=0, top_p=1.0, rng=None) -> int:
     """One token from logits (vocab,): greedy at temperature 0; else from the top_k likeliest (0: all), of which the
-    smallest set with probability top_p stays."""
+    smallest set with probability top_p stays. Of equals, the lower id comes first.
+
+    Each id has a random number of its own, e ~ Exp(1), and the largest p / e wins: id i with probability p_i, as it should be. So
+    where rounding moves the logits a little, the draw is another one only as often as the probabilities moved.
+    """
     if temperature == 0:
         return int(logits.argmax())
-    logits, order = (logits.double().cpu() / temperature).sort(descending=True)
+    logits = logits.double().cpu()
+    logits, order = ((logits - logits.max()) / temperature).sort(descending=True, stable=True)
     probabilities = logits[: top_k or None].softmax(0)
     probabilities[probabilities.cumsum(0) - probabilities >= top_p] = 0  # the likeliest always stays
-    return int(order[torch.multinomial(probabilities, 1, generator=rng)])
+    noise = torch.empty(len(logits), dtype=torch.float64).exponential_(generator=rng)
+    return int(order[(probabilities / noise[order[: len(probabilities)]]).argmax()])
+
+
+def check_settings(max_new_tokens=1, temperature=0.0, top_k=0, top_p=1.0, seed=0, chunk=1):
+    """Raises ValueError for a value that makes no sense, naming it."""
+    for name, value, fine, kind in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        ("temperature", temperature, 0 <= temperature < math.inf, "a finite number of at least 0"),
+        ("top_k", top_k, top_k >= 0, "at least 0"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+        ("seed", seed, 0 <= seed < 2**63, "at least 0 and below 2**63"),
+        ("chunk", chunk, chunk >= 1, "at least 1"),
+    ):
+        if not fine:
+            raise ValueError(f"{name} is {value}, not {kind}")
 
 
 def generate(
@@ -108,12 +131,16 @@ def generate(
     """Continue token prompts of any lengths as one batch, yielding (row, token) as each token is found.
 
     A row ends at a token of eos_ids, which is not yielded, or after max_new_tokens, and leaves the batch. Each row has
-    its own random numbers (seed + row), so what it says does not depend on its neighbours. Prompts are prefilled `chunk`
+    its own random numbers (seed + row), so what it says does not depend on its neighbours: in float64 and, nearly always, in
+    float32. In half precision, other neighbours mean other rounding of the logits, and sooner or later another token, greedy
+    or not. Prompts are prefilled `chunk`
     tokens at a time. `stats`, if given, is complete once the iterator is exhausted. `watch(rows, cache)`, if given, is called
     after each forward with the numbers of the rows in the cache, whose layers hold their latest decisions; prompts are then
     prefilled in one go.
-    Raises ValueError for an empty prompt, or one that does not fit the model's context with its new tokens.
+    Raises ValueError for an empty prompt, one that does not fit the model's context with its new tokens or has a token that the
+    model does not know, and for settings that make no sense; FloatingPointError where logits are not finite.
     """
+    check_settings(max_new_tokens, temperature, top_k, top_p, seed, chunk)
     if not prompts:
         raise ValueError("there is no prompt")
     for row, prompt in enumerate(prompts):
@@ -135,7 +162,11 @@ def generate(
 
         started = time.perf_counter()
         logits = model.prefill(prompts, cache, chunk if watch is None else max(map(len, prompts)))
+        said: list[list[int]] = [[] for _ in prompts]
         while rows:
+            for row, finite in zip(rows, logits.isfinite().all(1).tolist()):
+                if not finite:
+                    raise FloatingPointError(overflow(model, prompts[row] + said[row], filter))
             tokens = [sample(row_logits, temperature, top_k, top_p, rngs[row]) for row, row_logits in zip(rows, logits)]
             seconds = time.perf_counter() - started
             if made == 0:
@@ -146,6 +177,7 @@ def generate(
             if watch is not None:
                 watch(rows, cache)
             for row, token in zip(rows, tokens):
+                said[row].append(token)
                 if token not in eos_ids:
                     yield row, token
 
@@ -173,16 +205,18 @@ def read_prompts(args) -> list[str]:
     """The texts of --prompt and --prompts-file."""
     texts = list(args.prompt or [])
     if args.prompts_file:
-        texts += [line for line in read_text(args.prompts_file).splitlines() if line.strip()]
+        texts += [line for line in read_text(args.prompts_file).split("\n") if line.strip()]
     if not texts:
         fail("no prompt: give --prompt TEXT or --prompts-file FILE")
     if "" in texts:
         fail(f"prompt {texts.index('') + 1} is empty")
+    if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):  # what Python makes of other bytes
+        fail("--prompt is not UTF-8 text: is the terminal set to another encoding?")
     return texts
 
 
-def run(model, tokenizer: Tokenizer, prompts, args, filter, echo=None, watch=None) -> tuple[list[list[str]], Stats]:
-    """Generate for all prompts: each answer as the text of each of its tokens.
+def run(model, tokenizer: Tokenizer, prompts, args, filter, echo=None, watch=None) -> tuple[list[list[str]], Stats, bool]:
+    """Generate for all prompts: each answer as the text of each of its tokens; and whether Ctrl-C stopped it.
 
     `echo`, if given, is called with the text of a single prompt as it comes; `watch` is generate's.
     """
@@ -192,16 +226,21 @@ def run(model, tokenizer: Tokenizer, prompts, args, filter, echo=None, watch=Non
     sampling = (args.temperature, args.top_k, args.top_p, args.seed)
     steps = generate(model, prompts, args.max_new_tokens, filter, eos_ids, *sampling, stats=stats, watch=watch)
     bar = tqdm(steps, desc="tokens", unit="", total=len(prompts) * args.max_new_tokens, disable=echo is not None, leave=False)
-    for row, token in bar:
-        answers[row].append(streams[row].push(token))
-        if echo:
-            echo(answers[row][-1])
+    stopped = False
+    try:
+        for row, token in bar:
+            answers[row].append(streams[row].push(token))
+            if echo:
+                echo(answers[row][-1])
+    except KeyboardInterrupt:
+        stopped = True
+        bar.close()
     for answer, stream in zip(answers, streams):
-        if rest := stream.flush():
+        if answer and (rest := stream.flush()):
             answer[-1] += rest
             if echo:
                 echo(rest)
-    return answers, stats
+    return answers, stats, stopped
 
 
 def main(argv=None):
@@ -225,10 +264,14 @@ def main(argv=None):
     add_filter_arguments(parser)
     args = parser.parse_args(argv)
 
-    if args.max_new_tokens < 1:
-        fail(f"--max-new-tokens {args.max_new_tokens} is not at least 1")
-    if not args.temperature >= 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or args.seed < 0:
-        fail("--temperature, --top-k and --seed must be at least 0, --top-p in (0, 1]")
+    try:
+        check_settings(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
+    except ValueError as e:
+        name, _, problem = str(e).partition(" ")
+        fail(f"--{name.replace('_', '-')} {problem}")
+    for flag, unused in (("--top-k", args.top_k == 0), ("--top-p", args.top_p == 1)):
+        if args.temperature == 0 and not unused:
+            fail(f"{flag} does nothing without --temperature")
     given = [f"--{name}" for name in ("preset", *KNOBS) if getattr(args, name) is not None]
     if args.compare:
         if given:
@@ -265,9 +308,11 @@ def main(argv=None):
     if args.compile:
         compile_decode(model)
 
-    only = None if args.compare else settings[0][1]
-    small = sum(p.numel() for p in model.parameters()) < 1e9
-    if only and small and only.mode == "skip":
+    only, longest = None if args.compare else settings[0][1], max(map(len, prompts)) + args.max_new_tokens
+    warmup = max([filter.warmup for _, filter in settings if filter], default=0)
+    if longest <= warmup:
+        print(f"note: the first {warmup} tokens of a text (the warm-up) are not filtered, and no text here is longer", file=sys.stderr)
+    elif only and only.mode == "skip" and sum(p.numel() for p in model.parameters()) < 1e9:
         print(
             "note: models below a billion parameters rarely survive having attention skipped; "
             "try --preset cache, or --compare to see dense and all presets one after another",
@@ -286,8 +331,8 @@ def main(argv=None):
         decisions = Decisions(len(prompts), model.config.n_layers)
         watch = decisions.watch if coloured or args.skip_map else None
         try:
-            answers, stats = run(model, tokenizer, prompts, args, filter, echo, watch)
-        except ValueError as e:
+            answers, stats, stopped = run(model, tokenizer, prompts, args, filter, echo, watch)
+        except (ValueError, FloatingPointError) as e:
             fail(e)
         texts = ["".join(answer) for answer in answers]
         shares = {"skip_ratio": stats.skip_ratio, "kv_held": stats.kv_held, "kv_read": stats.kv_read}
@@ -301,13 +346,18 @@ def main(argv=None):
         elif not args.json:
             for i, text in enumerate(texts):
                 print(f"[{i + 1}] {texts_in[i]}\n{text}\n")
+        if stopped:
+            break
         if args.skip_map and filter:
             pieces, shown = token_pieces(tokenizer, prompts[0]) + answers[0], (decisions.redundant[0], decisions.score[0])
             draw_skip_map(args.skip_map, title, pieces, len(prompts[0]), *shown, filter.warmup)
         if not args.json:  # a comparison's figures belong to its texts; otherwise stdout is for the text alone
             print(f"{title}: {stats.line()}", file=sys.stdout if args.compare else sys.stderr, flush=True)
     if args.json:
-        print(json.dumps({"prompts": texts_in, "results": results}, ensure_ascii=False, indent=1))
+        print_json({"prompts": texts_in, "results": results})
+    if stopped:
+        print("interrupted: what was generated until then is above, figures are not complete", file=sys.stderr)
+        raise SystemExit(130)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,12 @@ import sys
 from pathlib import Path
 from unittest.mock import MagicMock
 
+import command_line
+
 import pytest
 import torch
 
 import bench
-import command_line
 import eval_ppl
 import generate
 import load_weights

@@ -8,10 +8,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from command_line import DEMO
+
 import numpy as np
 import torch
 
-from command_line import DEMO
 from load_weights import load
 from skip_map import token_pieces
 from token_filter import preset, token_filter
