@@ -19,7 +19,17 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from command_line import Parser, add_filter_arguments, add_model_arguments, as_process, check_output, fail, filter_from, read_text
+from command_line import (
+    Parser,
+    add_filter_arguments,
+    add_model_arguments,
+    as_process,
+    check_output,
+    fail,
+    filter_from,
+    overflow,
+    read_text,
+)
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +85,7 @@ def evaluate(
 
     Each window is a text of its own: fresh cache, positions from 0. In all windows but the first, the leading `overlap`
     tokens are context only, not scored. `chunk` bounds the memory the logits take. `criterion` as in model.new_cache.
+    Raises FloatingPointError where logits are not finite.
     """
     longest = max(map(len, windows))
     score = Score(torch.zeros(longest).double(), torch.zeros(longest).long(), torch.zeros(5).double())
@@ -89,6 +100,9 @@ def evaluate(
             targets = tokens[:, lo + 1 : lo + 1 + chunk]  # as many, but at the text's end one fewer
             position = torch.arange(lo + 1, lo + 1 + targets.shape[1])
             scored = (position >= first[:, None]) & (position < lengths[:, None])  # (B, T)
+            real = (torch.arange(lo, lo + logits.shape[1]) < lengths[:, None]).to(logits.device)
+            if not (finite := logits.isfinite().all(-1) | ~real).all():
+                raise FloatingPointError(overflow(model, rows[int(finite.all(1).int().argmin())], filter))
             losses = F.cross_entropy(
                 logits[:, : targets.shape[1]].flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
                 targets.flatten().to(logits.device),
@@ -286,8 +300,9 @@ class Report:
         print("".join(f"{cell:{'>' if i else '<'}{w}}" for i, (cell, w) in enumerate(zip(cells, widths))), flush=True)
         self.rows.append(row)
         if self.args.json:
-            table = {"command": sys.argv, "protocol": self.protocol, "rows": self.rows}
-            Path(self.args.json).write_text(json.dumps(table, indent=1), encoding="utf-8")
+            rows = [{k: None if v != v else v for k, v in each.items()} for each in self.rows]  # JSON has no NaN
+            table = {"command": sys.argv, "protocol": self.protocol, "rows": rows}
+            Path(self.args.json).write_text(json.dumps(table, indent=1, allow_nan=False), encoding="utf-8")
         if self.args.csv:
             with open(self.args.csv, "w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, row)
@@ -478,7 +493,10 @@ def main(argv=None):
             fail(e)
         form = "question in the chat template" if args.chat else 'plain text to be continued after "The pass key is"'
         protocol = f"pass key of five digits, {args.trials} for each length and depth, {form}; greedy decoding; {dtype}\n{COLUMNS}"
-        sweep_passkeys(model, tokenizer, settings, args, Report(args, protocol, draw_passkey, 10))
+        try:
+            sweep_passkeys(model, tokenizer, settings, args, Report(args, protocol, draw_passkey, 10))
+        except FloatingPointError as e:
+            fail(e)
         return
 
     if args.window > context:
@@ -505,8 +523,15 @@ def main(argv=None):
         f"{Path(args.text).name}: {len(ids)} tokens, {'BOS before each window' if args.bos else 'no BOS'}; "
         f"{len(windows)} windows of up to {args.window} {layout}; {losses} losses; {dtype}\n{COLUMNS}"
     )
+    longest, warmup = max(map(len, windows)), max((config.warmup for _, config in filters), default=0)
+    if longest <= warmup:
+        note = f"note: the first {warmup} tokens of a window (the warm-up) are not filtered, and no window is longer"
+        print(note, file=sys.stderr)
     report = Report(args, protocol, draw_positions if args.by_position else draw_reads, 2 + max(len(s[0]) for s in settings))
-    sweep(model, windows, overlap, settings, losses, args, report)
+    try:
+        sweep(model, windows, overlap, settings, losses, args, report)
+    except FloatingPointError as e:
+        fail(e)
 
 
 if __name__ == "__main__":

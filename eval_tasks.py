@@ -8,17 +8,17 @@ Every (context, continuation) is scored as if alone, from an empty cache: what s
 changes nothing, because filtering is causal, chunk-free and batch-invariant.
 """
 
-import json
 import logging
 import math
 import os
 import random
 from collections import defaultdict
 from dataclasses import asdict
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-from command_line import Parser, add_filter_arguments, add_model_arguments, as_process, fail, filter_from
+from command_line import Parser, add_filter_arguments, add_model_arguments, as_process, fail, filter_from, overflow, print_json
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +79,7 @@ def score(model: Transformer, pairs, filter: FilterConfig | None, chunk=128):
 
     Returns for each: sum of log p(token | all before it) over the continuation, in nats; whether every token of it is
     the likeliest; the row of cache.usage(), of all tokens but the last, which is only predicted. `chunk` bounds the
-    memory the logits take. Raises ValueError beyond the model's context.
+    memory the logits take. Raises ValueError beyond the model's context, FloatingPointError where logits are not finite.
     """
     contexts = list(dict.fromkeys(context for context, _ in pairs))
     fork = [contexts.index(context) for context, _ in pairs]
@@ -96,6 +96,9 @@ def score(model: Transformer, pairs, filter: FilterConfig | None, chunk=128):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
         losses = F.cross_entropy(logits, target.flatten().to(logits.device), reduction="none").cpu().view(target.shape)
         nll += losses.double().masked_fill(pad, 0).sum(1)
+        if not nll.isfinite().all():
+            context, continuation = pairs[int(nll.isfinite().int().argmin())]
+            raise FloatingPointError(overflow(model, [*context, *continuation], filter))
         greedy &= ((logits.argmax(-1).cpu().view(target.shape) == target) | pad).all(1)
         done += target.shape[1]
         if done == targets.shape[1]:
@@ -211,6 +214,8 @@ class FilteredLM(TemplateLM):
                     stay, tokens, usage, made = [], [], cache.usage().tolist(), made + 1
                     for b, i in enumerate(rows):
                         option = options[i]
+                        if not logits[b].isfinite().all():
+                            raise FloatingPointError(overflow(self.model, prompts[i], self.filter))
                         token = sample(logits[b], option["temperature"], option["top_k"], option["top_p"], rngs[i])
                         texts[i] += streams[i].push(token)
                         ended = token in self.tokenizer.eos_ids or made == option["max_gen_toks"]
@@ -249,7 +254,9 @@ def load_tasks(names, include_path):
         except KeyError:
             fail(f"task {name}: neither the harness nor {' nor '.join(include_path)} has it")
         except Exception as e:  # noqa: BLE001 (whatever a data set's loading raises)
-            fail(f"task {name}: its data cannot be loaded: {e}; to download them, run once with HF_HUB_OFFLINE=0")
+            local = isinstance(e, FileNotFoundError) and str(e).startswith("Unable to find '/")
+            hint = "is the path in its task file right?" if local else "to download them, run once with HF_HUB_OFFLINE=0"
+            fail(f"task {name}: its data cannot be loaded: {e}; {hint}")
         loaded["tasks"].update(found["tasks"])
         loaded["groups"].update(found["groups"])
         lines.update({name: list(found["tasks"])} if name in found["groups"] else {task: [task] for task in found["tasks"]})
@@ -259,7 +266,7 @@ def load_tasks(names, include_path):
 def summarise(results, lm: FilteredLM, lines):
     """The harness's results of one setting: {name: {"metrics": {metric: (value, stderr)}, skip ratio and lengths}}.
 
-    With several tasks, "average" is over all that report a metric, its stderr as of independent tasks.
+    With several tasks, "average" is over all that report a metric ("acc of 7": over 7), its stderr as of independent tasks.
     """
     table: dict[str, dict] = {}
     for name, parts in lines.items():
@@ -269,7 +276,7 @@ def summarise(results, lm: FilteredLM, lines):
             if kind and not metric.endswith("_stderr"):
                 stderr = results["results"][name].get(f"{metric}_stderr,{kind}")
                 label = metric if kind == "none" else f"{metric}, {kind}"
-                metrics[label] = (value, stderr if isinstance(stderr, float) else None)
+                metrics[label] = (value, stderr if isinstance(stderr, float) and math.isfinite(stderr) else None)
         table[name] = {"metrics": metrics, "used": [text for part in parts for text in lm.used[part]]}
     if len(table) > 1:
         averages = {}
@@ -278,7 +285,8 @@ def summarise(results, lm: FilteredLM, lines):
             if len(having) > 1:
                 mean = sum(value for value, _ in having) / len(having)
                 known = all(stderr is not None for _, stderr in having)
-                averages[metric] = (mean, math.hypot(*(stderr for _, stderr in having)) / len(having) if known else None)
+                error = math.hypot(*(stderr for _, stderr in having)) / len(having) if known else None
+                averages[f"{metric} of {len(having)}"] = (mean, error)
         table["average"] = {"metrics": averages, "used": [text for row in table.values() for text in row["used"]]}
     for row in table.values():
         usage = torch.tensor(row.pop("used"))  # (texts, 5)
@@ -339,6 +347,10 @@ def main(argv=None):
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # one bar for each task, and MMLU has 57: ours are enough
+    for folder in args.include_path or []:
+        if not os.path.isdir(folder):
+            fail(f"--include-path {folder}: no such folder")
     random.seed(args.seed)  # a few tasks shuffle their choices with it
     include_path = [str(Path(__file__).resolve().parent / "tasks"), *(args.include_path or [])]
     loaded, lines = load_tasks(names, include_path)
@@ -357,7 +369,7 @@ def main(argv=None):
         try:
             options = {"limit": args.limit, "apply_chat_template": args.chat, "log_samples": False}
             results = lm_eval.evaluate(lm, loaded, **options)
-        except (ValueError, CheckpointError) as e:
+        except (ValueError, FloatingPointError, CheckpointError) as e:
             fail(e)
         settings.append((title, summarise(results, lm, lines)))
 
@@ -368,7 +380,7 @@ def main(argv=None):
             {"setting": title, "filter": config and asdict(config), "tasks": table}
             for (title, table), (_, config) in zip(settings, filters)
         ]
-        print(json.dumps({**about, "results": rows}, indent=1))
+        print_json({**about, "results": rows})
         return
     print_table(settings)
     for title, table in settings:
