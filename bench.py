@@ -24,6 +24,7 @@ from command_line import Parser, add_filter_arguments, add_model_arguments, as_p
 import torch
 from tqdm import tqdm
 
+from checkpoint_files import checkpoint_folder
 from load_weights import CheckpointError, load
 from model import BLOCK, ModelConfig, Transformer
 from token_filter import PRESETS, FilterConfig, token_filter
@@ -331,7 +332,7 @@ def main(argv=None):
     if args.nothing_skipped:
         sides += [Ours("none skipped", model, FilterConfig(schedule="uniform"), compiled, none_skipped)]
     if args.vs:
-        sides += [Transformers(args.checkpoint, device, dtype)]
+        sides += [Transformers(checkpoint_folder(args.checkpoint), device, dtype)]
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     if not model.config.tied:  # of the embedding, a step reads a few rows only
         weights -= model.embed.weight.numel() * model.embed.weight.element_size()

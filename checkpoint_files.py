@@ -69,7 +69,7 @@ def _from_hub(name: str) -> Path:
         raise
     except Exception as error:  # noqa: BLE001 (no network, or told not to use it, or it broke off: the cache may have everything)
         try:
-            return Path(snapshot_download(**where, local_files_only=True))
+            return Path(snapshot_download(**where, local_files_only=True, allow_patterns="config.json"))
         except errors.LocalEntryNotFoundError:
             why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer ({error})"
             problem = f"is not in the cache, {constants.HF_HUB_CACHE}, and {why}"
