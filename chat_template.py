@@ -1,23 +1,12 @@
-"""Chat templates: the programs, in Jinja, that make one text of a conversation; and which part of the text is whose.
-
-A special token ("<|im_end|>") ends a turn where the template writes it, and is ordinary text where a user types it. Whatever
-a template does to a message (escape, cut, count, capitalise), the two are told apart by rendering twice, the second time with
-other characters in the messages: special tokens that are still there, in the same place, are the template's own.
-"""
+"""Chat templates: the programs, in Jinja, that make one text of a conversation; and which part of the text is whose."""
 
 import json
 import re
+from collections.abc import Callable, Iterator
 from datetime import datetime
 
 import jinja2.ext
 import jinja2.sandbox
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-# other characters of the same kind: a text in disguise is as long as before, escaped, counted or cut
-DISGUISE = str.maketrans(
-    LETTERS + LETTERS.upper() + "0123456789<>[]|!",
-    LETTERS[13:] + LETTERS[:13] + (LETTERS[13:] + LETTERS[:13]).upper() + "5678901234><][!|",
-)
 
 
 class GenerationBlock(jinja2.ext.Extension):
@@ -53,7 +42,7 @@ def render(source: str, messages: list[dict], known: dict) -> str:
 
 
 def changed(value, change, change_role=None):
-    """The same with all its strings changed, or a message's role and the type of a part of it in another way."""
+    """The same with all its strings changed; a message's role, and the type of a part of it, in a way of their own."""
     if isinstance(value, dict):
         ways = {key: change_role or change if key in ("role", "type") else change for key in value}
         return {key: changed(part, ways[key], change_role) for key, part in value.items()}
@@ -62,11 +51,41 @@ def changed(value, change, change_role=None):
     return change(value) if isinstance(value, str) else value
 
 
-def disguises(messages: list[dict], special: re.Pattern[str]):
-    """The messages with other characters throughout; and in special tokens alone, for a template that goes by what is said."""
+def own_tokens(text: str, messages: list[dict], special: re.Pattern[str], rendered: Callable) -> list[tuple[int, int]] | None:
+    """Where in `text`, rendered(messages), stand the special tokens that the template wrote, (start, end) of each; None if that
+    cannot be told.
 
-    def tokens(text):
-        return special.sub(lambda found: found[0].translate(DISGUISE), text)
+    A special token ("<|im_end|>") ends a turn where the template writes it, and is ordinary text where a user types it. Whatever
+    a template does to a message (escape, cut, count, capitalise), the two are told apart by rendering the messages again with
+    other letters in them (rendered gives None if the template fails): a token that is still there is the template's own.
+    """
+    spans = [found.span() for found in special.finditer(text)]
+    verdicts = {(a, b): True for a, b in spans if not any(map(str.isalnum, text[a:b]))}  # the same in all letters
+    for table in disguises(text, "".join(text[a:b] for a, b in spans)):
 
-    yield changed(messages, lambda text: text.translate(DISGUISE), tokens)
-    yield changed(messages, tokens)
+        def whole(said, table=table):
+            return said.translate(table)
+
+        def tokens(said, whole=whole):
+            return special.sub(lambda found: whole(found[0]), said)
+
+        if len(verdicts) == len(spans):
+            break
+        other = rendered(changed(messages, whole, tokens)) or ""
+        looks = {(a, b): (other[a:b] == text[a:b], other[a:b] == whole(text[a:b])) for a, b in spans}
+        if len(other) == len(text) and all(map(any, looks.values())):  # otherwise the template went by what a message says
+            for span, (same, disguised) in looks.items():
+                if not (same and disguised):
+                    verdicts[span] = same and verdicts.get(span, True)
+    return [span for span in spans if verdicts[span]] if len(verdicts) == len(spans) else None
+
+
+def disguises(text: str, tokens: str) -> Iterator[dict[int, int]]:
+    """Tables for str.translate: all letters and digits, then one letter of the tokens at a time, for one that is not in the text."""
+    letters, capitals, digits = "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
+    halves = ((each[len(each) // 2 :] + each[: len(each) // 2]) for each in (letters, capitals, digits))
+    yield str.maketrans(letters + capitals + digits, "".join(halves))
+    unused = [letter for letter in letters + capitals + digits if letter not in text]
+    for letter in sorted(set(filter(str.isalnum, tokens))):
+        for other in unused[:2]:
+            yield str.maketrans(letter + other, other + letter)

@@ -25,6 +25,7 @@ SMALL = {
     "llama3-scaling": transformers.LlamaConfig(
         **SIZES, num_attention_heads=6, num_key_value_heads=2, head_dim=16, rope_parameters=LLAMA3
     ),
+    "llama-linear": transformers.LlamaConfig(**SIZES, **GQA, rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}),
     "llama-biases": transformers.LlamaConfig(**SIZES, **MQA, attention_bias=True, mlp_bias=True),
     "mistral": transformers.MistralConfig(**SIZES, **GQA, sliding_window=None),
     "mistral-window": transformers.MistralConfig(**SIZES, **GQA, sliding_window=24),

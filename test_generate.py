@@ -95,6 +95,120 @@ def test_stats_add_up(filter):
     )
 
 
+def test_a_random_number_belongs_to_a_token():
+    """What draws by chance draws what it should, and a small change of the logits moves few draws; equals go by id."""
+    logits = torch.linspace(2, -2, 256)
+    moved = logits.clone()
+    moved[255] = logits[0] + 1e-3  # the least likely becomes the likeliest, all ranks move
+    seeds = [torch.Generator().manual_seed(s) for s in range(400)]
+    before, after = ([sample(each, 1.0, rng=rng.manual_seed(rng.initial_seed())) for rng in seeds] for each in (logits, moved))
+    assert sum(a != b for a, b in zip(before, after)) < 30
+    rng, p = torch.Generator().manual_seed(0), torch.tensor([0.5, 0.3, 0.15, 0.05])
+    counts = torch.tensor([sample(p.log(), 1.0, rng=rng) for _ in range(4000)]).bincount(minlength=4)
+    assert ((counts / 4000 - p).abs() < 0.03).all()
+    assert {sample(torch.zeros(50), 1.0, top_k=1, rng=rng) for _ in range(20)} == {0} == {sample(torch.zeros(50))}
+    assert sample(torch.tensor([1.0, 3.0, 2.0]), 1e-308, rng=rng) == sample(torch.tensor([1.0, 3.0, 2.0]), 5e-324, rng=rng) == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1.0}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_k": -1}, {"top_p": 0.0},
+        {"top_p": float("nan")}, {"top_p": 1.5}, {"seed": -1}, {"seed": 2**64}, {"max_new_tokens": 0}, {"chunk": 0},
+    ],
+)  # fmt: skip
+def test_settings_that_make_no_sense_are_named(wrong, checkpoint, capsys):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"^{name} is "):
+        generate(small(), PROMPTS, **{"max_new_tokens": 4, "temperature": 1.0} | wrong)
+    if name != "chunk":
+        flag = f"--{name.replace('_', '-')}"
+        assert refused(capsys, checkpoint, "--prompt", "a", "--temperature", 1, flag, wrong[name]).startswith(f"error: {flag} is ")
+
+
+def test_values_that_are_not_finite_end_in_a_line_that_names_the_layer(checkpoint, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    import eval_ppl
+
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    (shard,) = (file for file in tmp_path.glob("*.safetensors") if "model.layers.1.mlp.up_proj.weight" in load_file(file))
+    weights = load_file(shard)
+    weights["model.layers.1.mlp.up_proj.weight"][:] = 6e4
+    save_file(weights, shard, metadata={"format": "pt"})
+    (tmp_path / "text").write_text(LONG)
+    line = "error: float16 is not enough for this model: from layer 1 on, values are not finite; use --dtype bfloat16 or float32 or float64"
+    for more in ([], ["--temperature", 1], ["--prune", 0.5], ["--prompt", "x", "--json"]):
+        assert refused(capsys, tmp_path, "--prompt", LONG, "--dtype", "float16", *more) == line
+    with pytest.raises(SystemExit) as end:
+        files = ["--text", str(tmp_path / "text"), "--json", str(tmp_path / "j")]
+        eval_ppl.main([str(tmp_path), *files, "--window", "30", "--dtype", "float16"])
+    assert end.value.code == 2 and line in capsys.readouterr().err and not (tmp_path / "j").exists()
+
+
+def test_a_text_within_the_warm_up_is_said_not_to_be_filtered(checkpoint, capsys):
+    for preset_name in PRESETS:
+        main([str(checkpoint), "--prompt", "a", "--prune", "0.5", "--preset", preset_name, "--max-new-tokens", "4"])
+        err = capsys.readouterr().err
+        assert "the first 16 tokens of a text (the warm-up) are not filtered" in err and "billion" not in err
+    main([str(checkpoint), "--prompt", LONG, "--prune", "0.5", "--preset", "paper", "--max-new-tokens", "4"])
+    err = capsys.readouterr().err
+    assert "warm-up" not in err and "billion" in err
+
+
+def test_lines_of_a_prompts_file(checkpoint, tmp_path, capsys):
+    (tmp_path / "prompts").write_bytes("\ufeffhello\r\nhel\u2028lo\x0b\x85x\rhello\n\n".encode())
+    main([str(checkpoint), "--prompts-file", str(tmp_path / "prompts"), "--json", "--max-new-tokens", "3"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["prompts"] == ["hello", "hel\u2028lo\x0b\x85x", "hello"]
+    assert result["results"][0]["texts"][0] == result["results"][0]["texts"][2]
+
+
+SHELL = f"{sys.executable} {generate_module.__file__} CHECKPOINT --prompt hello --ignore-eos --max-new-tokens 40"
+
+
+@pytest.mark.parametrize(
+    "command, code, words",
+    [
+        (f"{SHELL} 2>&-", 0, ""),
+        (f"{SHELL} 2>/dev/full", 0, ""),
+        (f"{SHELL} >&-", 2, "error: stdout is closed"),
+        (f"{SHELL} >/dev/full", 2, "error: cannot write or read: No space left on device"),
+        (f"{SHELL} --json >/dev/full", 2, "error: cannot write or read: No space left on device"),
+        (f"PYTHONIOENCODING=cp1252 {SHELL}", 0, "decode"),
+        (f"PYTHONIOENCODING=ascii {SHELL} --json", 0, ""),
+        (f"{SHELL} --prompt caf$'\\xe9'", 2, "error: --prompt is not UTF-8 text"),
+        (f"{SHELL.replace('CHECKPOINT', '/none')} 2>&-", 2, ""),
+    ],
+)
+def test_streams_and_encodings(checkpoint, command, code, words):
+    done = subprocess.run(["bash", "-c", command.replace("CHECKPOINT", str(checkpoint))], capture_output=True, check=False)
+    lines = done.stderr.decode().replace("\r", "\n").splitlines()
+    assert (done.returncode, bool(done.stdout)) == (code, code == 0 and ">/dev/full" not in command.replace("2>", "")), lines
+    assert words in (lines or [""])[-1] and not any("Traceback" in line for line in lines)
+    if "--json" in command and done.stdout:
+        assert json.loads(done.stdout)["prompts"] == ["hello"]
+
+
+@pytest.mark.parametrize("more", [[], ["--prompt", "low"], ["--prompt", "low", "--json"]])
+def test_ctrl_c_keeps_what_was_generated(checkpoint, capsys, monkeypatch, more):
+    plain = generate_module.generate
+
+    def stopped(*arguments, **options):
+        for number, step in enumerate(plain(*arguments, **options)):
+            if number == 7:
+                raise KeyboardInterrupt
+            yield step
+
+    monkeypatch.setattr(generate_module, "generate", stopped)
+    with pytest.raises(SystemExit) as end:
+        main([str(checkpoint), "--prompt", "hello", "--ignore-eos", "--max-new-tokens", "40", *more])
+    out, err = capsys.readouterr()
+    assert end.value.code == 130 and err.splitlines()[-1].startswith("interrupted: ") and "Traceback" not in err
+    texts = json.loads(out)["results"][0]["texts"] if "--json" in more else [out]
+    assert all(texts) and out.endswith("\n") and ("[2] low\n" in out or more != ["--prompt", "low"])
+
+
 def test_sampling():
     logits = torch.tensor([2.0, 0.0, 3.0, 1.0])
     assert sample(logits) == sample(logits, 1.0, top_k=1) == sample(logits, 1.0, top_p=0.1) == 2
@@ -310,8 +424,8 @@ def refused(capsys, *flags, command=main):
     (["--prompt", ""], "prompt 1 is empty"),
     ([], "no prompt"),
     (["--prompts-file", "no/such/file"], "no/such/file: cannot be read"),
-    (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0 is not at least 1"),
-    (["--prompt", "a", "--top-p", "0"], "--top-p in (0, 1]"),
+    (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0, not at least 1"),
+    (["--prompt", "a", "--top-p", "0"], "--top-p is 0.0, not above 0 and at most 1"),
     (["--prompt", "a", "--temperature", "nan"], "--temperature"),
     (["--prompt", LONG, "--max-new-tokens", "190"], "longer than the model's context of 200"),
     (["--prompt", "a", "--device", "abacus"], "abacus"),

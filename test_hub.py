@@ -9,6 +9,7 @@ import threading
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -67,8 +68,7 @@ def hub(checkpoint, tmp_path_factory):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    server.asked = asked
-    yield server
+    yield SimpleNamespace(server_port=server.server_port, asked=asked)
     server.shutdown()
 
 
@@ -91,7 +91,7 @@ def test_a_name_on_the_hub_then_without_a_network(hub, checkpoint, tmp_path):
     asked = len(hub.asked)
     assert run(hub, tmp_path, "org/small", HF_HUB_OFFLINE="1")[:2] == wanted
     assert len(hub.asked) == asked
-    gone = type("Gone", (), {"server_port": 1})  # nobody listens there
+    gone = SimpleNamespace(server_port=1)  # nobody listens there
     assert run(gone, tmp_path, "org/small")[:2] == run(gone, tmp_path, f"org/small@{COMMIT}")[:2] == wanted
     assert run(gone, tmp_path, snapshot)[:2] == wanted
 
@@ -108,7 +108,7 @@ def test_a_name_on_the_hub_then_without_a_network(hub, checkpoint, tmp_path):
     ],
 )
 def test_what_goes_wrong_on_the_hub_is_one_line(hub, tmp_path, name, more, words):
-    server = type("Server", (), {"server_port": more.pop("port", hub.server_port)})
+    server = SimpleNamespace(server_port=more.pop("port", hub.server_port))
     code, out, line = run(server, tmp_path, name, **more)
     assert (code, out) == (2, "") and line.startswith(f"error: {name} (no such folder; taken as a model") and words in line
 

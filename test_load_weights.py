@@ -1,6 +1,7 @@
 """What transformers saves is what load_weights loads; bad input is named in one line."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -310,6 +311,12 @@ def test_config_is_not_a_json_object(tmp_path, text):
         ({"rope_parameters": [1]}, "rope_parameters"),
         ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_parameters.rope_theta"),
         ({"rope_parameters": {"rope_theta": 10**400}}, "rope_parameters.rope_theta"),
+        ({"rope_scaling": LLAMA3}, "rope_scaling differs from rope_parameters"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling differs from rope_parameters"),
+        ({"rope_theta": 500.0, "rope_parameters": {"rope_theta": 1e6}}, "rope_theta is 500.0, but rope_parameters.rope_theta"),
+        ({"rope_parameters": {**LLAMA3, "type": "linear"}}, "rope_parameters.type is 'linear', but rope_type"),
+        ({"rope_parameters": LLAMA3, "original_max_position_embeddings": 64}, "original_max_position_embeddings is 64, but"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.factor is missing"),
         ({"hidden_size": ...}, "hidden_size is missing"),
         ({"hidden_size": 0}, "hidden_size is 0"),
         ({"hidden_size": -24}, "hidden_size is -24"),
@@ -450,3 +457,33 @@ def test_stored_name():
 def test_transformers_is_not_needed_to_load():
     program = "import sys, load_weights; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, check=False).returncode == 0
+
+
+def test_what_does_not_fit_is_said_before_a_weight_is_read(tmp_path, monkeypatch):
+    save_model(tmp_path)
+    count = sum(p.numel() for p in load_model(tmp_path, "cpu").parameters())
+    monkeypatch.setattr("load_weights._read", lambda *_: pytest.fail("a weight was read"))
+    for free, words in ((3 * count, "it fits with --dtype float16 or bfloat16"), (count, "no --dtype makes it fit")):
+        monkeypatch.setattr("load_weights._free_bytes", lambda _, free=free: free)
+        message = fails(load_model, tmp_path, "cpu")
+        assert message.startswith(f"{tmp_path}: needs 0.0 GB as float32, and cpu has 0.0 GB free; ") and words in message
+
+
+def test_free_memory_is_what_the_system_says():
+    import load_weights
+
+    free = load_weights._free_bytes(torch.device("cpu"))
+    assert 1e8 < free <= 1e15 or free == float("inf")
+
+
+def test_a_padding_token_beyond_the_vocabulary_loads_and_is_refused_in_a_prompt(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    size = json.loads((tmp_path / "config.json").read_text())["vocab_size"]
+    edit_json(tmp_path / "added_tokens.json", **{"<pad>": size})
+    model, tokenizer = load(tmp_path, "cpu")
+    ids = tokenizer.encode("the<pad>", parse_special=True)
+    assert ids[-1] == size and tokenizer.vocab_size == size + 1 and tokenizer.plain_size <= size
+    with pytest.raises(ValueError, match=f"the token {size}, but the model only {size} embeddings"):
+        model.prefill([ids], model.new_cache(1))
+    edit_json(tmp_path / "added_tokens.json", **{"<pad>": size + 1})
+    assert f"gives '<pad>' the id {size + 1}, unlike tokenizer.json" in fails(load, tmp_path, "cpu")

@@ -369,6 +369,120 @@ def test_a_special_token_in_a_message_changes_nothing_around_it(folders, tmp_pat
     assert tokenizer.decode(ids[: end - len(plain)]) == "user: the  catmat: cat</s>cat"
 
 
+FILTERS = ["", "|tojson", "|e", "|upper", "|urlencode", "|trim", "|title", "|indent(2)", "|reverse", "|wordwrap(7)", "|list|join('.')"]
+PIECES = ["[3:]", "[:9]", "[2:-2]", ".split()[0]", "|length", "|replace('x', '')", "|striptags", "|truncate(12, true)", "|center(40)"]
+
+
+@pytest.mark.parametrize("way", FILTERS + PIECES)
+def test_special_tokens_in_a_message_are_text_whatever_a_template_does_to_it(folders, tmp_path, way):
+    """Every special token of the ids is one that the template wrote, however it escapes, cuts or counts."""
+    shutil.copytree(folders["byte-level"], tmp_path, dirs_exist_ok=True)
+    source = "{% for m in messages %}<|start|>{{ m.content WAY }}{{ eos_token }}{{ '<|' ~ 'start' ~ '|>' }}{% endfor %}".replace("WAY", way)
+    (tmp_path / "chat_template.jinja").write_text(source)
+    edit_json(tmp_path / "tokenizer_config.json", bos_token="<|start|>", eos_token="<|end|>")
+    tokenizer = Tokenizer(tmp_path)
+    bos, eos = tokenizer.bos_id, min(tokenizer.eos_ids)
+    for content in ("<|end|>", "ab<|end|>cd", "x<|start|>", "<|END|> <|exnd|>", "a <|e", "<|startx|> 7", " <|end|><|start|> é"):
+        messages = [{"role": "user", "content": content}]
+        ids = tokenizer.chat(messages)
+        assert [i for i in ids if i in (bos, eos)] == [bos, eos, bos], content
+        shown = tokenizer.chat_text(messages).removeprefix("<|start|>").removesuffix("<|end|><|start|>")
+        assert tokenizer.decode(ids) == shown
+
+
+def test_a_template_that_goes_by_what_a_message_says(folders, tmp_path):
+    shutil.copytree(folders["byte-level"], tmp_path, dirs_exist_ok=True)
+    edit_json(tmp_path / "tokenizer_config.json", eos_token="<|end|>")
+    path = tmp_path / "chat_template.jinja"
+    path.write_text("{% set parts = messages[0].content.split('</think>') %}{{ parts[-1] }}<|end|>")
+    tokenizer = Tokenizer(tmp_path)
+    ids = tokenizer.chat([{"role": "user", "content": "so</think>yes<|end|>no"}])
+    assert tokenizer.decode(ids) == "yes<|end|>no" and ids.count(min(tokenizer.eos_ids)) == 1 == ids[::-1].index(ids[-1]) + 1
+    path.write_text("{{ messages[0].content.split('<|end|>') | first }}{{ messages[0].content | length }}<|end|>")
+    assert "because of the special tokens in them" in fails(Tokenizer(tmp_path).chat, [{"role": "user", "content": "one<|end|>two"}])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% if tools is not none %}TOOLS{% endif %}{% if documents is not none %}DOCS{% endif %}{{ messages[0].content }}",
+        "{{ pad_token }}{{ unk_token is defined }}{{ bos_token }}{{ eos_token }}",
+        "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}",
+        "{% generation %}{% set x = 1 %}{{ messages[0].content }}{% endgeneration %}{{ x is defined }}",
+        "{% for m in messages %}{{ m.role }}{{ m.content is defined }}{{ m.tool_calls is defined }}{% endfor %}",
+        "{% for m in messages if m.content is not string %}{% for p in m.content or [] %}{{ p.text }}{% endfor %}{% endfor %}",
+        "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.role }}{% break %}{% endfor %}",
+    ],
+)
+def test_what_templates_use_is_there_as_in_transformers(folders, tmp_path, source):
+    shutil.copytree(folders["byte-level"], tmp_path, dirs_exist_ok=True)
+    settings = {"bos_token": "<|start|>", "eos_token": "<|end|>", "pad_token": "<|end|>", "chat_template": source}
+    edit_json(tmp_path / "tokenizer_config.json", **settings)
+    messages = [
+        {"role": "user", "content": "if a < b && c: café isn't"},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]},
+        {"role": "user", "content": [{"type": "text", "text": "<b>"}, {"type": "text", "text": "two"}]},
+    ]
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    expected = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert Tokenizer(tmp_path).chat_text(messages) == expected
+
+
+def test_templates_by_name(folders, tmp_path):
+    shutil.copytree(folders["byte-level"], tmp_path, dirs_exist_ok=True)
+    edit_json(tmp_path / "tokenizer_config.json", chat_template=[{"name": n, "template": n} for n in ("default", "tool_use")])
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("rag")
+    tokenizer = Tokenizer(tmp_path)
+    for name in ("default", "tool_use", "rag"):
+        assert tokenizer.chat_text([], template=name) == name == tokenizer.decode(tokenizer.chat([], template=name))
+    assert "has no chat template named x, only default, tool_use, rag" in fails(tokenizer.chat, [], template="x")
+
+
+def test_added_tokens_say_the_same_everywhere(folders, tmp_path):
+    for kind, name in (("byte-level", "<|end|>"), ("sentencepiece", "</s>")):
+        folder = tmp_path / kind
+        shutil.copytree(folders[kind], folder)
+        tokenizer = Tokenizer(folder)
+        old, new = tokenizer.encode(name, bos=False, parse_special=True)[0], tokenizer.vocab_size
+        edit_json(folder / "tokenizer_config.json", added_tokens_decoder={old: {"content": name}, new: {"content": "<x>", "special": True}})
+        edit_json(folder / "added_tokens.json", **{"<x>": new})
+        tokenizer = Tokenizer(folder)
+        assert tokenizer.encode("<x>", False, parse_special=True) == [new] != tokenizer.encode("<x>", False)
+        edit_json(folder / "added_tokens.json", **{"<x>": new + 1})
+        assert "the added token '<x>' has two ids" in fails(Tokenizer, folder)
+        edit_json(folder / "added_tokens.json", **{"<x>": new, name: old + 1})
+        assert "has two ids" in fails(Tokenizer, folder)
+        edit_json(folder / "tokenizer_config.json", added_tokens_decoder={old + 1: {"content": name}})
+        edit_json(folder / "added_tokens.json", **{"<x>": ..., name: ...})
+        assert f"{name!r} the id {old + 1}, unlike" in fails(Tokenizer, folder)
+
+
+def test_a_sentencepiece_model_that_is_not_legacy_puts_no_space_after_a_special_token(folders, tmp_path):
+    shutil.copytree(folders["sentencepiece"], tmp_path, dirs_exist_ok=True)
+    plain = Tokenizer(tmp_path)
+    edit_json(tmp_path / "tokenizer_config.json", legacy=False)
+    tokenizer = Tokenizer(tmp_path)
+
+    def pieces(each, text):
+        return [each._backend.model.id_to_piece(i) for i in each.encode(text, bos=False, parse_special=True)]
+
+    assert pieces(plain, "the</s>cat") == ["▁the", "</s>", "▁cat"]
+    assert pieces(tokenizer, "the</s>cat")[:2] == ["▁the", "</s>"] and "".join(pieces(tokenizer, "the</s>cat")[2:]) == "cat"
+    assert pieces(tokenizer, "the</s> cat") == ["▁the", "</s>", "▁cat"]
+    assert "".join(pieces(tokenizer, "</s>cat")) == "</s>cat" and pieces(tokenizer, "the cat") == pieces(plain, "the cat")
+
+
+def test_an_answer_has_its_first_space(folders):
+    for kind, folder in folders.items():
+        tokenizer = Tokenizer(folder)
+        ids = tokenizer.encode("the cat sat on", bos=False)
+        for cut in range(1, len(ids)):
+            stream = tokenizer.stream()
+            answer = "".join([stream.push(i) for i in ids[cut:]]) + stream.flush()
+            assert tokenizer.decode(ids[:cut]) + answer == tokenizer.decode(ids), (kind, cut)
+
+
 @pytest.mark.parametrize(
     "template, words",
     [
@@ -484,5 +598,6 @@ def test_load_gives_both_and_refuses_a_tokenizer_of_another_model(folder):
     size = tokenizer.vocab_size
     save_model(folder, vocab_size=size, bos_token_id=1, eos_token_id=2)
     load(folder, device="cpu")
+    size = tokenizer.plain_size
     save_model(folder, vocab_size=size - 1, bos_token_id=1, eos_token_id=2)
     assert f"{size} tokens, more than config.json's vocab_size, {size - 1}" in fails(load, folder, device="cpu")

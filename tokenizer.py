@@ -23,7 +23,7 @@ from pathlib import Path
 import sentencepiece
 import tokenizers
 
-from chat_template import changed, disguises, render
+from chat_template import changed, own_tokens, render
 from checkpoint_files import CheckpointError, JsonObject, read_file
 
 MARK = "\ufdd0"  # one of the characters that Unicode sets aside for a program's own use, never to be part of a text
@@ -274,17 +274,17 @@ class Tokenizer:
         "<|im_end|>" and the like are special where the template writes them; in a message they are ordinary characters,
         so that nobody can end their own turn by typing it, unless parse_special. Raises CheckpointError as chat_text does.
         """
-        special, messages = any_of(self._backend.special), changed(messages, lambda text: text.replace(MARK, ""))
+        messages = changed(messages, lambda text: text.replace(MARK, ""))
         text = self.chat_text(messages, template=template)
         if parse_special:
             return self.encode(text, bos=False, parse_special=True)
-        for disguised in disguises(messages, special):
-            with suppress(CheckpointError):  # a template may refuse what it is not used to
-                other = self.chat_text(disguised, template=template)
-                own = [found.span() for found in special.finditer(other)]
-                if len(other) == len(text) and all(other[a:b] == text[a:b] for a, b in own):
-                    break
-        else:
+
+        def rendered(messages):
+            with suppress(CheckpointError):
+                return self.chat_text(messages, template=template)
+
+        own = own_tokens(text, messages, any_of(self._backend.special), rendered)
+        if own is None:
             problem = "the chat template does something else with these messages because of the special tokens in them"
             raise CheckpointError(self._templates[template][0], problem)
         for a, _ in reversed(own):
