@@ -239,7 +239,7 @@ def _opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, "pt") as opened:
             yield opened
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: no room to map it
         raise CheckpointError(file, f"cannot be read as safetensors, is it complete? ({error})") from None
 
 
@@ -302,9 +302,16 @@ def load_model(
     """
     folder = checkpoint_folder(folder)
     config, family = _read_config(folder)
-    source, tensors = _stored_tensors(folder, family.weights)
     with torch.device("meta"):  # shapes without memory
         model = Transformer(config)
+    device = _device(folder, device)
+    known = {str(each).removeprefix("torch."): each for each in DTYPES.values()}
+    auto = torch.float32 if device.type == "cpu" else None  # None: as it is stored
+    asked = dtype if isinstance(dtype, torch.dtype) else auto if dtype == "auto" else known.get(dtype, torch.int8)
+    if asked not in (None, *known.values()):
+        raise CheckpointError(folder, f"cannot be loaded as {dtype} (supported: {', '.join(known)})")
+    _check_memory(folder, family, sum(p.numel() for p in model.parameters()), device, asked)
+    source, tensors = _stored_tensors(folder, family.weights)
     embedding, head = (stored_name(name, family.names) for name in ("embed.weight", "head.weight"))
 
     # every tensor exactly once, in the right shape
@@ -331,22 +338,9 @@ def load_model(
         problem = f"differs from {embedding!r}, but config.json says tie_word_embeddings"
         raise CheckpointError(tensors[head].file, f"the tensor {head!r} {problem}")
 
-    device = _device(folder, device)
-    known = {str(each).removeprefix("torch."): each for each in DTYPES.values()}
-    if dtype == "auto":
-        dtype = DTYPES[tensors[embedding].dtype] if device.type == "cuda" else torch.float32
-    final = dtype if isinstance(dtype, torch.dtype) else known.get(dtype)
-    if final is None or final not in known.values():
-        raise CheckpointError(folder, f"cannot be loaded as {dtype} (supported: {', '.join(known)})")
-
+    final = asked or DTYPES[tensors[embedding].dtype]
     if config.tied:
         del wanted[head]
-    numbers, free = sum(shapes[part].numel() for ours in wanted.values() for part in ours), _free_bytes(device)
-    if numbers * final.itemsize > free:
-        fitting = [name for name, each in known.items() if numbers * each.itemsize <= free]
-        hint = f"it fits with --dtype {' or '.join(fitting)}" if fitting else "no --dtype makes it fit"
-        sizes = f"needs {numbers * final.itemsize / 1e9:.1f} GB as {str(final)[6:]}, and {device.type} has {free / 1e9:.1f} GB free"
-        raise CheckpointError(folder, f"{sizes}; {hint}")
     for name, ours in tqdm(wanted.items(), "load weights", unit=" tensors", disable=not progress):
         stored = tensors[name]
         for part, weight in zip(ours, _read(stored, name).split([shapes[part][0] for part in ours])):
@@ -372,6 +366,18 @@ def _device(folder: Path, device: str | torch.device) -> torch.device:
         return device
     except (AssertionError, RuntimeError) as error:
         raise CheckpointError(folder, f"cannot be loaded on the device {str(device)!r} ({error})") from None
+
+
+def _check_memory(folder: Path, family: Family, numbers: int, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Raises CheckpointError if so many numbers have no room on the device, unless the files do not hold them anyway."""
+    stored = sum(path.stat().st_size for path in folder.glob(family.weights.replace(".", "*.")) if path.is_file())
+    need, free = numbers * dtype.itemsize if dtype else stored, _free_bytes(device)
+    if need > free and stored >= 2 * numbers:
+        fitting = [name for name, size in (("float32", 4), ("bfloat16", 2)) if numbers * size <= free]
+        hint = f"it fits with --dtype {fitting[0]}" if fitting else "no --dtype makes it fit"
+        name = f" as {str(dtype)[6:]}" if dtype else ""
+        problem = f"needs {need / 1e9:.1f} GB{name}, and the {device.type} has {free / 1e9:.1f} GB free; {hint}"
+        raise CheckpointError(folder, problem)
 
 
 def _free_bytes(device: torch.device) -> float:

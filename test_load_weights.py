@@ -462,11 +462,14 @@ def test_transformers_is_not_needed_to_load():
 def test_what_does_not_fit_is_said_before_a_weight_is_read(tmp_path, monkeypatch):
     save_model(tmp_path)
     count = sum(p.numel() for p in load_model(tmp_path, "cpu").parameters())
-    monkeypatch.setattr("load_weights._read", lambda *_: pytest.fail("a weight was read"))
-    for free, words in ((3 * count, "it fits with --dtype float16 or bfloat16"), (count, "no --dtype makes it fit")):
+    monkeypatch.setattr("load_weights._stored_tensors", lambda *_: pytest.fail("the weights were opened"))
+    for free, words in ((3 * count, "it fits with --dtype bfloat16"), (count, "no --dtype makes it fit")):
         monkeypatch.setattr("load_weights._free_bytes", lambda _, free=free: free)
         message = fails(load_model, tmp_path, "cpu")
-        assert message.startswith(f"{tmp_path}: needs 0.0 GB as float32, and cpu has 0.0 GB free; ") and words in message
+        assert message == f"{tmp_path}: needs 0.0 GB as float32, and the cpu has 0.0 GB free; {words}"
+    edit_json(tmp_path / "config.json", hidden_size=2400)  # not what the file holds: that is said instead
+    with pytest.raises(pytest.fail.Exception):
+        load_model(tmp_path, "cpu")
 
 
 def test_free_memory_is_what_the_system_says():
