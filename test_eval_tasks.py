@@ -428,6 +428,10 @@ def test_few_shot_and_generation(checkpoint, local, capsys):
         (["--tasks", "local_choice", "--gamma", "2"], "gamma"),
         (["--tasks", "no_such_task"], "no_such_task"),
         (["--tasks", "gone"], "gone: its data cannot be loaded: .*someone/gone.* HF_HUB_OFFLINE=0"),
+        (["--tasks", "missing"], "missing: its data cannot be loaded: Unable to find '/none/choice.jsonl'; is the path"),
+        (["--tasks", "local_choice", "--include-path", "/none"], "--include-path /none: no such folder"),
+        (["--tasks", "local_choice", "--dtype", "float16"], "from layer 1 on, values are not finite"),
+        (["--tasks", "local_generate", "--dtype", "float16"], "from layer 1 on, values are not finite"),
         (["--tasks", "local_too_long"], "continuation has 2[0-9]* tokens"),
         (["--tasks", "local_beams"], "num_beams"),
     ],
@@ -437,6 +441,12 @@ def test_one_line_says_what_is_wrong(arguments, named, checkpoint, local, capsys
     monkeypatch.setattr(eval_tasks, "TaskManager", lambda include_path, **_: own(include_path=include_path))
     text = (local / "local_choice.yaml").read_text().replace("task: local_choice", "task: gone")
     (local / "gone.yaml").write_text(text.replace("path: json", "path: someone/gone"))
+    missing = re.sub(r"/\S*choice.jsonl", "/none/choice.jsonl", text.replace("task: gone", "task: missing"))
+    (local / "missing.yaml").write_text(missing)
+    if "float16" in arguments:
+        model, tokenizer = load(checkpoint, "cpu")
+        model.half().blocks[1].mlp.up.weight[:] = 6e4
+        monkeypatch.setattr(eval_tasks, "load", lambda *_, **__: (model, tokenizer))
     with pytest.raises(SystemExit) as stopped:
         main([str(checkpoint), "--include-path", str(local), "--device", "cpu", *arguments])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]

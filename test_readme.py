@@ -87,7 +87,7 @@ def test_a_command(command, reader, capsys, monkeypatch):
             pytest.importorskip(module)
         main = {"generate.py": generate.main, "eval_ppl.py": eval_ppl.main, "bench.py": bench.main}.get(script)
         main, less = main or main_of_eval_tasks(monkeypatch), LESS[script] + " --device nowhere" * ("--shape" in arguments)
-        if script == "eval_tasks.py" or arguments[0] in ("--help", "--shape", "path/to/Llama-2-13b-hf"):
+        if script == "eval_tasks.py" or arguments[0] in ("--help", "--shape", "path/to/Llama-2-13b-hf", "meta-llama/Llama-2-13b-hf"):
             with pytest.raises(SystemExit) as end:
                 main([*arguments, *less.split()])
             code, shown = end.value.code, capsys.readouterr()
