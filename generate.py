@@ -186,10 +186,9 @@ def generate(
             if len(stay) < len(rows):
                 usage = cache.usage().tolist()
                 for i in set(range(len(rows))) - set(stay):
-                    pairs, skipped, held, read, dense_read = usage[i]
-                    figures.row_skip_ratio[rows[i]] = skipped / pairs
-                    figures.pairs, figures.skipped, figures.held = figures.pairs + pairs, figures.skipped + skipped, figures.held + held
-                    figures.read, figures.dense_read = figures.read + read, figures.dense_read + dense_read
+                    figures.row_skip_ratio[rows[i]] = usage[i][1] / usage[i][0]
+                    for name, value in zip(("pairs", "skipped", "held", "read", "dense_read"), usage[i]):
+                        setattr(figures, name, getattr(figures, name) + value)
                 cache.select(stay)
                 rows = [rows[i] for i in stay]
             if rows:
@@ -206,10 +205,8 @@ def read_prompts(args) -> list[str]:
     texts = list(args.prompt or [])
     if args.prompts_file:
         texts += [line for line in read_text(args.prompts_file).split("\n") if line.strip()]
-    if not texts:
-        fail("no prompt: give --prompt TEXT or --prompts-file FILE")
-    if "" in texts:
-        fail(f"prompt {texts.index('') + 1} is empty")
+    if not texts or "" in texts:
+        fail(f"prompt {texts.index('') + 1} is empty" if texts else "no prompt: give --prompt TEXT or --prompts-file FILE")
     if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):  # what Python makes of other bytes
         fail("--prompt is not UTF-8 text: is the terminal set to another encoding?")
     return texts
@@ -221,12 +218,11 @@ def run(model, tokenizer: Tokenizer, prompts, args, filter, echo=None, watch=Non
     `echo`, if given, is called with the text of a single prompt as it comes; `watch` is generate's.
     """
     stats, streams = Stats(), [tokenizer.stream() for _ in prompts]
-    answers: list[list[str]] = [[] for _ in prompts]
+    answers, stopped = [list[str]() for _ in prompts], False
     eos_ids = frozenset() if args.ignore_eos else tokenizer.eos_ids
     sampling = (args.temperature, args.top_k, args.top_p, args.seed)
     steps = generate(model, prompts, args.max_new_tokens, filter, eos_ids, *sampling, stats=stats, watch=watch)
     bar = tqdm(steps, desc="tokens", unit="", total=len(prompts) * args.max_new_tokens, disable=echo is not None, leave=False)
-    stopped = False
     try:
         for row, token in bar:
             answers[row].append(streams[row].push(token))
