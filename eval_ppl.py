@@ -2,6 +2,7 @@
 
     python eval_ppl.py [CHECKPOINT] --text FILE --window 768 --prune 0.3 0.5 0.7 --preset local cache
     python eval_ppl.py [CHECKPOINT] --text FILE --window 768 --prune 0.3 --ablate
+    python eval_ppl.py [CHECKPOINT] --text FILE --window 768 --prune 0.3 --rivals
     python eval_ppl.py [CHECKPOINT] --text FILE --window 4096 --prune 0.3 --by-position
     python eval_ppl.py [CHECKPOINT] --passkey --lengths 1024 2048 --prune 0.3
 
@@ -181,21 +182,50 @@ def key_distance(k, v, n_new, state, ratio, config):
     return redundant, score
 
 
+STEP = 0.1  # of the adjusted threshold, in units of the scores' spread
+
+
+def adjusted_threshold(k, v, n_new, state, ratio, config):
+    """token_filter's scores against a threshold as the paper words it, "adjusted continuously so that the achieved ratio tracks
+    the target", with O(1) memory: T rises by STEP (1 - r) spreads when a score is above it, and falls by STEP r when not, so it
+    stands still where a share r is above. It starts at the mean of the warm-up's. The spread is the standard deviation of the
+    latest scores, about 64 of them.
+
+    state.tracked (B, 3): T, and the running mean and variance of the scores; rows cannot be selected.
+    """
+    position = state.count[:, None] + torch.arange(k.shape[1], device=k.device)  # before token_filter moves it on
+    _, score = token_filter(k, v, n_new, state, torch.zeros_like(ratio), config)
+    tracked = getattr(state, "tracked", torch.stack((score[:, 0], score[:, 0], torch.zeros_like(score[:, 0])), dim=1))
+    above = torch.zeros_like(score, dtype=torch.bool)
+    for t, s in enumerate(score.unbind(1)):
+        threshold, mean, variance = tracked.unbind(1)
+        above[:, t] = s > threshold
+        weight = 1 / (position[:, t] + 1).clamp(max=64)  # a plain mean at first, then the latest count more
+        step = STEP * variance.sqrt() * (above[:, t].to(s) - ratio.to(s))
+        variance, mean = (1 - weight) * (variance + weight * (s - mean) ** 2), mean + weight * (s - mean)
+        moved = torch.where(position[:, t] < config.warmup, mean, threshold + step), mean, variance
+        tracked = torch.where(s.isnan()[:, None], tracked, torch.stack(moved, dim=1))
+    state.tracked = tracked
+    return above & (position >= max(config.warmup, 1)), score
+
+
 def rivals(p, n_layers, window):
-    """(label, FilterConfig, criterion) of each rival at ratio p.
+    """(label, FilterConfig, criterion) of each rival at ratio p. The last two have other tokens found redundant: by chance, or by
+    an adjusted threshold.
 
     StreamingLLM has a fixed budget where the others keep a share, so it is there twice: with the same cache at a window's
     end, B = (1-p) W tokens; and with the same read over the window, where the min(t, B) tokens that are seen at t add up to
     (1-p) of the t that dense sees. KeyDiff ranks among 32 scores only: its scores fall while the mean settles, and among
     256 it would skip a third where p is half.
     """
-    last = round(p * n_layers)
     config = FilterConfig(prune=p, schedule="uniform", warmup=0)
-    yield f"no attention in the last {last} layers", config, last_layers(n_layers - last)
-    for share in (1 - p, 1 - math.sqrt(p)):
+    yield "no attention in last layers", config, last_layers(n_layers - round(p * n_layers))
+    for label, share in (("held", 1 - p), ("read", 1 - math.sqrt(p))):
         latest = max(1, round(share * window) - SINKS)  # a token itself is one of them
-        yield f"StreamingLLM, {SINKS} + {latest} tokens", preset("cache", prune=p, warmup=SINKS, recent=latest - 1), recent_only
+        yield f"StreamingLLM, as much {label}", preset("cache", prune=p, warmup=SINKS, recent=latest - 1), recent_only
     yield "KeyDiff, online", preset("cache", prune=p, history=32), key_distance
+    yield "cache, random tokens", preset("cache", prune=p, fusion="random"), token_filter
+    yield "cache, adjusted threshold", preset("cache", prune=p), adjusted_threshold
 
 
 VARIED: dict[str, tuple] = {
@@ -440,8 +470,8 @@ def main(argv=None):
     parser.add_argument("--batch", type=int, default=4, metavar="N", help="windows at a time (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of --fusion random and of the pass keys (default: 0)")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--ablate", action="store_true", help="change one thing at a time from each --preset at one ratio, and run "
-                      "what else one could do")  # fmt: skip
+    what.add_argument("--ablate", action="store_true", help="change one thing at a time from each --preset at one ratio")
+    what.add_argument("--rivals", action="store_true", help="also what else one could do with the same budget, at each ratio")
     what.add_argument("--by-position", action="store_true", help="also perplexity by position in the window")
     what.add_argument("--passkey", action="store_true", help="hide a five-digit key in filler text, and ask for it")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048], metavar="N",
@@ -511,8 +541,10 @@ def main(argv=None):
         if not all(0 <= offset < len(ids) - 1 for offset in args.offsets):
             fail(f"--offsets must lie in the text's {len(ids)} tokens, at least one before the last")
         windows = [cut(ids[offset:], args.window, None, bos)[0][0] for offset in args.offsets]
+    if args.rivals:
+        for p in filter(None, prunes):
+            settings += rivals(p, model.config.n_layers, max(map(len, windows)))
     if args.ablate:
-        settings += rivals(prunes[0], model.config.n_layers, max(map(len, windows)))
         settings += [(f"{name}, {label}", config, token_filter) for name, base in filters for label, config in variations(base)]
     losses = sum(len(window) - max(overlap if i else 0, 1) for i, window in enumerate(windows))
     if args.offsets:

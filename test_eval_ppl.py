@@ -100,9 +100,9 @@ def plain(model, tokens, visible):
 @pytest.mark.parametrize("sizes", [[90], [1] * 90, [33, 1, 56]])
 def test_last_layers_and_recent_only_equal_a_plain_forward(sizes):
     model, tokens, t = small(), texts()[0], torch.arange(90)
-    (_, *static), (label, *streaming), _, _ = rivals(0.25, 4, 60)
+    (_, *static), (label, *streaming), *_ = rivals(0.25, 4, 60)
     causal = t[:, None] >= t
-    assert label == "StreamingLLM, 16 + 29 tokens"  # 45 of 60
+    assert label == "StreamingLLM, as much held" and streaming[0].recent == 28  # and itself and 16 sinks: 45 of 60
     first, recent = causal & (t[:, None] < 1), causal & ((t < 16) | (t[:, None] - t < 29))
     for (config, criterion), visible, held in (
         (static, [causal, causal, causal, first], 3 * 90 + 2),  # of the last layer the first token, always kept, and the latest
@@ -114,7 +114,7 @@ def test_last_layers_and_recent_only_equal_a_plain_forward(sizes):
         assert int(cache.usage()[0, 2]) == held
 
 
-@pytest.mark.parametrize("rival", range(4))
+@pytest.mark.parametrize("rival", range(6))
 def test_rivals_are_chunk_free_and_batch_invariant(rival):
     model, (_, config, criterion) = small(), list(rivals(0.5, 4, 60))[rival]
     whole = model(texts(), model.new_cache(3, config, criterion), LENGTHS)
@@ -162,11 +162,12 @@ def test_rivals_have_the_budget_they_are_named_for(p):
         *_, score = evaluate(model, [window], config, chunk=10, criterion=criterion)
         return tuple(score.shares.values())
 
-    static, at_end, on_average, keydiff = (figures(*rival) for _, *rival in rivals(p, 4, 400))
+    static, at_end, on_average, keydiff, by_chance, adjusted = (figures(*rival) for _, *rival in rivals(p, 4, 400))
     assert static[0] == pytest.approx(round(p * 4) / 4 * (1 - 1 / 400))  # all but the first token
     assert at_end[1] == pytest.approx(1 - p, abs=0.003)
     assert on_average[2] == pytest.approx(1 - p, abs=0.003)
-    assert keydiff[0] == pytest.approx(p, abs=0.05)
+    assert keydiff[0] == pytest.approx(p, abs=0.05) and by_chance[0] == pytest.approx(p, abs=0.05)
+    assert adjusted[0] == pytest.approx(p, abs=0.06)
 
 
 def test_variations_change_one_field_each():
@@ -294,11 +295,18 @@ def test_by_position(checkpoint, capsys, tmp_path, text):
     assert len({*rows[0][-3:]}) == 3
 
 
-def test_ablate_changes_one_thing_a_row_and_adds_rivals(checkpoint, capsys, text):
+def test_rivals_are_a_row_each_at_every_ratio(checkpoint, capsys, text):
+    main([str(checkpoint), *text, "--max-tokens", "128", "--rivals", "--preset", "cache", "--prune", "0", "0.2", "0.5"])
+    rows = [row[:2] for row in table(capsys.readouterr().out)[1:]]
+    names = [label for label, *_ in rivals(0.5, 3, 128)]
+    assert rows == [["dense", "0.000"], *(["cache", p] for p in ("0.200", "0.500")), *([n, p] for p in ("0.200", "0.500") for n in names)]
+
+
+def test_ablate_changes_one_thing_a_row(checkpoint, capsys, text):
     main([str(checkpoint), *text, "--max-tokens", "128", "--ablate", "--prune", "0.5"])
     rows = {row[0]: row[1:] for row in table(capsys.readouterr().out)[1:]}
     assert list(rows)[:3] == ["dense", "local", "cache"]
-    assert {"local, recent=8", "cache, schedule=tail", "KeyDiff, online", "no attention in the last 2 layers"} <= rows.keys()
+    assert {"local, recent=8", "cache, schedule=tail"} <= rows.keys()
     assert {row[0] for row in rows.values()} == {"0.000", "0.500"}
     main([str(checkpoint), *text, "--max-tokens", "128", "--preset", "local", "--gamma", "0.5", "--prune", "0.5"])
     assert table(capsys.readouterr().out)[2][1:] == rows["local, gamma=0.5"] != rows["local"]
