@@ -3,7 +3,7 @@
 # make test      set up, then run all tests
 # make check     ruff and mypy over every Python file; their settings are in pyproject.toml
 # make bench     time and memory, dense and filtered, side by side
-# make figures   draw README's idea and skip map into figures/; with TEXT=wikitext-2-test.txt its plots too (hours)
+# make figures   draw README's idea and skip map into docs/figures/; with TEXT=wikitext-2-test.txt its plots too (hours)
 # make golden    make the files in golden/ again, for those who port the method
 # All build .venv and the demo checkpoint on first use. PYTHON=python3.12 make ... chooses another interpreter.
 
@@ -26,15 +26,15 @@ check: .venv/dev
 	$(BIN)/mypy
 
 figures: .venv/dev $(DEMO)
-	$(BIN)/python -m figures.idea
+	$(BIN)/python -m docs.figures.idea
 	$(BIN)/python generate.py --prompt "$(LIST)" --prune 0.3 --preset local --max-new-tokens 10 --device cpu \
-	    --skip-map figures/skip-map.png
+	    --skip-map docs/figures/skip-map.png
 ifdef TEXT
-	$(BIN)/python eval_ppl.py --passkey --lengths 512 1024 2048 --prune 0.1 0.2 0.5 --plot figures/passkey.png
+	$(BIN)/python eval_ppl.py --passkey --lengths 512 1024 2048 --prune 0.1 0.2 0.5 --plot docs/figures/passkey.png
 	$(BIN)/python eval_ppl.py --text $(TEXT) --window 768 --offsets 0 4096 8192 --prune 0.1 0.2 0.3 0.5 0.7 0.8 0.9 \
-	    --preset paper local cache --plot figures/perplexity.png
+	    --preset paper local cache --plot docs/figures/perplexity.png
 	$(BIN)/python eval_ppl.py --text $(TEXT) --window 4096 --offsets 0 --prune 0.3 --preset paper local cache \
-	    --by-position --plot figures/by-position.png
+	    --by-position --plot docs/figures/by-position.png
 endif
 
 bench: .venv/dev $(DEMO)

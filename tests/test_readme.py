@@ -1,6 +1,6 @@
-"""README holds: its commands run, what it quotes and links to is there. Its numbers: figures/test_idea.py.
+"""README and the other pages hold: their commands run, what they quote and link to is there. Their numbers: test_idea.py.
 
-How its ```sh blocks are tested (```python is run with 4 new tokens, ```py blocks are quotes): generate.py runs, with 2 new
+How their ```sh blocks are tested (```python is run with 4 new tokens, ```py blocks are quotes): generate.py runs, with 2 new
 tokens; eval_ppl.py and bench.py run on a tiny random model and a short text, bench uncompiled; eval_tasks.py (its harness is an
 extra), `--shape` and the reader's own checkpoint stop at the first thing past their arguments; of make, pip and -m, only
 the target, the file or the module is looked up.
@@ -20,13 +20,16 @@ import pytest
 import torch
 
 import bench
+import demo_checkpoint
 import eval_ppl
 import generate
 import load_weights
 from model import ModelConfig, Transformer
 
-HERE = Path(__file__).resolve().parent
-README = (HERE / "README.md").read_text(encoding="utf-8")
+HERE = Path(__file__).resolve().parent.parent
+NAMES = ("README.md", "CONTRIBUTING.md", "docs/lesson.md", "docs/results.md", "golden/PORTING.md", "tasks/README.md")
+PAGES = {name: (HERE / name).read_text(encoding="utf-8") for name in NAMES}
+README, LESSON = PAGES["README.md"], PAGES["docs/lesson.md"]
 LESS = {  # what comes last on a command line counts
     "generate.py": "--max-new-tokens 2",
     "eval_ppl.py": "--window 24 --max-tokens 48 --offsets 0 16 --prune 0.3 --lengths 128 --depths 0.5",
@@ -43,19 +46,19 @@ def load_tiny(*_, **__):
 
 
 def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+    return [block for page in PAGES.values() for block in re.findall(rf"^```{language}\n(.*?)^```$", page, re.M | re.S)]
 
 
 def commands():
     lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    return list({tuple(words): words for line in lines if (words := shlex.split(line, comments=True))}.values())
 
 
 @pytest.fixture
 def reader(demo, tmp_path, monkeypatch):
-    """The reader's folder: WikiText (a stand-in) is there, and figures/."""
+    """The reader's folder: WikiText (a stand-in) is there, and docs/figures/."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "figures").mkdir()
+    (tmp_path / "docs" / "figures").mkdir(parents=True)
     (tmp_path / "wikitext-2-test.txt").write_text(README, encoding="utf-8")
     for module, loader in ((generate, load), (load_weights, load), (eval_ppl, load_tiny), (bench, load_tiny)):
         monkeypatch.setattr(module, "load", loader)
@@ -75,6 +78,10 @@ def test_a_command(command, reader, capsys, monkeypatch):
     program, script, *arguments = command
     if program == "make":
         assert re.search(rf"^{script}:", (HERE / "Makefile").read_text(), re.M)
+        models = [word.removeprefix("MODEL=") for word in arguments if word.startswith("MODEL=")]
+        assert set(models) <= set(demo_checkpoint.MODELS)
+    elif program in ("git", "bash"):
+        assert arguments or (HERE / script).is_file()
     elif program == ".venv/bin/pip":
         assert [script, arguments[0]] == ["install", "-r"] and (HERE / arguments[1]).is_file()
     elif script == "-m":
@@ -105,20 +112,23 @@ def test_python_as_shown(code, reader, capsys, monkeypatch):
 
 
 def test_links_files_and_quotes():
-    links = set(re.findall(r"\]\(([^)\s]+)\)", README))
-    for path, _, anchor in (link.partition("#") for link in links if not link.startswith("https://")):
-        assert (HERE / path).exists(), path
-        titles = re.findall(r"^#+ (.*)$", (HERE / path).read_text() if path else README, re.M) if anchor else []
-        assert not anchor or anchor in [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles], anchor
-    for target in re.findall(r"`make (\w+)", README):
+    for name, page in PAGES.items():
+        links = set(re.findall(r"\]\(([^)\s]+)\)", page))
+        for path, _, anchor in (link.partition("#") for link in links if not link.startswith("https://")):
+            target = (HERE / name).parent / path if path else HERE / name
+            assert target.exists(), (name, path)
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.M) if anchor else []
+            assert not anchor or anchor in [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles], (name, anchor)
+    for target in re.findall(r"`make (\w+)", "".join(PAGES.values())):
         assert re.search(rf"^{target}:", (HERE / "Makefile").read_text(), re.M), target
+    assert len(README.splitlines()) <= 260
     table = README[README.index("## The files") : README.index("## Licence")]
     modules = {path.name for path in HERE.glob("*.py") if not path.name.startswith("test_")}
     assert modules <= set(re.findall(r"\]\(([\w.]+)\)", table))
 
     source = [line.strip() for name in ("token_filter.py", "schedule.py") for line in (HERE / name).read_text().splitlines()]
-    quotes, labels = "".join(blocks("py")).splitlines(), re.findall(r"\[`(# \w+)`", README)
+    quotes, labels = "".join(blocks("py")).splitlines(), re.findall(r"\[`(# \w+)`", LESSON)
     assert len(quotes) >= 11 and set(quotes) <= set(source), set(quotes) - set(source)
     assert len(labels) == 4 and all(any(line.startswith(label) for line in source) for label in labels)
     for label in ("# filter\n", "# store, attend, and add\n"):
-        assert f"`{label.strip()}`" in README and label in (HERE / "model.py").read_text()
+        assert f"`{label.strip()}`" in LESSON and label in (HERE / "model.py").read_text()

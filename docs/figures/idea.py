@@ -1,4 +1,4 @@
-"""The picture of the method in README, and the numbers of its worked example: python -m figures.idea
+"""The picture of the method in README, and the numbers of its worked example: python -m docs.figures.idea
 
 One sentence through the demo model under preset "paper". `stages` computes what a layer does with it once more, one stage
 at a time in NumPy, from the keys and values of the real forward pass; README, the picture and test_idea.py share it.

@@ -18,7 +18,7 @@ import demo_checkpoint
 from demo_checkpoint import FILES, MODELS, DemoError, half_rotation
 from load_weights import Tokenizer, load, read_config
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 TEXTS = [
     "Hello, world!  Two  spaces, 1234567890 digits and 3.14\n\n\ttabs\r\n",
     " leading space, naïve café — “quotes” … 日本語 עברית 👩‍👩‍👧🇫🇷",

@@ -15,7 +15,7 @@ import pytest
 
 from checkpoint_files import CheckpointError, checkpoint_folder
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 COMMIT = "c0ffee" + "0" * 34
 
 

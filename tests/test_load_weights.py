@@ -259,7 +259,7 @@ def test_splitting_fused_tensors_needs_memory_for_one_copy(tmp_path):
     tensors |= {f"model.layers.0.{norm}_layernorm.weight": torch.ones(C) for norm in ("input", "post_attention")}
     save_file(tensors, tmp_path / "model.safetensors")
     command = [sys.executable, "-c", PEAK, str(tmp_path)]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
     assert 0.95 < float(done.stdout) < 1.2
 
 
@@ -456,7 +456,7 @@ def test_stored_name():
 
 def test_transformers_is_not_needed_to_load():
     program = "import sys, load_weights; sys.exit('transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent.parent, check=False).returncode == 0
 
 
 def test_what_does_not_fit_is_said_before_a_weight_is_read(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The numbers of README's lesson: the worked example, the formulas of what is saved, the answers to the exercises."""
+"""The numbers of the lesson: the worked example, the formulas of what is saved, the answers to the exercises."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from figures import idea
+from docs.figures import idea
 from model import ModelConfig, Transformer
 from schedule import layer_ratios
 from skip_map import decisions
@@ -20,8 +20,8 @@ from test_filter import small
 from token_filter import CHOICES, PRESETS, FilterConfig, FilterState, above_threshold, preset, token_filter
 
 HERE = Path(__file__).resolve().parent.parent
-README = (HERE / "README.md").read_text(encoding="utf-8")
-PROSE = " ".join(README.split())
+LESSON = (HERE / "docs" / "lesson.md").read_text(encoding="utf-8")
+PROSE = " ".join(LESSON.split())
 
 # ----------------------------------------------------------------------------------------------- the worked example
 
@@ -40,7 +40,7 @@ def test_the_worked_example(example):
     assert [step.redundant for step in steps] == layer.redundant[0].tolist()
     assert min(abs(steps[t].score - step.score) for t in two for step in steps if step is not steps[t]) > 1e-3
     for row in idea.table(*(steps[t] for t in two)).splitlines():
-        assert row in README
+        assert row in LESSON
     for step in (steps[t] for t in two):
         figures = 1e3 * np.array([*step.c_k, *step.c_v, step.c_k.mean(), step.c_v.mean(), step.w_k, step.score])
         figures = np.append(figures, 1e5 * np.array([step.c_k.var(), step.c_v.var()]))
@@ -86,8 +86,8 @@ def test_the_slots_drawn_are_those_of_a_cache(mode, recent):
 
 
 def numbers(name):
-    """The cells of README's table row of this name that are a number."""
-    row = next(line for line in README.splitlines() if line.startswith(f"| {name}"))
+    """The cells of the lesson's table row of this name that are a number."""
+    row = next(line for line in LESSON.splitlines() if line.startswith(f"| {name}"))
     return [float(x) for x in re.findall(r"(?<=\| )[\d.]+(?= \|)", row)]
 
 
