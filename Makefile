@@ -30,7 +30,7 @@ figures: .venv/dev $(DEMO)
 	$(BIN)/python generate.py --prompt "$(LIST)" --prune 0.3 --preset local --max-new-tokens 10 --device cpu \
 	    --skip-map docs/figures/skip-map.png
 ifdef TEXT
-	$(BIN)/python eval_ppl.py --passkey --lengths 512 1024 2048 --prune 0.1 0.2 0.5 --plot docs/figures/passkey.png
+	$(BIN)/python eval_passkey.py --lengths 512 1024 2048 --prune 0.1 0.2 0.5 --plot docs/figures/passkey.png
 	$(BIN)/python eval_ppl.py --text $(TEXT) --window 768 --offsets 0 4096 8192 --prune 0.1 0.2 0.3 0.5 0.7 0.8 0.9 \
 	    --preset paper local cache --plot docs/figures/perplexity.png
 	$(BIN)/python eval_ppl.py --text $(TEXT) --window 4096 --offsets 0 --prune 0.3 --preset paper local cache \

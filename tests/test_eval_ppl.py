@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import eval_ppl
-from eval_ppl import cut, evaluate, key_distance, main, passkey, passkey_prompt, recent_only, rivals, variations
+from eval_ppl import cut, evaluate, main, variations
 from load_weights import load
 from model import rope_frequencies
+from rivals import key_distance, recent_only, rivals
 from test_filter import drift, is_above, turned
 from test_generate import FILTERS, LONG, PROMPTS, refused
 from test_model import LENGTHS, small, texts
@@ -184,51 +185,6 @@ def test_variations_change_one_field_each():
 # ----------------------------------------------------------------------------------------------------- pass key
 
 
-def test_passkey_prompts_fit_and_have_the_key_at_its_depth(demo):
-    tokenizer = eval_ppl.Tokenizer(demo)
-    for length in (200, 1000):
-        for chat in (False, True):
-            for depth in (0, 0.25, 1):
-                prompt = passkey_prompt(tokenizer, "12345", length, depth, chat)
-                assert length - eval_ppl.ANSWER - 15 < len(prompt) <= length - eval_ppl.ANSWER  # less than a sentence short
-                text = tokenizer.decode(prompt)
-                filler = text[text.index("The ") :]
-                assert text.count("12345") == 2
-                needle = filler.index("12345") / len(filler)
-                assert abs(needle - depth) < (0.35 if length == 200 else 0.15)
-    with pytest.raises(ValueError, match="more than 40 tokens"):
-        passkey_prompt(tokenizer, "12345", 40, 0)
-
-
-def test_passkey_counts_the_keys_that_are_reproduced(checkpoint, monkeypatch):
-    model, tokenizer = load(checkpoint, "cpu")
-    real, seen = eval_ppl.generate, []
-
-    def oracle(model, prompts, new, *rest, **more):
-        """Says the key of the first row always, of the second in every other trial, of the third never."""
-        for _ in real(model, prompts, new, *rest, **more):
-            pass
-        keys = [re.search(r"\d{5}", tokenizer.decode(prompt))[0] for prompt in prompts]
-        seen.append(keys)
-        for row, key in enumerate([keys[0], keys[1] if len(seen) % 2 else "12", "99999"]):
-            yield from ((row, token) for token in tokenizer.encode(f" {key}. So", bos=False))
-
-    monkeypatch.setattr(eval_ppl, "generate", oracle)
-    figures = passkey(model, tokenizer, 190, [0, 0.5, 1], 4, preset("cache", prune=0.5))
-    assert figures["depth 0"] == 1 and figures["depth 0.5"] == 0.5 and figures["depth 1"] == 0 and figures["found"] == 0.5
-    assert 0.4 < figures["skipped"] < 0.55 < figures["KV held"] < 0.7 < figures["KV read"] < 0.85  # early tokens see most of them
-    assert len({key for keys in seen for key in keys}) == 12
-    first = list(seen)
-    passkey(model, tokenizer, 190, [0, 0.5, 1], 4, None)
-    assert seen[4:] == first  # the same keys for every setting
-
-
-def test_the_demo_model_finds_a_pass_key(demo):
-    model, tokenizer = load(demo, "cpu", "float32")
-    assert passkey(model, tokenizer, 160, [0, 1], 1, None)["found"] == 1
-    assert passkey(model, tokenizer, 160, [0, 1], 1, preset("paper", prune=0.9))["found"] == 0
-
-
 # --------------------------------------------------------------------------------------------- the command line
 
 
@@ -315,20 +271,6 @@ def test_ablate_changes_one_thing_a_row(checkpoint, capsys, text):
     assert "cache, gamma=0.9" in rows and "cache, gamma=0.5" not in rows and "local" not in rows
 
 
-def test_passkey_command(checkpoint, capsys, tmp_path):
-    out, picture = tmp_path / "passkey.json", tmp_path / "passkey.png"
-    flags = ["--passkey", "--device", "cpu", "--lengths", "180", "200", "--depths", "0", "0.5", "--json", out, "--plot", picture]
-    main([str(checkpoint), *map(str, flags)])
-    head, *rows = table(capsys.readouterr().out)
-    assert head == ["setting", "prune", "length", "depth 0", "depth 0.5", "found", "skipped", "KV held", "KV read"]
-    assert [row[:3] for row in rows] == [
-        [name, prune, length]
-        for name, prune in [("dense", "0.000"), *((name, "0.300") for name in PRESETS)]
-        for length in ("180", "200")
-    ]
-    assert len(json.loads(out.read_text())["rows"]) == len(rows) and picture.read_bytes()[1:4] == b"PNG"
-
-
 def test_ctrl_c_shows_what_was_measured(checkpoint, capsys, tmp_path, text, monkeypatch):
     real, out = eval_ppl.evaluate, tmp_path / "out.json"
 
@@ -367,12 +309,9 @@ def test_ctrl_c_shows_what_was_measured(checkpoint, capsys, tmp_path, text, monk
     (b"the fox", ["--ablate", "--prune", "0.1", "0.2"], "--ablate takes one --prune"),
     (b"the fox", ["--ablate", "--prune", "0"], "--ablate takes one --prune"),
     (b"the fox", ["--ablate", "--plot", "x.png"], "draws no --plot"),
-    (b"the fox", ["--ablate", "--passkey"], "not allowed with"),
+    (b"the fox", ["--ablate", "--rivals"], "not allowed with"),
     (b"the fox", ["--plot", "x.jpeg2"], ".png, .svg, .pdf"),
     (b"the fox", ["--csv", "no/such/folder/x.csv"], "no/such/folder/x.csv: cannot be written"),
-    (b"the fox", ["--passkey", "--lengths", "201"], "context of 200"),
-    (b"the fox", ["--passkey", "--lengths", "20"], "more than 20 tokens"),
-    (b"the fox", ["--passkey", "--depths", "1.5"], "--depths"), (b"the fox", ["--passkey", "--trials", "0"], "--trials"),
 ])  # fmt: skip
 def test_bad_input(checkpoint, capsys, tmp_path, content, flags, message):
     path = tmp_path / "text.txt"
@@ -384,5 +323,6 @@ def test_bad_input(checkpoint, capsys, tmp_path, content, flags, message):
 def test_without_text_or_matplotlib(checkpoint, capsys, monkeypatch, tmp_path):
     assert "give --text" in refused(capsys, checkpoint, command=main)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    flags = ["--passkey", "--plot", tmp_path / "x.png"]
+    (tmp_path / "text").write_text("the fox")
+    flags = ["--text", tmp_path / "text", "--plot", tmp_path / "x.png"]
     assert "--plot needs matplotlib" in refused(capsys, checkpoint, *flags, command=main)

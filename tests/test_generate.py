@@ -338,7 +338,7 @@ def test_without_a_compiler_compile_says_so_in_one_line(checkpoint, capsys, monk
     assert notes[0].startswith("note: torch.compile does not work here, so nothing is compiled: ") and "C++ compiler" in notes[0]
 
 
-@pytest.mark.parametrize("command", ["generate", "eval_ppl", "eval_tasks", "bench", "demo_checkpoint"])
+@pytest.mark.parametrize("command", ["generate", "eval_ppl", "eval_passkey", "eval_tasks", "bench", "demo_checkpoint"])
 def test_help_says_something_of_every_argument(command, monkeypatch):
     if command == "eval_tasks":
         pytest.importorskip("lm_eval", reason="lm_eval is an extra: pip install -r requirements-extra.txt")

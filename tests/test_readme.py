@@ -1,7 +1,7 @@
 """README and the other pages hold: their commands run, what they quote and link to is there. Their numbers: test_idea.py.
 
 How their ```sh blocks are tested (```python is run with 4 new tokens, ```py blocks are quotes): generate.py runs, with 2 new
-tokens; eval_ppl.py and bench.py run on a tiny random model and a short text, bench uncompiled; eval_tasks.py (its harness is an
+tokens; eval_ppl.py, eval_passkey.py and bench.py run on a tiny random model and a short text, bench uncompiled; eval_tasks.py (its harness is an
 extra), `--shape` and the reader's own checkpoint stop at the first thing past their arguments; of make, pip and -m, only
 the target, the file or the module is looked up.
 """
@@ -21,6 +21,7 @@ import torch
 
 import bench
 import demo_checkpoint
+import eval_passkey
 import eval_ppl
 import generate
 import load_weights
@@ -32,7 +33,8 @@ PAGES = {name: (HERE / name).read_text(encoding="utf-8") for name in NAMES}
 README, LESSON = PAGES["README.md"], PAGES["docs/lesson.md"]
 LESS = {  # what comes last on a command line counts
     "generate.py": "--max-new-tokens 2",
-    "eval_ppl.py": "--window 24 --max-tokens 48 --offsets 0 16 --prune 0.3 --lengths 128 --depths 0.5",
+    "eval_ppl.py": "--window 24 --max-tokens 48 --offsets 0 16 --prune 0.3",
+    "eval_passkey.py": "--prune 0.3 --lengths 128 --depths 0.5",
     "bench.py": "--batch 1 --context 20 --new-tokens 1 --repeat 1",
     "eval_tasks.py": "",
 }
@@ -60,7 +62,7 @@ def reader(demo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs" / "figures").mkdir(parents=True)
     (tmp_path / "wikitext-2-test.txt").write_text(README, encoding="utf-8")
-    for module, loader in ((generate, load), (load_weights, load), (eval_ppl, load_tiny), (bench, load_tiny)):
+    for module, loader in ((generate, load), (load_weights, load), (eval_ppl, load_tiny), (eval_passkey, load_tiny), (bench, load_tiny)):
         monkeypatch.setattr(module, "load", loader)
 
 
@@ -92,7 +94,8 @@ def test_a_command(command, reader, capsys, monkeypatch):
         files = [arguments[i + 1] for i, flag in enumerate(arguments) if flag in ("--plot", "--skip-map")]
         for module in ["matplotlib"] * bool(files) + ["transformers"] * ("--vs" in arguments):
             pytest.importorskip(module)
-        main = {"generate.py": generate.main, "eval_ppl.py": eval_ppl.main, "bench.py": bench.main}.get(script)
+        modules = (generate, eval_ppl, eval_passkey, bench)
+        main = {f"{module.__name__}.py": module.main for module in modules}.get(script)
         main, less = main or main_of_eval_tasks(monkeypatch), LESS[script] + " --device nowhere" * ("--shape" in arguments)
         if script == "eval_tasks.py" or arguments[0] in ("--help", "--shape", "path/to/Llama-2-13b-hf", "meta-llama/Llama-2-13b-hf"):
             with pytest.raises(SystemExit) as end:
@@ -123,7 +126,7 @@ def test_links_files_and_quotes():
         assert re.search(rf"^{target}:", (HERE / "Makefile").read_text(), re.M), target
     assert len(README.splitlines()) <= 260
     table = README[README.index("## The files") : README.index("## Licence")]
-    modules = {path.name for path in HERE.glob("*.py") if not path.name.startswith("test_")}
+    modules = {path.name for path in HERE.glob("*.py") if not path.name.startswith(("test_", "conftest"))}
     assert modules <= set(re.findall(r"\]\(([\w.]+)\)", table))
 
     source = [line.strip() for name in ("token_filter.py", "schedule.py") for line in (HERE / name).read_text().splitlines()]

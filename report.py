@@ -1,0 +1,58 @@
+"""The tables that the evaluations print: grown row by row, written as JSON, CSV and a picture at once."""
+
+import csv
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from command_line import check_output
+
+COLUMNS = """\
+skipped  redundant (token, layer) pairs over all pairs
+KV held  keys and values in the cache at the end of a text over those of all its tokens in all layers
+KV read  keys and values that all queries of a text have read over those that they read without a filter"""
+
+
+class Report:
+    """A table that grows row by row. Each row is printed, and the files that were asked for are written anew, at once."""
+
+    def __init__(self, args, protocol: str, draw: Callable, width: int):
+        self.args, self.protocol, self.draw, self.width = args, protocol, draw, width
+        self.rows: list[dict] = []
+        print(protocol)
+
+    def add(self, row: dict):
+        """A row: column names to strings or numbers, the same names every time."""
+        widths = [self.width, *(max(len(name), 9) + 2 for name in list(row)[1:])]
+        if not self.rows:
+            print("\n" + "".join(f"{name:{'>' if i else '<'}{w}}" for i, (name, w) in enumerate(zip(row, widths))))
+        cells = (f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values())
+        print("".join(f"{cell:{'>' if i else '<'}{w}}" for i, (cell, w) in enumerate(zip(cells, widths))), flush=True)
+        self.rows.append(row)
+        if self.args.json:
+            rows = [{k: None if v != v else v for k, v in each.items()} for each in self.rows]  # JSON has no NaN
+            table = {"command": sys.argv, "protocol": self.protocol, "rows": rows}
+            Path(self.args.json).write_text(json.dumps(table, indent=1, allow_nan=False), encoding="utf-8")
+        if self.args.csv:
+            with open(self.args.csv, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, row)
+                writer.writeheader()
+                writer.writerows(self.rows)
+        if self.args.plot:
+            figure = self.draw(self.rows)
+            figure.suptitle(self.protocol.splitlines()[0], fontsize=8, wrap=True)
+            figure.savefig(self.args.plot, dpi=120)
+
+
+def add_report_arguments(parser):
+    parser.add_argument("--json", metavar="FILE", help="write the table as JSON, after each row")
+    parser.add_argument("--csv", metavar="FILE", help="write the table as CSV, after each row")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the table (needs matplotlib)")
+
+
+def check_report_arguments(args):
+    """Find out before the work what would keep the files from being written."""
+    for flag, path, endings in (("--json", args.json, ()), ("--csv", args.csv, ()), ("--plot", args.plot, (".png", ".svg", ".pdf"))):
+        if path:
+            check_output(flag, path, endings)

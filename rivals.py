@@ -1,0 +1,106 @@
+"""What else one could do with the same budget: rivals of token_filter.
+
+Each has token_filter's signature and promises: k, v (B, T, KVH, D), n_new (B,) or None, state, ratio, config -> redundant, score.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from token_filter import FilterConfig, above_threshold, preset, token_filter
+
+SINKS = 16  # first tokens that StreamingLLM keeps, as many as our warm-up
+
+
+def past_warmup(k, n_new, state, config):
+    """Move state.count past a chunk. Returns the positions of its tokens, and which are real and past the warm-up, (B, T) both."""
+    position = state.count[:, None] + torch.arange(k.shape[1], device=k.device)
+    state.count += k.shape[1] if n_new is None else n_new
+    return position, (position >= max(config.warmup, 1)) & (position < state.count[:, None])
+
+
+def last_layers(first):
+    """Depth pruning: layers first .. L-1 have no attention, for no token past the warm-up, whatever the text."""
+
+    def criterion(k, v, n_new, state, ratio, config):
+        _, free = past_warmup(k, n_new, state, config)
+        return free & (state.layer >= first), torch.full(free.shape, math.nan, device=k.device)
+
+    return criterion
+
+
+def recent_only(k, v, n_new, state, ratio, config):
+    """StreamingLLM (arXiv 2309.17453), to run with mode="cache": past the warm-up every token is redundant, so that only the
+    sinks, a token itself and the config.recent before it are visible. Keys keep their positions in the text."""
+    _, free = past_warmup(k, n_new, state, config)
+    return free, torch.full(free.shape, math.nan, device=k.device)
+
+
+def key_distance(k, v, n_new, state, ratio, config):
+    """KeyDiff (arXiv 2504.15364): drop the tokens whose keys look most like the mean of all keys, each scaled to length 1.
+
+    The original ranks what is cached, per head, when the cache is full. Here a token is ranked once, on arrival, by the mean
+    over heads of its cosine with the mean before it, against the same threshold as token_filter's. state.anchor[:, 0] holds
+    the sum, whose direction is the mean's.
+    """
+    W = config.history
+    position, free = past_warmup(k, n_new, state, config)
+    n = state.count - position[:, 0]  # (B,) how many are real
+    unit = F.normalize(k.to(state.anchor.dtype), dim=-1)  # (B, T, KVH, D)
+    sums = torch.cat((state.anchor[:, :1], unit), dim=1).cumsum(1)  # (B, T+1, KVH, D) before each, and after the last
+    score = F.cosine_similarity(unit, sums[:, :-1], dim=-1).mean(-1).masked_fill(position >= state.count[:, None], math.nan)
+    state.anchor[:, 0] = sums[torch.arange(len(k), device=k.device), n]
+
+    ring = position[:, :1] + torch.arange(W, device=k.device)  # mod W, the columns of the W tokens before, oldest first
+    scores = torch.cat((state.history.gather(1, ring % W), score), dim=1)  # (B, W+T)
+    redundant = above_threshold(score, scores[:, :-1].unfold(1, W, 1), position.clamp(max=W), ratio) & free
+    latest = n[:, None] + torch.arange(W, device=k.device)
+    state.history.scatter_(1, (ring + n[:, None]) % W, scores.gather(1, latest))
+    return redundant, score
+
+
+STEP = 0.1  # of the adjusted threshold, in units of the scores' spread
+
+
+def adjusted_threshold(k, v, n_new, state, ratio, config):
+    """token_filter's scores against a threshold as the paper words it, "adjusted continuously so that the achieved ratio tracks
+    the target", with O(1) memory: T rises by STEP (1 - r) spreads when a score is above it, and falls by STEP r when not, so it
+    stands still where a share r is above. It starts at the mean of the warm-up's. The spread is the standard deviation of the
+    latest scores, about 64 of them.
+
+    state.tracked (B, 3): T, and the running mean and variance of the scores; rows cannot be selected.
+    """
+    position = state.count[:, None] + torch.arange(k.shape[1], device=k.device)  # before token_filter moves it on
+    _, score = token_filter(k, v, n_new, state, torch.zeros_like(ratio), config)
+    tracked = getattr(state, "tracked", torch.stack((score[:, 0], score[:, 0], torch.zeros_like(score[:, 0])), dim=1))
+    above = torch.zeros_like(score, dtype=torch.bool)
+    for t, s in enumerate(score.unbind(1)):
+        threshold, mean, variance = tracked.unbind(1)
+        above[:, t] = s > threshold
+        weight = 1 / (position[:, t] + 1).clamp(max=64)  # a plain mean at first, then the latest count more
+        step = STEP * variance.sqrt() * (above[:, t].to(s) - ratio.to(s))
+        variance, mean = (1 - weight) * (variance + weight * (s - mean) ** 2), mean + weight * (s - mean)
+        moved = torch.where(position[:, t] < config.warmup, mean, threshold + step), mean, variance
+        tracked = torch.where(s.isnan()[:, None], tracked, torch.stack(moved, dim=1))
+    state.tracked = tracked
+    return above & (position >= max(config.warmup, 1)), score
+
+
+def rivals(p, n_layers, window):
+    """(label, FilterConfig, criterion) of each rival at ratio p. The last two have other tokens found redundant: by chance, or by
+    an adjusted threshold.
+
+    StreamingLLM has a fixed budget where the others keep a share, so it is there twice: with the same cache at a window's
+    end, B = (1-p) W tokens; and with the same read over the window, where the min(t, B) tokens that are seen at t add up to
+    (1-p) of the t that dense sees. KeyDiff ranks among 32 scores only: its scores fall while the mean settles, and among
+    256 it would skip a third where p is half.
+    """
+    config = FilterConfig(prune=p, schedule="uniform", warmup=0)
+    yield "no attention in last layers", config, last_layers(n_layers - round(p * n_layers))
+    for label, share in (("held", 1 - p), ("read", 1 - math.sqrt(p))):
+        latest = max(1, round(share * window) - SINKS)  # a token itself is one of them
+        yield f"StreamingLLM, as much {label}", preset("cache", prune=p, warmup=SINKS, recent=latest - 1), recent_only
+    yield "KeyDiff, online", preset("cache", prune=p, history=32), key_distance
+    yield "cache, random tokens", preset("cache", prune=p, fusion="random"), token_filter
+    yield "cache, adjusted threshold", preset("cache", prune=p), adjusted_threshold
