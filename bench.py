@@ -272,7 +272,7 @@ def plot(rows, path):
     figure.savefig(path, dpi=120)
 
 
-def main(argv=None):
+def read_arguments(argv):
     parser = Parser(description="Time and memory of dense and filtered generation, side by side.")
     add_model_arguments(parser)
     parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape in place of a checkpoint")
@@ -303,10 +303,11 @@ def main(argv=None):
         fail("--batch, --context, --new-tokens, --repeat and --distinct must be at least 1")
     if args.vs and args.shape:
         fail("--vs transformers needs a checkpoint, not --shape")
-    names = args.preset or list(PRESETS)
-    filters = [(f"{name} {prune:g}", filter_from(args, name, prune)) for name in names for prune in args.prune if prune != 0]
-    longest = max(args.context) + args.new_tokens + 4
+    return args
 
+
+def read_model(args, longest):
+    """The model, and a stream of tokens for it of at least `longest`."""
     torch.manual_seed(args.seed)
     try:
         if args.shape:
@@ -321,12 +322,19 @@ def main(argv=None):
             stream = torch.tensor(tokenizer.encode("\n".join(map(read_text, files)), bos=False))
     except (CheckpointError, RuntimeError) as e:
         fail(e)
-    device, dtype = model.embed.weight.device, model.embed.weight.dtype
     if longest > model.config.max_positions:
         fail(f"--context and --new-tokens make {longest} tokens, more than the model's context of {model.config.max_positions}")
     if len(stream) < longest:
         fail(f"the text has {len(stream)} tokens, fewer than the {longest} that --context and --new-tokens ask for")
+    return model, stream
 
+
+def main(argv=None):
+    args = read_arguments(argv)
+    names, longest = args.preset or list(PRESETS), max(args.context) + args.new_tokens + 4
+    filters = [(f"{name} {prune:g}", filter_from(args, name, prune)) for name in names for prune in args.prune if prune != 0]
+    model, stream = read_model(args, longest)
+    device, dtype = model.embed.weight.device, model.embed.weight.dtype
     compiled = args.compile and compile_decode(model)
     sides: list[Ours | Transformers] = [Ours(name, model, filter, compiled) for name, filter in [("dense", None), *filters]]
     if args.nothing_skipped:

@@ -314,7 +314,8 @@ def print_table(settings):
                 print(f"{name:<{width}}  {metric:<15} {title:<14} {value:>9.4f} {error:>8} {change:>9} {shares}")
 
 
-def main(argv=None):
+def read_arguments(argv):
+    """The command's arguments, and the settings to run, (title, FilterConfig or None) each."""
     parser = Parser(description="Tasks of the lm-evaluation-harness, dense against filtered.")
     add_model_arguments(parser)
     parser.add_argument("--suite", choices=SUITES, help="the benchmarks that the paper reports")
@@ -333,8 +334,8 @@ def main(argv=None):
     add_filter_arguments(parser, several=True)
     args = parser.parse_args(argv)
 
-    names = SUITES.get(args.suite, []) + args.tasks
-    if not names:
+    args.tasks = SUITES.get(args.suite, []) + args.tasks
+    if not args.tasks:
         fail("no task: give --suite or --tasks")
     if args.batch < 1 or args.seed < 0 or (args.limit is not None and args.limit < 1) or (args.num_fewshot or 0) < 0:
         fail("--batch and --limit must be at least 1, --seed and --num-fewshot at least 0")
@@ -345,15 +346,20 @@ def main(argv=None):
             if config or "dense" not in [title for title, _ in filters]:
                 filters.append((f"{name} {prune:g}" if config else "dense", config))
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # one bar for each task, and MMLU has 57: ours are enough
     for folder in args.include_path or []:
         if not os.path.isdir(folder):
             fail(f"--include-path {folder}: no such folder")
+    return args, filters
+
+
+def main(argv=None):
+    args, filters = read_arguments(argv)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # one bar for each task, and MMLU has 57: ours are enough
     random.seed(args.seed)  # a few tasks shuffle their choices with it
     include_path = [str(Path(__file__).resolve().parent / "tasks"), *(args.include_path or [])]
-    loaded, lines = load_tasks(names, include_path)
+    loaded, lines = load_tasks(args.tasks, include_path)
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None or (args.num_fewshot is not None and task.get_config("num_fewshot") > 0):
             task.set_config("num_fewshot", args.num_fewshot or 0)  # a 0 in a task's own file stays, as in the harness

@@ -133,10 +133,9 @@ def generate(
     A row ends at a token of eos_ids, which is not yielded, or after max_new_tokens, and leaves the batch. Each row has
     its own random numbers (seed + row), so what it says does not depend on its neighbours: in float64 and, nearly always, in
     float32. In half precision, other neighbours mean other rounding of the logits, and sooner or later another token, greedy
-    or not. Prompts are prefilled `chunk`
-    tokens at a time. `stats`, if given, is complete once the iterator is exhausted. `watch(rows, cache)`, if given, is called
-    after each forward with the numbers of the rows in the cache, whose layers hold their latest decisions; prompts are then
-    prefilled in one go.
+    or not. Prompts are prefilled `chunk` tokens at a time. `stats`, if given, is complete once the iterator is exhausted.
+    `watch(rows, cache)`, if given, is called after each forward with the numbers of the rows in the cache, whose layers hold
+    their latest decisions; prompts are then prefilled in one go.
     Raises ValueError for an empty prompt, one that does not fit the model's context with its new tokens or has a token that the
     model does not know, and for settings that make no sense; FloatingPointError where logits are not finite.
     """
@@ -152,49 +151,51 @@ def generate(
                 f"the model's context of {model.config.max_positions}"
             )
 
-    def steps():
-        figures = stats if stats is not None else Stats()
-        figures.prompt_tokens = sum(map(len, prompts))
-        figures.row_skip_ratio = [0.0] * len(prompts)
-        rngs = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
-        cache, rows, made = model.new_cache(len(prompts), filter), list(range(len(prompts))), 0
-        figures.slot_bytes = cache.slot_bytes
+    sampling = (temperature, top_k, top_p)
+    chunk = chunk if watch is None else max(map(len, prompts))
+    return _steps(model, prompts, max_new_tokens, filter, eos_ids, sampling, seed, chunk, Stats() if stats is None else stats, watch)
+
+
+def _steps(model, prompts, max_new_tokens, filter, eos_ids, sampling: tuple[float, int, float], seed, chunk, figures, watch):
+    figures.prompt_tokens = sum(map(len, prompts))
+    figures.row_skip_ratio = [0.0] * len(prompts)
+    rngs = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
+    cache, rows, made = model.new_cache(len(prompts), filter), list(range(len(prompts))), 0
+    figures.slot_bytes = cache.slot_bytes
+
+    started = time.perf_counter()
+    logits = model.prefill(prompts, cache, chunk)
+    said: list[list[int]] = [[] for _ in prompts]
+    while rows:
+        for row, finite in zip(rows, logits.isfinite().all(1).tolist()):
+            if not finite:
+                raise FloatingPointError(overflow(model, prompts[row] + said[row], filter))
+        tokens = [sample(row_logits, *sampling, rngs[row]) for row, row_logits in zip(rows, logits)]
+        seconds = time.perf_counter() - started
+        if made == 0:
+            figures.prefill_seconds += seconds
+        else:
+            figures.decode_seconds += seconds
+        made, figures.new_tokens = made + 1, figures.new_tokens + len(rows)
+        if watch is not None:
+            watch(rows, cache)
+        for row, token in zip(rows, tokens):
+            said[row].append(token)
+            if token not in eos_ids:
+                yield row, token
 
         started = time.perf_counter()
-        logits = model.prefill(prompts, cache, chunk if watch is None else max(map(len, prompts)))
-        said: list[list[int]] = [[] for _ in prompts]
-        while rows:
-            for row, finite in zip(rows, logits.isfinite().all(1).tolist()):
-                if not finite:
-                    raise FloatingPointError(overflow(model, prompts[row] + said[row], filter))
-            tokens = [sample(row_logits, temperature, top_k, top_p, rngs[row]) for row, row_logits in zip(rows, logits)]
-            seconds = time.perf_counter() - started
-            if made == 0:
-                figures.prefill_seconds += seconds
-            else:
-                figures.decode_seconds += seconds
-            made, figures.new_tokens = made + 1, figures.new_tokens + len(rows)
-            if watch is not None:
-                watch(rows, cache)
-            for row, token in zip(rows, tokens):
-                said[row].append(token)
-                if token not in eos_ids:
-                    yield row, token
-
-            started = time.perf_counter()
-            stay = [i for i, token in enumerate(tokens) if token not in eos_ids and made < max_new_tokens]
-            if len(stay) < len(rows):
-                usage = cache.usage().tolist()
-                for i in set(range(len(rows))) - set(stay):
-                    figures.row_skip_ratio[rows[i]] = usage[i][1] / usage[i][0]
-                    for name, value in zip(("pairs", "skipped", "held", "read", "dense_read"), usage[i]):
-                        setattr(figures, name, getattr(figures, name) + value)
-                cache.select(stay)
-                rows = [rows[i] for i in stay]
-            if rows:
-                logits = model(torch.tensor([tokens[i] for i in stay])[:, None], cache, last=True)
-
-    return steps()
+        stay = [i for i, token in enumerate(tokens) if token not in eos_ids and made < max_new_tokens]
+        if len(stay) < len(rows):
+            usage = cache.usage().tolist()
+            for i in set(range(len(rows))) - set(stay):
+                figures.row_skip_ratio[rows[i]] = usage[i][1] / usage[i][0]
+                for name, value in zip(("pairs", "skipped", "held", "read", "dense_read"), usage[i]):
+                    setattr(figures, name, getattr(figures, name) + value)
+            cache.select(stay)
+            rows = [rows[i] for i in stay]
+        if rows:
+            logits = model(torch.tensor([tokens[i] for i in stay])[:, None], cache, last=True)
 
 
 # ----------------------------------------------------------------------------------------- the command line
@@ -239,7 +240,8 @@ def run(model, tokenizer: Tokenizer, prompts, args, filter, echo=None, watch=Non
     return answers, stats, stopped
 
 
-def main(argv=None):
+def read_arguments(argv):
+    """The command's arguments; the settings to run, (name, FilterConfig or None) each; and the prompts."""
     parser = Parser(description="Generate text with token filtering.")
     add_model_arguments(parser)
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; given many times, they are one batch")
@@ -259,7 +261,16 @@ def main(argv=None):
     parser.add_argument("--skip-map", metavar="FILE.png", help="draw each layer's decision on each token, and its score (needs matplotlib)")
     add_filter_arguments(parser)
     args = parser.parse_args(argv)
+    settings, texts = choose_settings(args), read_prompts(args)
+    if args.skip_map is not None:
+        if args.compare or len(texts) > 1:
+            fail("--skip-map draws one prompt with one setting: leave out --compare and all prompts but one")
+        check_output("--skip-map", args.skip_map, (".png",))
+    return args, settings, texts
 
+
+def choose_settings(args) -> list[tuple[str, FilterConfig | None]]:
+    """What to run. Exits with one line where arguments make no sense, alone or together."""
     try:
         check_settings(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     except ValueError as e:
@@ -284,11 +295,24 @@ def main(argv=None):
             fail(f"{flag} needs --prune above 0: otherwise nothing is skipped")
     if args.show_skips and args.json:
         fail("--show-skips colours text: it cannot be combined with --json")
-    texts_in = read_prompts(args)
-    if args.skip_map is not None:
-        if args.compare or len(texts_in) > 1:
-            fail("--skip-map draws one prompt with one setting: leave out --compare and all prompts but one")
-        check_output("--skip-map", args.skip_map, (".png",))
+    return settings
+
+
+def warn(model, settings, longest):
+    """Notes on stderr of what will be of no use: filtering texts of up to `longest` tokens, or so small a model."""
+    warmup = max([filter.warmup for _, filter in settings if filter], default=0)
+    if longest <= warmup:
+        print(f"note: the first {warmup} tokens of a text (the warm-up) are not filtered, and no text here is longer", file=sys.stderr)
+    elif [filter.mode for _, filter in settings if filter] == ["skip"] and sum(p.numel() for p in model.parameters()) < 1e9:
+        print(
+            "note: models below a billion parameters rarely survive having attention skipped; "
+            "try --preset cache, or --compare to see dense and all presets one after another",
+            file=sys.stderr,
+        )
+
+
+def main(argv=None):
+    args, settings, texts_in = read_arguments(argv)
     coloured = args.show_skips and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     if args.show_skips and not coloured:
         print("note: --show-skips has no effect where stdout is not a terminal, or NO_COLOR is set", file=sys.stderr)
@@ -304,17 +328,7 @@ def main(argv=None):
     if args.compile:
         compile_decode(model)
 
-    only, longest = None if args.compare else settings[0][1], max(map(len, prompts)) + args.max_new_tokens
-    warmup = max([filter.warmup for _, filter in settings if filter], default=0)
-    if longest <= warmup:
-        print(f"note: the first {warmup} tokens of a text (the warm-up) are not filtered, and no text here is longer", file=sys.stderr)
-    elif only and only.mode == "skip" and sum(p.numel() for p in model.parameters()) < 1e9:
-        print(
-            "note: models below a billion parameters rarely survive having attention skipped; "
-            "try --preset cache, or --compare to see dense and all presets one after another",
-            file=sys.stderr,
-        )
-
+    warn(model, settings, max(map(len, prompts)) + args.max_new_tokens)
     stream = len(prompts) == 1 and not args.json and not coloured
     echo = partial(print, end="", flush=True) if stream else None
     results = []

@@ -289,29 +289,10 @@ def stored_name(parameter: str, names: dict[str, str]) -> str:
     return names[re.sub(r"\d+", "N", module)].replace("N", layer) + f".{kind}"
 
 
-def load_model(
-    folder: str | Path,
-    device: str | torch.device = "auto",
-    dtype: str | torch.dtype = "auto",
-    progress: bool = False,
-) -> Transformer:
-    """The Transformer with its weights on `device` as `dtype`, not requiring gradients.
-
-    device "auto" is CUDA where there is one, else the CPU; dtype "auto" is the checkpoint's own on CUDA, float32 on the
-    CPU. Needs memory for one copy of the model and one tensor. Raises CheckpointError.
-    """
-    folder = checkpoint_folder(folder)
-    config, family = _read_config(folder)
-    with torch.device("meta"):  # shapes without memory
-        model = Transformer(config)
-    device = _device(folder, device)
-    known = {str(each).removeprefix("torch."): each for each in DTYPES.values()}
-    auto = torch.float32 if device.type == "cpu" else None  # None: as it is stored
-    asked = dtype if isinstance(dtype, torch.dtype) else auto if dtype == "auto" else known.get(dtype, torch.int8)
-    if asked not in (None, *known.values()):
-        raise CheckpointError(folder, f"cannot be loaded as {dtype} (supported: {', '.join(known)})")
-    _check_memory(folder, family, sum(p.numel() for p in model.parameters()), device, asked)
-    source, tensors = _stored_tensors(folder, family.weights)
+def _match(model: Transformer, family: Family, source: Path, tensors: dict[str, Stored]) -> dict[str, list[str]]:
+    """Every tensor to read -> our parameters in it, row upon row. Raises CheckpointError unless each is there exactly once, in the
+    right shape, and nothing else is."""
+    config = model.config
     embedding, head = (stored_name(name, family.names) for name in ("embed.weight", "head.weight"))
 
     # every tensor exactly once, in the right shape
@@ -337,10 +318,38 @@ def load_model(
     if config.tied and head in tensors and not torch.equal(_read(tensors[embedding], embedding), _read(tensors[head], head)):
         problem = f"differs from {embedding!r}, but config.json says tie_word_embeddings"
         raise CheckpointError(tensors[head].file, f"the tensor {head!r} {problem}")
-
-    final = asked or DTYPES[tensors[embedding].dtype]
     if config.tied:
         del wanted[head]
+    return wanted
+
+
+def load_model(
+    folder: str | Path,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    progress: bool = False,
+) -> Transformer:
+    """The Transformer with its weights on `device` as `dtype`, not requiring gradients.
+
+    device "auto" is CUDA where there is one, else the CPU; dtype "auto" is the checkpoint's own on CUDA, float32 on the
+    CPU. Needs memory for one copy of the model and one tensor. Raises CheckpointError.
+    """
+    folder = checkpoint_folder(folder)
+    config, family = _read_config(folder)
+    with torch.device("meta"):  # shapes without memory
+        model = Transformer(config)
+    device = _device(folder, device)
+    known = {str(each).removeprefix("torch."): each for each in DTYPES.values()}
+    auto = torch.float32 if device.type == "cpu" else None  # None: as it is stored
+    asked = dtype if isinstance(dtype, torch.dtype) else auto if dtype == "auto" else known.get(dtype, torch.int8)
+    if asked not in (None, *known.values()):
+        raise CheckpointError(folder, f"cannot be loaded as {dtype} (supported: {', '.join(known)})")
+    _check_memory(folder, family, sum(p.numel() for p in model.parameters()), device, asked)
+    source, tensors = _stored_tensors(folder, family.weights)
+    wanted = _match(model, family, source, tensors)
+    embedding = stored_name("embed.weight", family.names)
+    final = asked or DTYPES[tensors[embedding].dtype]
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
     for name, ours in tqdm(wanted.items(), "load weights", unit=" tensors", disable=not progress):
         stored = tensors[name]
         for part, weight in zip(ours, _read(stored, name).split([shapes[part][0] for part in ours])):

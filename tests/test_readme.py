@@ -1,9 +1,9 @@
 """README and the other pages hold: their commands run, what they quote and link to is there. Their numbers: test_idea.py.
 
 How their ```sh blocks are tested (```python is run with 4 new tokens, ```py blocks are quotes): generate.py runs, with 2 new
-tokens; eval_ppl.py, eval_passkey.py and bench.py run on a tiny random model and a short text, bench uncompiled; eval_tasks.py (its harness is an
-extra), `--shape` and the reader's own checkpoint stop at the first thing past their arguments; of make, pip and -m, only
-the target, the file or the module is looked up.
+tokens; eval_ppl.py, eval_passkey.py and bench.py run on a tiny random model and a short text, bench uncompiled; eval_tasks.py
+(its harness is an extra), `--shape` and the reader's own checkpoint stop at the first thing past their arguments; of make,
+pip and -m, only the target, the file or the module is looked up.
 """
 
 import functools
