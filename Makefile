@@ -3,7 +3,7 @@
 # make test      set up, then run all tests
 # make check     ruff and mypy over every Python file; their settings are in pyproject.toml
 # make bench     time and memory, dense and filtered, side by side
-# make figures   draw README's idea and skip map into docs/figures/; with TEXT=wikitext-2-test.txt its plots too (hours)
+# make figures   draw the pages' pictures into docs/figures/; with TEXT=wikitext-2-test.txt its plots too (hours)
 # make golden    make the files in golden/ again, for those who port the method
 # All build .venv and the demo checkpoint on first use. PYTHON=python3.12 make ... chooses another interpreter.
 
@@ -29,6 +29,11 @@ figures: .venv/dev $(DEMO)
 	$(BIN)/python -m docs.figures.idea
 	$(BIN)/python generate.py --prompt "$(LIST)" --prune 0.3 --preset local --max-new-tokens 10 --device cpu \
 	    --skip-map docs/figures/skip-map.png
+	$(BIN)/python generate.py --prompt "$(LIST)" --prune 0.3 --preset local --max-new-tokens 10 --device cpu \
+	    --skip-map checkpoints/skip-map.html
+	$(BIN)/python -m docs.figures.sizes
+	! command -v chromium || chromium --headless=new --no-sandbox --disable-gpu --hide-scrollbars --window-size=1100,1340 \
+	    --screenshot=docs/figures/skip-page.png "file://$(CURDIR)/checkpoints/skip-map.html"
 ifdef TEXT
 	$(BIN)/python eval_passkey.py --lengths 512 1024 2048 --prune 0.1 0.2 0.5 --plot docs/figures/passkey.png
 	$(BIN)/python eval_ppl.py --text $(TEXT) --window 768 --offsets 0 4096 8192 --prune 0.1 0.2 0.3 0.5 0.7 0.8 0.9 \

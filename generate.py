@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from load_weights import CheckpointError, Tokenizer, load
 from model import KVCache, Transformer
-from skip_map import Decisions, draw_skip_map, paint, paint_legend, token_pieces
+from skip_map import Decisions, draw_skip_map, paint, paint_legend, token_pieces, write_skip_page
 from token_filter import PRESETS, FilterConfig
 
 # ---------------------------------------------------------------------------------------------- from Python
@@ -258,14 +258,15 @@ def read_arguments(argv):
     parser.add_argument("--compare", action="store_true", help="dense, then every preset, at --prune (default: 0.3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--show-skips", action="store_true", help="colour each token by the share of layers that found it redundant")
-    parser.add_argument("--skip-map", metavar="FILE.png", help="draw each layer's decision on each token, and its score (needs matplotlib)")
+    parser.add_argument("--skip-map", metavar="FILE", help="each layer's decision on each token, and its score: FILE.html, a page to take "
+                        "apart in a browser, or FILE.png, a picture (needs matplotlib)")  # fmt: skip
     add_filter_arguments(parser)
     args = parser.parse_args(argv)
     settings, texts = choose_settings(args), read_prompts(args)
     if args.skip_map is not None:
         if args.compare or len(texts) > 1:
             fail("--skip-map draws one prompt with one setting: leave out --compare and all prompts but one")
-        check_output("--skip-map", args.skip_map, (".png",))
+        check_output("--skip-map", args.skip_map, () if args.skip_map.endswith(".html") else (".png",))
     return args, settings, texts
 
 
@@ -359,8 +360,11 @@ def main(argv=None):
         if stopped:
             break
         if args.skip_map and filter:
-            pieces, shown = token_pieces(tokenizer, prompts[0]) + answers[0], (decisions.redundant[0], decisions.score[0])
-            draw_skip_map(args.skip_map, title, pieces, len(prompts[0]), *shown, filter.warmup)
+            what = args.skip_map, title, token_pieces(tokenizer, prompts[0]) + answers[0], len(prompts[0])
+            if args.skip_map.endswith(".html"):
+                write_skip_page(*what, decisions, filter, model.config.window)
+            else:
+                draw_skip_map(*what, decisions.redundant[0], decisions.score[0], filter.warmup)
         if not args.json:  # a comparison's figures belong to its texts; otherwise stdout is for the text alone
             print(f"{title}: {stats.line()}", file=sys.stdout if args.compare else sys.stderr, flush=True)
     if args.json:

@@ -1,15 +1,19 @@
-"""Which layers found which tokens redundant: a text in colours for a terminal, or a picture of layers by tokens.
+"""Which layers found which tokens redundant: a text in colours for a terminal, a picture of layers by tokens, or a page to take apart.
 
 Shapes: L layers, T tokens of one sequence, prompt and answer.
 """
 
+import json
 import math
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from model import KVCache
+from schedule import layer_ratios
+from token_filter import FilterConfig
 from tokenizer import Tokenizer
 
 SHADES = (230, 222, 214, 208, 202)  # backgrounds for up to 20%, 40%, ... of the layers, of a terminal's 256 colours
@@ -23,7 +27,7 @@ def decisions(cache: KVCache):
     """
     assert cache.chunk is not None, "nothing was fed"
     seen, n_new, (B, T) = cache.chunk.seen, cache.chunk.n_new, cache.chunk.position.shape
-    step, score = torch.arange(T), torch.full((len(cache.layers), B, T), math.nan)
+    step, score = torch.arange(T), torch.full((len(cache.layers), B, T), math.nan, dtype=torch.float64)
     past_warmup = (step < n_new[:, None]) & (seen[:, None] + step >= max(cache.filter.warmup, 1))
     redundant = torch.stack([past_warmup & layer.closed for layer in cache.layers])
     for l, layer in enumerate(cache.layers):
@@ -35,13 +39,16 @@ def decisions(cache: KVCache):
 class Decisions:
     """What every layer decided about every token that was fed; `watch` is for generate().
 
-    redundant[row] (L, T) bool and score[row] (L, T), NaN where a layer gave none, of the row's T tokens so far: its
-    prompt and its answer, but for a last token that was not fed back.
+    redundant[row] (L, T) bool and score[row] (L, T) float64, NaN where a layer gave none, of the row's T tokens so far: its
+    prompt and its answer, but for a last token that was not fed back. In float64 as well, of layers that score, None of others:
+    cosine[row][l] (T, 2, KVH), of key and of value in each head, and w_k[row][l] (T,), as in token_filter.
     """
 
     def __init__(self, n_rows, n_layers):
         self.redundant = [torch.zeros(n_layers, 0, dtype=torch.bool)] * n_rows
-        self.score = [torch.zeros(n_layers, 0)] * n_rows
+        self.score = [torch.zeros(n_layers, 0, dtype=torch.float64)] * n_rows
+        self.cosine: list[list] = [[None] * n_layers for _ in range(n_rows)]
+        self.w_k: list[list] = [[None] * n_layers for _ in range(n_rows)]
 
     def watch(self, rows, cache: KVCache):
         redundant, score = decisions(cache)
@@ -49,6 +56,11 @@ class Decisions:
             new = int(cache.seen[i]) - self.redundant[row].shape[1]  # without padding
             self.redundant[row] = torch.cat((self.redundant[row], redundant[:, i, :new]), 1)
             self.score[row] = torch.cat((self.score[row], score[:, i, :new]), 1)
+            for l, layer in enumerate(cache.layers):
+                if layer.state is not None and layer.state.latest is not None:
+                    for kept, latest in zip((self.cosine[row], self.w_k[row]), layer.state.latest):
+                        part = latest[i, :new].double().cpu()
+                        kept[l] = part if kept[l] is None else torch.cat((kept[l], part))
 
 
 def token_pieces(tokenizer: Tokenizer, tokens) -> list[str]:
@@ -141,3 +153,51 @@ def draw_skip_map(path, title, pieces: list[str], n_prompt: int, redundant, scor
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # a character the font lacks is drawn as a box
         figure.savefig(path, format="png", dpi=110)
+
+
+def write_skip_page(path, title, pieces: list[str], n_prompt: int, decisions: Decisions, filter: FilterConfig, window=None):
+    """The only row of `decisions` as one HTML file, which needs nothing else: skip_page.html with the data put in, as JSON:
+
+        title, about         of the run, in words
+        pieces, prompt       the text of each token, and how many are the prompt's; a last one may not have been fed
+        mode, recent, warmup, history    as in FilterConfig
+        ratios               r_l of each layer
+        redundant            of each layer a string of 0 and 1, a digit for each token fed
+        score, weight        of each layer a list over tokens, s_t and w_k; null for a layer that scores none
+        cosine_k, cosine_v   the same, c_k and c_v: of each token a list over heads
+        layer, token         what is chosen first: the redundant token in the middle of the middle layer that has one
+    """
+    scored = [cosine is not None for cosine in decisions.cosine[0]]
+    redundant, L = decisions.redundant[0], len(scored)
+
+    def listed(values):
+        return [None if each is None else np.round(each.numpy(), 4).tolist() for each in values]
+
+    cosines = decisions.cosine[0]
+    layers = [l for l in sorted(range(L), key=lambda l: abs(l - L // 2)) if redundant[l].any()] or [L // 2]
+    tokens = redundant[layers[0]].nonzero()[:, 0].tolist() or [0]
+    share, T = redundant.double().mean(), redundant.shape[1]
+    about = f"{share:.1%} of {redundant.numel()} (token, layer) pairs are redundant; {T} tokens, {L} layers"
+    data = {
+        "title": title,
+        "about": about + (f"; a sliding window of {window} tokens may hide more than is said here" if window else ""),
+        "pieces": pieces,
+        "prompt": n_prompt,
+        "mode": filter.mode,
+        "recent": filter.recent,
+        "warmup": filter.warmup,
+        "history": filter.history,
+        "ratios": layer_ratios(filter, L),
+        "redundant": ["".join("01"[flag] for flag in row) for row in redundant.tolist()],
+        "score": [row.tolist() if known else None for row, known in zip(decisions.score[0], scored)],
+        "weight": listed(decisions.w_k[0]),
+        "cosine_k": listed([c if c is None else c[:, 0] for c in cosines]),
+        "cosine_v": listed([c if c is None else c[:, 1] for c in cosines]),
+        "layer": layers[0],
+        "token": tokens[len(tokens) // 2],
+    }
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))  # ASCII
+    for letter in "<>&":  # so that nothing in it can end the script, or begin a comment
+        text = text.replace(letter, f"\\u{ord(letter):04x}")
+    page = Path(__file__).with_name("skip_page.html").read_text(encoding="utf-8")
+    Path(path).write_text(page.replace(">DATA<", f">{text}<"), encoding="utf-8")

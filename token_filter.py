@@ -67,6 +67,7 @@ class FilterState:
         self.history = torch.full((B, config.history), math.nan, dtype=dtype, device=device)
         self.count = torch.zeros(B, dtype=torch.int64, device=device)  # tokens seen = position of the next
         self.layer = layer  # for fusion="random"
+        self.latest: tuple | None = None  # for whoever wants to look: cosine and w_k of the latest chunk
 
     def select(self, rows):
         """Keep these rows, an int64 tensor, in this order."""
@@ -161,6 +162,7 @@ def token_filter(k, v, n_new, state: FilterState, ratio, config: FilterConfig):
     redundant = above_threshold(score, past, position.clamp(max=W), ratio) & (position >= max(config.warmup, 1))
 
     # state, in place
+    state.latest = cosine, w_k
     state.anchor.copy_(after)
     state.history.scatter_(1, column, latest)
     state.count += 1 if single else n_new

@@ -25,7 +25,7 @@ def test_decisions():
     assert score[[0, 3]].isnan().all()
     for l in (1, 2):
         assert torch.equal(redundant[l], cache.layers[l].redundant) and redundant[l].any()
-        assert torch.equal(score[l].isnan(), ~real) and (score[l] == cache.layers[l].score.float())[real].all()
+        assert torch.equal(score[l].isnan(), ~real) and (score[l] == cache.layers[l].score)[real].all()
 
 
 def test_paint():

@@ -1,0 +1,164 @@
+"""The page holds the run's decisions, scores and ranks; no text in it is markup; in a browser it re-decides as the run did."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+import generate
+from load_weights import load
+from schedule import layer_ratios
+from skip_map import Decisions, write_skip_page
+from test_model import small, texts
+from token_filter import PRESETS, above_threshold, preset
+
+HOSTILE = ["</script><script>alert(1)</script>", "<!--", '"', "'\\", "\n", "\u2028", "🦊", "&lt;", "<img src=x onerror=alert(1)>", "]]>"]
+
+
+class Scripts(HTMLParser):
+    """The contents of script elements, and all tags."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.scripts, self.tags, self.inside = [], [], False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag == "script":
+            self.scripts.append("")
+        self.inside = tag == "script"
+
+    def handle_endtag(self, tag):
+        self.inside = False
+
+    def handle_data(self, data):
+        if self.inside:
+            self.scripts[-1] += data
+
+
+def write(path, name="paper", prune=0.5, T=90, pieces=None, **more):
+    """A page of T tokens through the small model of 4 layers, fed in two chunks and one by one; what was decided, and its data."""
+    model, filter = small(), preset(name, prune=prune, **more)
+    watched, cache = Decisions(1, 4), model.new_cache(1, filter)
+    for part in texts()[:1, :T].split([40, 20, *[1] * (T - 60)], 1):
+        model(part, cache)
+        watched.watch([0], cache)
+    pieces = pieces or [f" {i}" for i in range(T + 1)]
+    write_skip_page(path, f"{name}, prune {prune}", pieces, 70, watched, filter)
+    return watched, filter, json.loads(Scripts(path.read_text(encoding="utf-8")).scripts[0])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_data_are_the_run_s(tmp_path, name):
+    watched, filter, data = write(tmp_path / "page.html", name)
+    assert data["ratios"] == layer_ratios(filter, 4) and (data["mode"], data["recent"], data["warmup"]) == (filter.mode, filter.recent, 16)
+    assert data["redundant"] == ["".join(str(int(flag)) for flag in row) for row in watched.redundant[0]] and "1" in data["redundant"][2]
+    for l, ratio in enumerate(data["ratios"]):
+        scored = 0 < ratio and not (ratio == 1 and filter.mode == "skip")
+        assert (data["score"][l] is not None) == scored == (data["cosine_k"][l] is not None) == (data["weight"][l] is not None)
+        if not scored:
+            continue
+        assert data["score"][l] == watched.score[0][l].tolist()  # to the last bit
+        k, v, w, s = (torch.tensor(data[key][l]).double() for key in ("cosine_k", "cosine_v", "weight", "score"))
+        torch.testing.assert_close(w * k.mean(1) + (1 - w) * v.mean(1), s, rtol=0, atol=2e-4)
+        again = [bool(above_threshold(s[t : t + 1, None], s[None, None, :t], torch.tensor([[t]]), ratio)) and t >= 16 for t in range(90)]
+        assert "".join("01"[flag] for flag in again) == data["redundant"][l]
+    assert data["redundant"][data["layer"]][data["token"]] == "1"
+
+
+def test_nothing_of_a_text_becomes_markup(tmp_path):
+    plain, page = tmp_path / "plain.html", tmp_path / "page.html"
+    write(plain)
+    _, _, data = write(page, pieces=(HOSTILE * 10)[:91])
+    assert data["pieces"] == (HOSTILE * 10)[:91]
+    text = page.read_text(encoding="utf-8")
+    assert Scripts(text).tags == Scripts(plain.read_text(encoding="utf-8")).tags
+    own = text.replace(Scripts(text).scripts[0], "")
+    assert "onerror" not in own and not re.search(r"(?:src|href)=|@import|url\(|fetch\(|innerHTML|document\.write", own)
+
+
+def test_a_long_text_stays_small(tmp_path):
+    watched = Decisions(1, 30)
+    watched.redundant, watched.score = [torch.rand(30, 2000) < 0.5], [torch.rand(30, 2000).double()]
+    watched.cosine, watched.w_k = [[torch.rand(2000, 2, 3).double()] * 30], [[torch.rand(2000).double()] * 30]
+    write_skip_page(tmp_path / "page.html", "long", ["word"] * 2000, 1500, watched, preset("local", prune=0.5))
+    assert (tmp_path / "page.html").stat().st_size < 10_000_000
+
+
+def test_the_command_writes_it(checkpoint, tmp_path):
+    path = tmp_path / "page.html"
+    flags = ["--prune", "0.5", "--preset", "cache", "--max-new-tokens", "5", "--ignore-eos", "--skip-map", str(path)]
+    generate.main([str(checkpoint), "--prompt", "the quick brown fox </script> " * 4, "--device", "cpu", *flags])
+    data = json.loads(Scripts(path.read_text(encoding="utf-8")).scripts[0])
+    _, tokenizer = load(checkpoint, "cpu")
+    prompt = tokenizer.encode("the quick brown fox </script> " * 4)
+    assert data["prompt"] == len(prompt) and len(data["pieces"]) == len(prompt) + 5 == len(data["redundant"][0]) + 1
+    assert "</script>" in "".join(data["pieces"]) and data["title"] == "cache, prune 0.5"
+
+
+# -------------------------------------------------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("there is no chromium with its chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update", "no-first-run"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+DECIDED = "return decided.map(row => row.map(Number).join(''))"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_in_a_browser(browser, tmp_path, name):
+    _, _, data = write(tmp_path / "page.html", name, pieces=(HOSTILE * 10)[:91])
+    browser.get(f"file://{tmp_path / 'page.html'}")
+    shown = {each: browser.find_element("id", each) for each in ("verdict", "where", "sees", "ratio", "what-if", "scroll", "text", "reset")}
+    assert browser.title == f"Skip map: {data['title']}" and browser.execute_script(DECIDED) == data["redundant"]
+    assert len(shown["text"].find_elements("css selector", ":scope > span")) == 91
+    assert not shown["text"].find_elements("css selector", "img, script")
+
+    before = shown["where"].text, shown["verdict"].text
+    spans = shown["text"].find_elements("css selector", "span")
+    point = "arguments[0].dispatchEvent(new MouseEvent('mouseenter'))"
+    browser.execute_script(point, spans[20])
+    assert shown["where"].text.startswith("Token 20, ")
+    browser.execute_script("arguments[0].click()", spans[60])
+    browser.execute_script(point, spans[20])  # a click holds the choice
+    assert shown["where"].text.startswith("Token 60, ") and (shown["where"].text, shown["verdict"].text) != before
+    shown["scroll"].send_keys("\ue012")  # the left arrow
+    assert shown["where"].text.startswith("Token 59, ")
+
+    for l, ratio in enumerate(data["ratios"]):
+        browser.execute_script("choose(arguments[0], 50)", l)
+        if data["score"][l] is None:
+            assert not shown["ratio"].is_enabled() and "ratio is" in shown["verdict"].text
+            continue
+        n, s = 50, data["score"][l]
+        below = sum(x < s[50] for x in s[:50])
+        needed = n - int(n * ratio + 1e-9)
+        assert f"{below} of the 50 scores before it are lower, {needed} would do" in shown["verdict"].text
+        assert ("kept" in shown["verdict"].text) == (data["redundant"][l][50] == "0") and shown["sees"].text
+        slide = "const r = document.getElementById('ratio'); r.value = arguments[0]; r.dispatchEvent(new Event('input'))"
+        browser.execute_script(slide, 0)
+        assert "1" not in browser.execute_script(DECIDED)[l] and shown["what-if"].text.startswith("0 of this layer")
+        browser.execute_script(slide, 1)
+        assert browser.execute_script(DECIDED)[l] == "0" * 16 + "1" * 74
+        browser.execute_script(slide, ratio)
+        assert browser.execute_script(DECIDED)[l] == data["redundant"][l]
+        browser.execute_script(slide, 0.9)
+        browser.execute_script("arguments[0].click()", shown["reset"])
+        assert browser.execute_script(DECIDED) == data["redundant"]
+    assert [entry["message"] for entry in browser.get_log("browser")] == []
