@@ -1,7 +1,7 @@
-"""The picture of the method in README, and the numbers of its worked example: python -m docs.figures.idea
+"""The picture of the idea in README and the lesson, and the numbers of the worked example: python -m docs.figures.idea
 
 One sentence through the demo model under preset "paper". `stages` computes what a layer does with it once more, one stage
-at a time in NumPy, from the keys and values of the real forward pass; README, the picture and test_idea.py share it.
+at a time in NumPy, from the keys and values of the real forward pass; the lesson, the picture and test_idea.py share it.
 """
 
 import math
@@ -95,7 +95,7 @@ def slots(redundant, sinks, recent):
 
 
 def table(skipped: Stage, kept: Stage) -> str:
-    """README's table, without its head."""
+    """The lesson's table, without its head."""
 
     def heads(c):
         return ", ".join(f"{x:.3f}" for x in c)
@@ -136,7 +136,7 @@ def draw(path, pieces, steps: list[Stage], warm):
     score.text(-0.2, 1.09, "warm-up: always kept, the averages have yet to settle", va="center", color="#555555")
     score.set(xlim=(-0.5, len(at) - 0.5), ylim=(-0.22, 1.36), yticks=np.arange(0, 1.1, 0.2), ylabel="likeness to the averages")
     score.set_xticks(at, [piece.strip() for piece in pieces], fontsize=10)
-    for t in (SKIPPED, KEPT):  # the two of README's table
+    for t in (SKIPPED, KEPT):  # the two of the lesson's table
         score.get_xticklabels()[t].set(fontweight="bold")
     score.set_title(f"2. One sentence in layer {LAYER} of the demo model: what is above its threshold is skipped", loc="left")
     score.legend(loc="upper center", ncols=5, fontsize=8.5, frameon=False, columnspacing=1.2)
