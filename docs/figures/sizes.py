@@ -25,19 +25,20 @@ def draw_sizes(path):
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     tables = {size: rows(file) for file, size in MODELS.items()}
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for name, colour in COLOURS.items():
-        for prune, style in ((0.2, "--"), (0.5, "-")):
-            points = [(size, table[name, prune][1]) for size, table in tables.items()]
-            axes.plot(*zip(*points), style, color=colour, marker="o", label=f"{name}, prune {prune}")
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set(xscale="log", yscale="log", xlabel="parameters, billion", ylabel="perplexity, times the dense model's")
-    axes.set_xticks(list(tables), [f"{size:g}" for size in tables])
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, names in zip(figure.subplots(1, 2), (list(COLOURS), ["local", "cache"])):  # all; the two that are close to dense
+        for name in names:
+            for prune, style in ((0.2, "--"), (0.5, "-")):
+                points = [(size, table[name, prune][1]) for size, table in tables.items()]
+                axes.plot(*zip(*points), style, color=COLOURS[name], marker="o", label=f"{name}, prune {prune}")
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set(xscale="log", yscale="log" if "paper" in names else "linear", xlabel="parameters, billion")
+        axes.set_xticks(list(tables), [f"{size:g}" for size in tables])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.supylabel("perplexity, times the dense model's")
     figure.savefig(path, dpi=120)
 
 
