@@ -1,10 +1,9 @@
 """A decode step as a GPU wants it: nothing waits for data, few operations, one graph, and nothing read that is not in sight."""
 
 import copy
+import functools
 import inspect
 import itertools
-import os
-import shutil
 from functools import partial
 
 import pytest
@@ -88,14 +87,22 @@ def test_prefill_waits_once_a_layer_and_room_is_made_with_one_wait_for_all(name,
 # ------------------------------------------------------------------------------------------------------ one graph
 
 
-COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+@functools.cache
+def compiles():
+    """torch.compile needs a C++ compiler, and that no folder above torch has a space in its name."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(2))
+        return True
+    except Exception:  # noqa: BLE001 (compilers fail in many ways)
+        return False
 
 
-@pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler, and there is none here")
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_steps_equal_plain_ones_and_compile_once(name, window):
     """With fullgraph=True in compile_decode, so whatever breaks the graph raises."""
+    if not compiles():
+        pytest.skip("torch.compile cannot compile anything here")
     torch._dynamo.reset()
     plain = small("gqa", window, n_layers=3)
     compiled, filter = copy.deepcopy(plain), filter_of(name)

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -164,7 +165,7 @@ def test_lines_of_a_prompts_file(checkpoint, tmp_path, capsys):
     assert result["results"][0]["texts"][0] == result["results"][0]["texts"][2]
 
 
-SHELL = f"{sys.executable} {generate_module.__file__} CHECKPOINT --prompt hello --ignore-eos --max-new-tokens 40"
+SHELL = f"{shlex.quote(sys.executable)} {shlex.quote(generate_module.__file__)} CHECKPOINT --prompt hello --ignore-eos --max-new-tokens 40"
 
 
 @pytest.mark.parametrize(
@@ -182,7 +183,7 @@ SHELL = f"{sys.executable} {generate_module.__file__} CHECKPOINT --prompt hello 
     ],
 )
 def test_streams_and_encodings(checkpoint, command, code, words):
-    done = subprocess.run(["bash", "-c", command.replace("CHECKPOINT", str(checkpoint))], capture_output=True, check=False)
+    done = subprocess.run(["bash", "-c", command.replace("CHECKPOINT", shlex.quote(str(checkpoint)))], capture_output=True, check=False)
     lines = done.stderr.decode().replace("\r", "\n").splitlines()
     assert (done.returncode, bool(done.stdout)) == (code, code == 0 and ">/dev/full" not in command.replace("2>", "")), lines
     assert words in (lines or [""])[-1] and not any("Traceback" in line for line in lines)
