@@ -25,6 +25,7 @@ import eval_passkey
 import eval_ppl
 import generate
 import load_weights
+from docs.figures import sizes
 from model import ModelConfig, Transformer
 
 HERE = Path(__file__).resolve().parent.parent
@@ -135,3 +136,27 @@ def test_links_files_and_quotes():
     assert len(labels) == 4 and all(any(line.startswith(label) for line in source) for label in labels)
     for label in ("# filter\n", "# store, attend, and add\n"):
         assert f"`{label.strip()}`" in LESSON and label in (HERE / "model.py").read_text()
+
+
+@pytest.mark.parametrize("page, head, file", [
+    ("README.md", "| `--prune` |", "qwen2.5-coder-1.5b.txt"), ("docs/results.md", "| perplexity (KV read) | 0 |", "perplexity.txt"),
+    ("docs/results.md", "| perplexity (KV held, KV read) |", "rivals.txt"),
+])  # fmt: skip
+def test_tables_say_what_was_measured(page, head, file):
+    """Each cell, a perplexity with KV read last in its brackets, is that of the raw table, rounded."""
+    first, _, *lines = PAGES[page][PAGES[page].index(head) :].split("\n\n")[0].splitlines()
+    raw, ratios, compared = sizes.rows(file), [cell.strip() for cell in first.split("|")[2:-1]], 0
+    labels = {"KeyDiff": "KeyDiff, online", "StreamingLLM": "StreamingLLM, as much held", "the same": "StreamingLLM, as much read",
+              "redundant tokens drawn": "cache, random tokens", "a threshold adjusted": "cache, adjusted threshold",
+              "no attention": "no attention in last layers"}  # fmt: skip
+    for line in lines:
+        name, *cells = (cell.strip() for cell in line.split("|")[1:-1])
+        label = next((full for part, full in labels.items() if part in name), name.strip("`"))
+        for ratio, cell in zip(ratios, cells):
+            if cell and ratio != "0":
+                perplexity, _, read = raw[label, float(ratio)]
+                shown, share = cell.split(" (")[0], cell.rstrip(")").replace("(", ", ").split(", ")[-1]
+                unit = 10 ** -len(shown.partition(".")[2])
+                assert abs(float(shown) - perplexity) <= 0.501 * unit and abs(float(share) - read) <= 0.00501, (label, ratio, cell)
+                compared += 1
+    assert compared >= 12
