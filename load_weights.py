@@ -19,6 +19,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -336,15 +337,9 @@ def load_model(
     """
     folder = checkpoint_folder(folder)
     config, family = _read_config(folder)
+    device, asked = _plan(folder, config, family, device, dtype)
     with torch.device("meta"):  # shapes without memory
         model = Transformer(config)
-    device = _device(folder, device)
-    known = {str(each).removeprefix("torch."): each for each in DTYPES.values()}
-    auto = torch.float32 if device.type == "cpu" else None  # None: as it is stored
-    asked = dtype if isinstance(dtype, torch.dtype) else auto if dtype == "auto" else known.get(dtype, torch.int8)
-    if asked not in (None, *known.values()):
-        raise CheckpointError(folder, f"cannot be loaded as {dtype} (supported: {', '.join(known)})")
-    _check_memory(folder, family, sum(p.numel() for p in model.parameters()), device, asked)
     source, tensors = _stored_tensors(folder, family.weights)
     wanted = _match(model, family, source, tensors)
     embedding = stored_name("embed.weight", family.names)
@@ -377,16 +372,28 @@ def _device(folder: Path, device: str | torch.device) -> torch.device:
         raise CheckpointError(folder, f"cannot be loaded on the device {str(device)!r} ({error})") from None
 
 
-def _check_memory(folder: Path, family: Family, numbers: int, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Raises CheckpointError if so many numbers have no room on the device, unless the files do not hold them anyway."""
+def _plan(folder: Path, config: ModelConfig, family: Family, device, dtype) -> tuple[torch.device, torch.dtype | None]:
+    """The device, and the dtype, None for that of the files. Raises CheckpointError if the model has no room there, unless the
+    files do not hold so large a model anyway."""
+    device = _device(folder, device)
+    known = {str(each).removeprefix("torch."): each for each in DTYPES.values()}
+    auto = torch.float32 if device.type == "cpu" else None
+    asked = dtype if isinstance(dtype, torch.dtype) else auto if dtype == "auto" else known.get(dtype, torch.int8)
+    if asked not in (None, *known.values()):
+        raise CheckpointError(folder, f"cannot be loaded as {dtype} (supported: {', '.join(known)})")
+
+    with torch.device("meta"):
+        none, one = (sum(p.numel() for p in Transformer(replace(config, n_layers=n)).parameters()) for n in (0, 1))
+    numbers = none + (one - none) * config.n_layers
     stored = sum(path.stat().st_size for path in folder.glob(family.weights.replace(".", "*.")) if path.is_file())
-    need, free = numbers * dtype.itemsize if dtype else stored, _free_bytes(device)
+    need, free = numbers * asked.itemsize if asked else stored, _free_bytes(device)
     if need > free and stored >= 2 * numbers:
         fitting = [name for name, size in (("float32", 4), ("bfloat16", 2)) if numbers * size <= free]
         hint = f"it fits with --dtype {fitting[0]}" if fitting else "no --dtype makes it fit"
-        name = f" as {str(dtype)[6:]}" if dtype else ""
+        name = f" as {str(asked)[6:]}" if asked else ""
         problem = f"needs {need / 1e9:.1f} GB{name}, and the {device.type} has {free / 1e9:.1f} GB free; {hint}"
         raise CheckpointError(folder, problem)
+    return device, asked
 
 
 def _free_bytes(device: torch.device) -> float:
@@ -416,7 +423,9 @@ def load(
     progress shows a bar on stderr. Raises CheckpointError; missing files are reported before any weight is read.
     """
     folder = checkpoint_folder(folder)
-    config, tokenizer = read_config(folder), Tokenizer(folder)
+    config, family = _read_config(folder)
+    _plan(folder, config, family, device, dtype)
+    tokenizer = Tokenizer(folder)
     if tokenizer.plain_size > config.vocab_size:  # added tokens may lie beyond: one for padding has no embedding in some models
         sizes = f"{tokenizer.plain_size} tokens, more than config.json's vocab_size, {config.vocab_size}"
         raise CheckpointError(tokenizer.path, f"has {sizes}: it belongs to another model")
