@@ -292,7 +292,7 @@ def read_arguments(argv):
                         help="prefill N rows only and copy them to fill the batch: quicker; the prefill column is then theirs")  # fmt: skip
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of each setting (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N",
-                        help="of random weights and tokens, and of --fusion random (default: 0)")  # fmt: skip
+                        help="of random weights and tokens (default: 0)")  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write all figures, after each batch and context")
     parser.add_argument("--plot", metavar="FILE.png", help="draw time and cache against batch or context (needs matplotlib)")
     add_filter_arguments(parser, several=True, default="all of them")

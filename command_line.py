@@ -105,7 +105,7 @@ KNOBS = {  # the fields of FilterConfig that have a flag of their name, and what
     "warmup": "how many tokens at the start of a text are always kept",
     "history": "how many past scores a new one is ranked among",
     "fusion": "how key and value similarity become one score: the side whose heads agree counts more (variance), both alike "
-              "(equal), one alone (key, value), or by chance instead (random)",
+              "(equal), or one alone (key, value)",
     "keys": "whether keys are compared after RoPE (rotated) or before it (unrotated)",
 }  # fmt: skip
 
@@ -126,7 +126,7 @@ def filter_from(args, name, prune) -> FilterConfig | None:
     """The named preset with the KNOBS that were given, or None for prune 0. Exits with one line if that makes no sense."""
     overrides = {knob: getattr(args, knob) for knob in KNOBS if getattr(args, knob) is not None}
     try:
-        config = preset(name, prune=prune, seed=args.seed, **overrides)
+        config = preset(name, prune=prune, **overrides)
     except ValueError as e:
         fail(e)
     return config if prune > 0 else None

@@ -117,7 +117,7 @@ def main(argv=None):
     parser.add_argument("--chat", action="store_true", help="ask in the chat template")
     parser.add_argument("--prune", type=float, nargs="+", default=[0.3], metavar="P",
                         help="shares of (token, layer) pairs to skip (default: 0.3); dense is always measured first")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the pass keys and of --fusion random (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the pass keys (default: 0)")
     add_report_arguments(parser)
     add_filter_arguments(parser, several=True, default="all of them")
     args = parser.parse_args(argv)

@@ -87,15 +87,15 @@ def evaluate(
             targets = tokens[:, lo + 1 : lo + 1 + chunk]  # as many, but at the text's end one fewer
             position = torch.arange(lo + 1, lo + 1 + targets.shape[1])
             scored = (position >= first[:, None]) & (position < lengths[:, None])  # (B, T)
-            real = (torch.arange(lo, lo + logits.shape[1]) < lengths[:, None]).to(logits.device)
-            if not (finite := logits.isfinite().all(-1) | ~real).all():
-                raise FloatingPointError(overflow(model, rows[int(finite.all(1).int().argmin())], filter))
             losses = F.cross_entropy(
                 logits[:, : targets.shape[1]].flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
                 targets.flatten().to(logits.device),
                 reduction="none",
             )
-            score.losses[position] += losses.cpu().double().view(targets.shape).masked_fill(~scored, 0).sum(0)
+            losses = losses.cpu().double().view(targets.shape).masked_fill(~scored, 0)
+            if not (finite := losses.isfinite().all(1)).all():
+                raise FloatingPointError(overflow(model, rows[int(finite.int().argmin())], filter))
+            score.losses[position] += losses.sum(0)
             score.counts[position] += scored.sum(0)
             yield score
         score.usage += cache.usage().sum(0)
@@ -222,7 +222,6 @@ def read_arguments(argv):
     parser.add_argument("--prune", type=float, nargs="+", metavar="P", help="shares of (token, layer) pairs to skip (default: 0.1 0.2 "
                         "0.3 0.5; with --ablate 0.3); dense is always measured first")  # fmt: skip
     parser.add_argument("--batch", type=int, default=4, metavar="N", help="windows at a time (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of --fusion random (default: 0)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--ablate", action="store_true", help="change one thing at a time from each --preset at one ratio")
     what.add_argument("--rivals", action="store_true", help="also what else one could do with the same budget, at each ratio")

@@ -329,7 +329,7 @@ def read_arguments(argv):
                         help="shares of (token, layer) pairs to skip (default: 0 0.2 0.5)")  # fmt: skip
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="continuations at a time (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N",
-                        help="of --fusion random, and of what tasks draw at random (default: 0)")  # fmt: skip
+                        help="of what tasks draw at random (default: 0)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     add_filter_arguments(parser, several=True)
     args = parser.parse_args(argv)

@@ -167,10 +167,12 @@ def _steps(model, prompts, max_new_tokens, filter, eos_ids, sampling: tuple[floa
     logits = model.prefill(prompts, cache, chunk)
     said: list[list[int]] = [[] for _ in prompts]
     while rows:
-        for row, finite in zip(rows, logits.isfinite().all(1).tolist()):
-            if not finite:
-                raise FloatingPointError(overflow(model, prompts[row] + said[row], filter))
-        tokens = [sample(row_logits, *sampling, rngs[row]) for row, row_logits in zip(rows, logits)]
+        finite, tokens = torch.stack((logits.isfinite().all(1), logits.argmax(1))).tolist()  # the one wait of a greedy step
+        if not all(finite):
+            row = rows[finite.index(0)]
+            raise FloatingPointError(overflow(model, prompts[row] + said[row], filter))
+        if sampling[0] > 0:
+            tokens = [sample(row_logits, *sampling, rngs[row]) for row, row_logits in zip(rows, logits.cpu())]
         seconds = time.perf_counter() - started
         if made == 0:
             figures.prefill_seconds += seconds
@@ -252,7 +254,7 @@ def read_arguments(argv):
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="of sampling (default: 0, always the likeliest)")
     parser.add_argument("--top-k", type=int, default=0, metavar="N", help="sample from the N likeliest tokens (default: 0, all)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="and from the likeliest that together make up P (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling and of --fusion random (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
     parser.add_argument("--prune", type=float, metavar="P", help="share of (token, layer) pairs to skip (default: 0, dense)")
     parser.add_argument("--compile", action="store_true", help="decode through torch.compile: faster, after a minute or so for compiling")
     parser.add_argument("--compare", action="store_true", help="dense, then every preset, at --prune (default: 0.3)")

@@ -336,14 +336,15 @@ def load_model(
     CPU. Needs memory for one copy of the model and one tensor. Raises CheckpointError.
     """
     folder = checkpoint_folder(folder)
-    config, family = _read_config(folder)
-    device, asked = _plan(folder, config, family, device, dtype)
+    return _load_model(folder, *_plan(folder, device, dtype), progress)
+
+
+def _load_model(folder: Path, config: ModelConfig, family: Family, device, asked, progress) -> Transformer:
     with torch.device("meta"):  # shapes without memory
         model = Transformer(config)
     source, tensors = _stored_tensors(folder, family.weights)
     wanted = _match(model, family, source, tensors)
-    embedding = stored_name("embed.weight", family.names)
-    final = asked or DTYPES[tensors[embedding].dtype]
+    final = asked or DTYPES[tensors[stored_name("embed.weight", family.names)].dtype]
     shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
     for name, ours in tqdm(wanted.items(), "load weights", unit=" tensors", disable=not progress):
         stored = tensors[name]
@@ -372,9 +373,10 @@ def _device(folder: Path, device: str | torch.device) -> torch.device:
         raise CheckpointError(folder, f"cannot be loaded on the device {str(device)!r} ({error})") from None
 
 
-def _plan(folder: Path, config: ModelConfig, family: Family, device, dtype) -> tuple[torch.device, torch.dtype | None]:
-    """The device, and the dtype, None for that of the files. Raises CheckpointError if the model has no room there, unless the
-    files do not hold so large a model anyway."""
+def _plan(folder: Path, device, dtype) -> tuple[ModelConfig, Family, torch.device, torch.dtype | None]:
+    """What to load, the device, and the dtype, None for that of the files. Raises CheckpointError if the model has no room there,
+    unless the files do not hold so large a model anyway. Reads config.json alone."""
+    config, family = _read_config(folder)
     device = _device(folder, device)
     known = {str(each).removeprefix("torch."): each for each in DTYPES.values()}
     auto = torch.float32 if device.type == "cpu" else None
@@ -393,7 +395,7 @@ def _plan(folder: Path, config: ModelConfig, family: Family, device, dtype) -> t
         name = f" as {str(asked)[6:]}" if asked else ""
         problem = f"needs {need / 1e9:.1f} GB{name}, and the {device.type} has {free / 1e9:.1f} GB free; {hint}"
         raise CheckpointError(folder, problem)
-    return device, asked
+    return config, family, device, asked
 
 
 def _free_bytes(device: torch.device) -> float:
@@ -423,10 +425,9 @@ def load(
     progress shows a bar on stderr. Raises CheckpointError; missing files are reported before any weight is read.
     """
     folder = checkpoint_folder(folder)
-    config, family = _read_config(folder)
-    _plan(folder, config, family, device, dtype)
-    tokenizer = Tokenizer(folder)
+    plan = _plan(folder, device, dtype)
+    tokenizer, config = Tokenizer(folder), plan[0]
     if tokenizer.plain_size > config.vocab_size:  # added tokens may lie beyond: one for padding has no embedding in some models
         sizes = f"{tokenizer.plain_size} tokens, more than config.json's vocab_size, {config.vocab_size}"
         raise CheckpointError(tokenizer.path, f"has {sizes}: it belongs to another model")
-    return load_model(folder, device, dtype, progress), tokenizer
+    return _load_model(folder, *plan, progress), tokenizer

@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from token_filter import FilterConfig, above_threshold, preset, token_filter
+from token_filter import FilterConfig, preset, rank, token_filter
 
 SINKS = 16  # first tokens that StreamingLLM keeps, as many as our warm-up
 
@@ -44,20 +44,19 @@ def key_distance(k, v, n_new, state, ratio, config):
     over heads of its cosine with the mean before it, against the same threshold as token_filter's. state.anchor[:, 0] holds
     the sum, whose direction is the mean's.
     """
-    W = config.history
-    position, free = past_warmup(k, n_new, state, config)
-    n = state.count - position[:, 0]  # (B,) how many are real
     unit = F.normalize(k.to(state.anchor.dtype), dim=-1)  # (B, T, KVH, D)
     sums = torch.cat((state.anchor[:, :1], unit), dim=1).cumsum(1)  # (B, T+1, KVH, D) before each, and after the last
-    score = F.cosine_similarity(unit, sums[:, :-1], dim=-1).mean(-1).masked_fill(position >= state.count[:, None], math.nan)
+    n = torch.ones_like(state.count) if n_new is None else n_new
     state.anchor[:, 0] = sums[torch.arange(len(k), device=k.device), n]
+    return rank(F.cosine_similarity(unit, sums[:, :-1], dim=-1).mean(-1), n_new, state, ratio, config)
 
-    ring = position[:, :1] + torch.arange(W, device=k.device)  # mod W, the columns of the W tokens before, oldest first
-    scores = torch.cat((state.history.gather(1, ring % W), score), dim=1)  # (B, W+T)
-    redundant = above_threshold(score, scores[:, :-1].unfold(1, W, 1), position.clamp(max=W), ratio) & free
-    latest = n[:, None] + torch.arange(W, device=k.device)
-    state.history.scatter_(1, (ring + n[:, None]) % W, scores.gather(1, latest))
-    return redundant, score
+
+def by_chance(k, v, n_new, state, ratio, config):
+    """Any token is as good as another: its score is a hash of layer and position, so causal as the others are."""
+    x = state.count[:, None] + torch.arange(k.shape[1], device=k.device) + 0x9E3779B1 * (state.layer + 1) % 2**32 & 0xFFFFFFFF
+    for _ in range(3):
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    return rank(((x ^ (x >> 16)).double() / 2**32).to(state.history.dtype), n_new, state, ratio, config)
 
 
 STEP = 0.1  # of the adjusted threshold, in units of the scores' spread
@@ -102,5 +101,5 @@ def rivals(p, n_layers, window):
         latest = max(1, round(share * window) - SINKS)  # a token itself is one of them
         yield f"StreamingLLM, as much {label}", preset("cache", prune=p, warmup=SINKS, recent=latest - 1), recent_only
     yield "KeyDiff, online", preset("cache", prune=p, history=32), key_distance
-    yield "cache, random tokens", preset("cache", prune=p, fusion="random"), token_filter
+    yield "cache, random tokens", preset("cache", prune=p), by_chance
     yield "cache, adjusted threshold", preset("cache", prune=p), adjusted_threshold

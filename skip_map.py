@@ -40,15 +40,14 @@ class Decisions:
     """What every layer decided about every token that was fed; `watch` is for generate().
 
     redundant[row] (L, T) bool and score[row] (L, T) float64, NaN where a layer gave none, of the row's T tokens so far: its
-    prompt and its answer, but for a last token that was not fed back. In float64 as well, of layers that score, None of others:
-    cosine[row][l] (T, 2, KVH), of key and of value in each head, and w_k[row][l] (T,), as in token_filter.
+    prompt and its answer, but for a last token that was not fed back. As lists of float64 parts, empty for a layer that does not
+    score: cosine[row][l] (T, 2, KVH), of key and of value in each head, and w_k[row][l] (T,), as in token_filter.
     """
 
     def __init__(self, n_rows, n_layers):
         self.redundant = [torch.zeros(n_layers, 0, dtype=torch.bool)] * n_rows
         self.score = [torch.zeros(n_layers, 0, dtype=torch.float64)] * n_rows
-        self.cosine: list[list] = [[None] * n_layers for _ in range(n_rows)]
-        self.w_k: list[list] = [[None] * n_layers for _ in range(n_rows)]
+        self.cosine, self.w_k = ([[list[torch.Tensor]() for _ in range(n_layers)] for _ in range(n_rows)] for _ in range(2))
 
     def watch(self, rows, cache: KVCache):
         redundant, score = decisions(cache)
@@ -58,9 +57,8 @@ class Decisions:
             self.score[row] = torch.cat((self.score[row], score[:, i, :new]), 1)
             for l, layer in enumerate(cache.layers):
                 if layer.state is not None and layer.state.latest is not None:
-                    for kept, latest in zip((self.cosine[row], self.w_k[row]), layer.state.latest):
-                        part = latest[i, :new].double().cpu()
-                        kept[l] = part if kept[l] is None else torch.cat((kept[l], part))
+                    for parts, latest in zip((self.cosine[row][l], self.w_k[row][l]), layer.state.latest):
+                        parts.append(latest[i, :new].double().cpu())
 
 
 def token_pieces(tokenizer: Tokenizer, tokens) -> list[str]:
@@ -167,13 +165,12 @@ def write_skip_page(path, title, pieces: list[str], n_prompt: int, decisions: De
         cosine_k, cosine_v   the same, c_k and c_v: of each token a list over heads
         layer, token         what is chosen first: the redundant token in the middle of the middle layer that has one
     """
-    scored = [cosine is not None for cosine in decisions.cosine[0]]
-    redundant, L = decisions.redundant[0], len(scored)
+    redundant, (w_k, cosine) = decisions.redundant[0], (decisions.w_k[0], decisions.cosine[0])
+    L = len(redundant)
 
-    def listed(values):
-        return [None if each is None else np.round(each.numpy(), 4).tolist() for each in values]
+    def listed(layers, column=...):
+        return [np.round(torch.cat(parts).numpy(), 4)[:, column].tolist() if parts else None for parts in layers]
 
-    cosines = decisions.cosine[0]
     layers = [l for l in sorted(range(L), key=lambda l: abs(l - L // 2)) if redundant[l].any()] or [L // 2]
     tokens = redundant[layers[0]].nonzero()[:, 0].tolist() or [0]
     share, T = redundant.double().mean(), redundant.shape[1]
@@ -189,10 +186,10 @@ def write_skip_page(path, title, pieces: list[str], n_prompt: int, decisions: De
         "history": filter.history,
         "ratios": layer_ratios(filter, L),
         "redundant": ["".join("01"[flag] for flag in row) for row in redundant.tolist()],
-        "score": [row.tolist() if known else None for row, known in zip(decisions.score[0], scored)],
-        "weight": listed(decisions.w_k[0]),
-        "cosine_k": listed([c if c is None else c[:, 0] for c in cosines]),
-        "cosine_v": listed([c if c is None else c[:, 1] for c in cosines]),
+        "score": [row.tolist() if parts else None for row, parts in zip(decisions.score[0], w_k)],
+        "weight": listed(w_k),
+        "cosine_k": listed(cosine, 0),
+        "cosine_v": listed(cosine, 1),
         "layer": layers[0],
         "token": tokens[len(tokens) // 2],
     }

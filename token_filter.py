@@ -27,9 +27,8 @@ class FilterConfig:
     gamma: float = 0.9  # decay of the running averages, in [0, 1)
     warmup: int = 16  # the first max(warmup, 1) tokens of a sequence, its sinks, are always kept and in sight
     history: int = 256  # W: how many past scores a new score is ranked among
-    fusion: Literal["variance", "equal", "key", "value", "random"] = "variance"  # key and value similarity -> one score
+    fusion: Literal["variance", "equal", "key", "value"] = "variance"  # key and value similarity -> one score
     keys: Literal["rotated", "unrotated"] = "rotated"  # keys are compared as the cache holds them, after RoPE | before it
-    seed: int = 0  # of fusion="random"
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():
@@ -38,7 +37,7 @@ class FilterConfig:
         for name in ("prune", "gamma"):
             if not isinstance(value := getattr(self, name), (int, float)) or not 0 <= value < 1:
                 raise ValueError(f"{name}={value!r} is not a number in [0, 1)")
-        for name, least in (("recent", 0), ("warmup", 0), ("history", 1), ("seed", 0)):
+        for name, least in (("recent", 0), ("warmup", 0), ("history", 1)):
             if type(value := getattr(self, name)) is not int or value < least:
                 raise ValueError(f"{name}={value!r} is not a whole number of at least {least}")
 
@@ -66,7 +65,7 @@ class FilterState:
         # the latest scores, that of position p in column p mod W; NaN where there is none yet
         self.history = torch.full((B, config.history), math.nan, dtype=dtype, device=device)
         self.count = torch.zeros(B, dtype=torch.int64, device=device)  # tokens seen = position of the next
-        self.layer = layer  # for fusion="random"
+        self.layer = layer  # for criteria that go by it
         self.latest: tuple | None = None  # for whoever wants to look: cosine and w_k of the latest chunk
 
     def select(self, rows):
@@ -101,12 +100,23 @@ def above_threshold(score, past, n, ratio):
     return (n - below <= above + 1e-9) & (above > 0) & (score == score)
 
 
-def pseudo_random(position, layer, seed):
-    """Numbers in [0, 1) that depend on (seed, layer, position) alone: an integer hash."""
-    x = (position + (0x9E3779B1 * (layer + 1) + 0x85EBCA6B * seed) % 2**32) & 0xFFFFFFFF
-    for _ in range(3):
-        x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
-    return (x ^ (x >> 16)).double() / 2**32
+def rank(score, n_new, state: FilterState, ratio, config: FilterConfig):
+    """Which new scores (B, T) are above the threshold past the warm-up, (B, T) bool, and the scores, NaN at padding. `state`
+    remembers them. Other arguments as in token_filter, n_new None only for one token a row.
+    """
+    (_, T), W, count = score.shape, config.history, state.count[:, None]
+    if n_new is None:
+        position, past, column, latest = count, state.history[:, None], count % W, score  # past (B, 1, W)
+    else:
+        window, step = torch.arange(W, device=score.device), torch.arange(T, device=score.device)
+        position, score = count + step, score.masked_fill(step >= n_new[:, None], math.nan)
+        scores = torch.cat((state.history.gather(1, (count + window) % W), score), dim=1)  # oldest first
+        past, last = scores[:, :-1].unfold(1, W, 1), n_new[:, None] + window  # (B, T, W); (B, W), where the latest are
+        column, latest = (count + last) % W, scores.gather(1, last)
+    redundant = above_threshold(score, past, position.clamp(max=W), ratio) & (position >= max(config.warmup, 1))
+    state.history.scatter_(1, column, latest)
+    state.count += 1 if n_new is None else n_new
+    return redundant, score
 
 
 def token_filter(k, v, n_new, state: FilterState, ratio, config: FilterConfig):
@@ -122,20 +132,15 @@ def token_filter(k, v, n_new, state: FilterState, ratio, config: FilterConfig):
     k, v (B, T, KVH, D); n_new (B,) int64: row b's first n_new[b] tokens are real, the rest is padding; None: all are.
     ratio: r_l, as above_threshold takes it. Returns redundant (B, T) bool and score (B, T); padding is False and NaN.
     """
-    (B, T), W, single = k.shape[:2], config.history, n_new is None and k.shape[1] == 1
-    position = state.count[:, None]
-    if not single:
-        n_new, position = torch.full_like(state.count, T) if n_new is None else n_new, position + torch.arange(T, device=k.device)
-        last = n_new[:, None] + torch.arange(W, device=k.device)  # (B, W) of W + T scores, those of the W latest tokens
-
     # anchors: before each token, and after the last real one
+    n_new = torch.full_like(state.count, k.shape[1]) if n_new is None and k.shape[1] > 1 else n_new
     x = torch.stack((k, v), dim=2).to(state.anchor.dtype)  # (B, T, 2, KVH, D)
-    start = torch.where((state.count == 0).view(B, 1, 1, 1), x[:, 0], state.anchor)
-    if single:
+    start = torch.where((state.count == 0).view(-1, 1, 1, 1), x[:, 0], state.anchor)
+    if n_new is None:
         before, after = start[:, None], start.lerp(x[:, 0], 1 - config.gamma)
     else:
         anchors = running_average(x, start, config.gamma)  # (B, T+1, 2, KVH, D)
-        before, after = anchors[:, :-1], anchors[torch.arange(B, device=k.device), n_new]
+        before, after = anchors[:, :-1], anchors[torch.arange(len(k), device=k.device), n_new]
 
     # similarity
     norms = x.norm(dim=-1) * before.norm(dim=-1)
@@ -146,24 +151,10 @@ def token_filter(k, v, n_new, state: FilterState, ratio, config: FilterConfig):
     (var_k, var_v), (mean_k, mean_v) = (var + EPS).unbind(-1), mean.unbind(-1)  # (B, T) each
     w_k = var_v / (var_k + var_v)
     if config.fusion != "variance":
-        w_k = torch.full_like(w_k, {"equal": 0.5, "key": 1.0, "value": 0.0, "random": 0.5}[config.fusion])
+        w_k = torch.full_like(w_k, {"equal": 0.5, "key": 1.0, "value": 0.0}[config.fusion])
     score = torch.lerp(mean_v, mean_k, w_k)
-    if config.fusion == "random":
-        score = pseudo_random(position, state.layer, config.seed).to(score.dtype)
 
     # threshold
-    if single:
-        past, column, latest = state.history[:, None], position % W, score  # (B, 1, W)
-    else:
-        score = score.masked_fill(position >= state.count[:, None] + n_new[:, None], math.nan)
-        before = state.history.gather(1, (state.count[:, None] + torch.arange(W, device=k.device)) % W)  # oldest first
-        scores = torch.cat((before, score), dim=1)
-        past, column, latest = scores[:, :-1].unfold(1, W, 1), (state.count[:, None] + last) % W, scores.gather(1, last)  # (B, T, W)
-    redundant = above_threshold(score, past, position.clamp(max=W), ratio) & (position >= max(config.warmup, 1))
-
-    # state, in place
-    state.latest = cosine, w_k
     state.anchor.copy_(after)
-    state.history.scatter_(1, column, latest)
-    state.count += 1 if single else n_new
-    return redundant, score
+    state.latest = cosine, w_k
+    return rank(score, n_new, state, ratio, config)

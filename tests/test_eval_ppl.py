@@ -13,7 +13,7 @@ import eval_ppl
 from eval_ppl import cut, evaluate, main, variations
 from load_weights import load
 from model import rope_frequencies
-from rivals import key_distance, recent_only, rivals
+from rivals import by_chance, key_distance, recent_only, rivals
 from test_filter import drift, is_above, turned
 from test_generate import FILTERS, LONG, PROMPTS, refused
 from test_model import LENGTHS, small, texts
@@ -171,6 +171,19 @@ def test_rivals_have_the_budget_they_are_named_for(p):
     assert adjusted[0] == pytest.approx(p, abs=0.06)
 
 
+def test_chance_is_uniform_and_goes_by_layer_and_position_alone():
+    def scores(layer, value_seed):
+        torch.manual_seed(value_seed)
+        state = FilterState(1, 1, 2, FilterConfig(), layer, torch.float64, "cpu")
+        return by_chance(*torch.randn(2, 1, 4000, 1, 2), torch.tensor([4000]), state, 0.5, FilterConfig())[1][0]
+
+    base, *others = scores(0, 0), scores(1, 0), scores(79, 0)
+    assert torch.equal(base, scores(0, 1)) and ((base >= 0) & (base < 1)).all() and len(base.unique()) > 3960
+    for one in (*others, base.roll(1)):
+        assert abs(np.corrcoef(one, base)[0, 1]) < 0.06
+    np.testing.assert_allclose(base.histc(10, 0, 1) / 4000, 0.1, atol=0.02)
+
+
 def test_variations_change_one_field_each():
     base = preset("paper", prune=0.3)
     found = dict(variations(base))
@@ -178,7 +191,7 @@ def test_variations_change_one_field_each():
         name, value = label.split("=")
         assert str(getattr(config, name)) == value != str(getattr(base, name))
         assert FilterConfig(**{**vars(config), name: getattr(base, name)}) == base
-    assert {"schedule=uniform", "fusion=random", "keys=unrotated", "gamma=0.99", "warmup=0", "history=64",
+    assert {"schedule=uniform", "fusion=key", "keys=unrotated", "gamma=0.99", "warmup=0", "history=64",
             "recent=8"} <= found.keys()  # fmt: skip
 
 

@@ -305,11 +305,11 @@ def test_compare_runs_dense_and_every_preset(checkpoint, capsys):
 
 
 def test_every_filter_field_can_be_overridden(checkpoint, capsys):
-    flags = "--mode cache --recent 3 --schedule head --gamma 0.8 --warmup 5 --history 9 --fusion key --keys unrotated --seed 7"
+    flags = "--mode cache --recent 3 --schedule head --gamma 0.8 --warmup 5 --history 9 --fusion key --keys unrotated"
     main([str(checkpoint), "--prompt", LONG, "--prune", "0.5", "--json", *flags.split(), *RUN])
     used = json.loads(capsys.readouterr().out)["results"][0]["filter"]
     assert used == {"prune": 0.5, "mode": "cache", "recent": 3, "schedule": "head", "gamma": 0.8, "warmup": 5,
-                    "history": 9, "fusion": "key", "keys": "unrotated", "seed": 7}  # fmt: skip
+                    "history": 9, "fusion": "key", "keys": "unrotated"}  # fmt: skip
 
 
 def test_compile_changes_nothing_but_the_time(checkpoint, capsys, monkeypatch):
@@ -326,13 +326,13 @@ def test_compile_changes_nothing_but_the_time(checkpoint, capsys, monkeypatch):
     assert len(compiled) > 1  # the trial, and a block
 
 
-def test_without_a_compiler_compile_says_so_in_one_line(checkpoint, capsys, monkeypatch):
+def test_without_a_compiler_compile_says_so_in_one_line(checkpoint, capsys):
     flags = [str(checkpoint), "--prompt", LONG, "--prune", "0.5", "--preset", "local", *RUN]
     main(flags)
     text = capsys.readouterr().out
     torch.compiler.reset()
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no/such/compiler",))
-    main([*flags, "--compile"])
+    with torch._inductor.config.patch({"cpp.cxx": ("no/such/compiler",)}):  # monkeypatch would leave it broken
+        main([*flags, "--compile"])
     out, err = capsys.readouterr()
     notes = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("note: ")]
     assert out == text and len(notes) == 1 and "Traceback" not in err

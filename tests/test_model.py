@@ -76,7 +76,7 @@ def test_chunks_and_neighbours_change_nothing(shape, window, name, prune):
 
 
 @pytest.mark.parametrize("changes", [
-    {"fusion": "random"}, {"keys": "unrotated"}, {"schedule": "uniform"}, {"schedule": "head"}, {"schedule": "last"},
+    {"fusion": "key"}, {"keys": "unrotated"}, {"schedule": "uniform"}, {"schedule": "head"}, {"schedule": "last"},
     {"warmup": 0}, {"history": 8}, {"gamma": 0.0}, {"recent": 1}, {"recent": 200}, {"mode": "cache"}, {"mode": "local", "recent": 3},
 ])  # fmt: skip
 def test_chunks_and_neighbours_change_nothing_with_other_settings(changes):

@@ -84,7 +84,7 @@ def test_nothing_of_a_text_becomes_markup(tmp_path):
 def test_a_long_text_stays_small(tmp_path):
     watched = Decisions(1, 30)
     watched.redundant, watched.score = [torch.rand(30, 2000) < 0.5], [torch.rand(30, 2000).double()]
-    watched.cosine, watched.w_k = [[torch.rand(2000, 2, 3).double()] * 30], [[torch.rand(2000).double()] * 30]
+    watched.cosine, watched.w_k = [[[torch.rand(2000, 2, 3).double()]] * 30], [[[torch.rand(2000).double()]] * 30]
     write_skip_page(tmp_path / "page.html", "long", ["word"] * 2000, 1500, watched, preset("local", prune=0.5))
     assert (tmp_path / "page.html").stat().st_size < 10_000_000
 
