@@ -144,15 +144,14 @@ def test_links_files_and_quotes():
 ])  # fmt: skip
 def test_tables_say_what_was_measured(page, head, file):
     """Each cell, a perplexity with KV read last in its brackets, is that of the raw table, rounded."""
-    first, _, *lines = PAGES[page][PAGES[page].index(head) :].split("\n\n")[0].splitlines()
+    first = PAGES[page][PAGES[page].index(head) :].split("\n")[0]
     raw, ratios, compared = sizes.rows(file), [cell.strip() for cell in first.split("|")[2:-1]], 0
     labels = {"KeyDiff": "KeyDiff, online", "StreamingLLM": "StreamingLLM, as much held", "the same": "StreamingLLM, as much read",
               "redundant tokens drawn": "cache, random tokens", "a threshold adjusted": "cache, adjusted threshold",
               "no attention": "no attention in last layers"}  # fmt: skip
-    for line in lines:
-        name, *cells = (cell.strip() for cell in line.split("|")[1:-1])
-        label = next((full for part, full in labels.items() if part in name), name.strip("`"))
-        for ratio, cell in zip(ratios, cells):
+    for name, *given in cells(page, head):
+        label = next((full for part, full in labels.items() if part in name), name)
+        for ratio, cell in zip(ratios, given):
             if cell and ratio != "0":
                 perplexity, _, read = raw[label, float(ratio)]
                 shown, share = cell.split(" (")[0], cell.rstrip(")").replace("(", ", ").split(", ")[-1]
@@ -160,3 +159,30 @@ def test_tables_say_what_was_measured(page, head, file):
                 assert abs(float(shown) - perplexity) <= 0.501 * unit and abs(float(share) - read) <= 0.00501, (label, ratio, cell)
                 compared += 1
     assert compared >= 12
+
+
+def cells(page, head):
+    """The rows of the table that begins with this head, without it: [first cell, others ...]."""
+    _, _, *lines = PAGES[page][PAGES[page].index(head) :].split("\n\n")[0].splitlines()
+    return [[cell.strip().strip("`") for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def test_speed_and_pass_keys_say_what_was_measured():
+    raw = (HERE / "results" / "bench-cpu.txt").read_text()
+    for case, dense, *others in cells("docs/results.md", "| batch, context | dense, ms"):
+        batch, context = case.split(", ")
+        block = re.search(rf"^batch {batch}, context {context}\b.*\n.*\n((?:\S.*\n)+)", raw, re.M)[1].splitlines()
+        ms, ratio, bound, speed = zip(*(re.match(r".{22} +\S+ +\S+ +(\S+) +\S+ +(\S+) +(\S+) +(\S+)", line).groups() for line in block))
+        assert dense == f"{float(ms[0]):.0f} ({float(speed[0]):.0f})", case
+        shown = [f"{float(x):.2f}" for x in ratio[1:]]
+        assert [cell.split(" ")[0] for cell in others] == shown, case
+        assert [cell.split("(")[1] for cell in others[:3]] == [f"{float(x):.2f})" for x in bound[1:4]], case
+        if (batch, context) == ("32", "1024"):
+            assert [*re.search(r"takes (\S+)\s+\(`paper`\), (\S+) \(`local`\) and (\S+) \(`cache`\)", README).groups()] == shown[:3]
+
+    found = {}
+    for line in (HERE / "results" / "passkey.txt").read_text().splitlines():
+        if match := re.match(r"(dense|paper|local|cache) +(0\.\d+) +\d+ +(.*)", line):
+            found[match[1], float(match[2])] = found.get((match[1], float(match[2])), 0) + sum(map(float, match[3].split()[:5]))
+    for name, dense, *keys in cells("docs/results.md", "| pass keys found, of 15 |"):
+        assert int(dense) == found["dense", 0] and [int(n) for n in keys] == [found[name, p] for p in (0.1, 0.2, 0.5)]
