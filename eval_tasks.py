@@ -4,7 +4,7 @@
     python eval_tasks.py --tasks common_sense --num-fewshot 5          the questions in tasks/, no download
 
 Needs `pip install -r requirements-extra.txt`. The harness knows the tasks and the metrics; this file gives it the model.
-Every (context, continuation) is scored as if alone, from an empty cache: what shares a context shares its prefill, which
+Every (context, continuation) is scored as if alone, from an empty cache: what begins alike shares that part's prefill, which
 changes nothing, because filtering is causal, chunk-free and batch-invariant.
 """
 
@@ -12,10 +12,11 @@ import logging
 import math
 import os
 import random
+import statistics
 from collections import defaultdict
 from dataclasses import asdict
 from functools import partial
-from itertools import groupby
+from itertools import groupby, pairwise, takewhile
 from pathlib import Path
 
 from command_line import Parser, add_filter_arguments, add_model_arguments, as_process, fail, filter_from, overflow, print_json
@@ -27,7 +28,8 @@ from tqdm import tqdm
 from generate import sample
 from load_weights import CheckpointError, Tokenizer, load
 from model import Transformer
-from token_filter import FilterConfig
+from rivals import by_chance, last_layers
+from token_filter import FilterConfig, token_filter
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when lm_eval is imported: data sets come from this machine only
 try:
@@ -47,6 +49,7 @@ SUITES = {
     "mmlu": ["mmlu"],
     "wikitext": ["wikitext"],
 }
+SHARED = 128  # tokens that contexts have in common, such as solved examples, from which on they are fed once
 AVERAGED = ("acc", "acc_norm", "exact_match")  # metrics that mean the same on every task
 GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}  # what generate_until understands
 
@@ -55,15 +58,22 @@ GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top
 
 
 def batches(pairs, size):
-    """Cut pairs (context, continuation) into lists of at most `size` indices, those of one context together if they fit.
+    """Cut pairs (context, continuation) into lists of at most `size` indices, those of one context together if they fit, and
+    those of contexts that begin alike apart from others.
 
     Longest first, so that memory runs out early if at all, and rows of a batch are of similar length.
     """
+    begun, family = (), {}  # family: of each context that shares its beginning, the first that has it
+    for before, context in pairwise(sorted({context for context, _ in pairs})):
+        begun = begun if alike([begun, context]) else before
+        if alike([begun, context]):
+            family[begun] = family[context] = begun
     batch: list[int] = []
-    order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]), pairs[i][0], -len(pairs[i][1])))
-    for _, same in groupby(order, key=lambda i: pairs[i][0]):
-        group = list(same)
-        if batch and len(batch) + len(group) > size:
+    order = [(family.get(context, ()), context, i) for i, (context, _) in enumerate(pairs)]
+    order.sort(key=lambda at: (-len(at[0]), at[0], -len(at[1]), at[1], -len(pairs[at[2]][1])))
+    for (begun, _), same in groupby(order, key=lambda at: at[:2]):
+        group = [i for _, _, i in same]
+        if batch and (len(batch) + len(group) > size or begun != family.get(pairs[batch[0]][0], ())):
             yield batch
             batch = []
         batch += group
@@ -74,17 +84,29 @@ def batches(pairs, size):
         yield batch
 
 
-def score(model: Transformer, pairs, filter: FilterConfig | None, chunk=128):
+def alike(contexts):
+    """How many tokens all of these contexts begin with, the last of each left out, or 0 if not worth being fed apart."""
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(min(contexts)[:-1], max(contexts)))
+    shared = len(list(same))
+    return shared if len(contexts) > 1 and shared >= SHARED else 0
+
+
+def score(model: Transformer, pairs, filter: FilterConfig | None, criterion=token_filter, chunk=128):
     """Score pairs (context, continuation) of token tuples, none empty, each from an empty cache, as one batch.
 
     Returns for each: sum of log p(token | all before it) over the continuation, in nats; whether every token of it is
-    the likeliest; the row of cache.usage(), of all tokens but the last, which is only predicted. `chunk` bounds the
-    memory the logits take. Raises ValueError beyond the model's context, FloatingPointError where logits are not finite.
+    the likeliest; the row of cache.usage(), of all tokens but the last, which is only predicted. `criterion` is as in
+    model.new_cache, `chunk` bounds the memory the logits take. Raises ValueError beyond the model's context,
+    FloatingPointError where logits are not finite.
     """
     contexts = list(dict.fromkeys(context for context, _ in pairs))
     fork = [contexts.index(context) for context, _ in pairs]
-    cache = model.new_cache(len(contexts), filter)
-    logits = model.prefill([list(context) for context in contexts], cache)[fork][:, None]  # (B, 1, V)
+    shared = alike(contexts)
+    cache = model.new_cache(1 if shared else len(contexts), filter, criterion)
+    if shared:
+        model.prefill([list(contexts[0][:shared])], cache)
+        cache.select([0] * len(contexts))
+    logits = model.prefill([list(context[shared:]) for context in contexts], cache)[fork][:, None]  # (B, 1, V)
     cache.select(fork)
 
     n = torch.tensor([len(continuation) for _, continuation in pairs])
@@ -114,9 +136,10 @@ class FilteredLM(TemplateLM):
     cache.usage() says of every text scored or continued for that task, a shared context counted for each.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, filter: FilterConfig | None = None, batch=8, seed=0, title=""):
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, filter: FilterConfig | None = None, batch=8, seed=0, title="",
+                 criterion=token_filter):  # fmt: skip
         super().__init__()
-        self.model, self.tokenizer, self.filter = model, tokenizer, filter
+        self.model, self.tokenizer, self.filter, self.criterion = model, tokenizer, filter, criterion
         self.batch, self.seed, self.title = batch, seed, title
         self.context = model.config.max_positions
         self.used: dict[str, list[list[int]]] = defaultdict(list)
@@ -159,7 +182,7 @@ class FilteredLM(TemplateLM):
         scored: dict[int, tuple] = {}
         with tqdm(total=len(pairs), desc=self.title, unit=" texts", leave=False) as bar:
             for batch in batches(pairs, self.batch):
-                scored.update(zip(batch, score(self.model, [pairs[i] for i in batch], self.filter)))
+                scored.update(zip(batch, score(self.model, [pairs[i] for i in batch], self.filter, self.criterion)))
                 bar.update(len(batch))
         return [scored[i] for i in range(len(pairs))]
 
@@ -208,7 +231,7 @@ class FilteredLM(TemplateLM):
                 rows, made = order[start : start + self.batch], 0
                 streams = {i: self.tokenizer.stream() for i in rows}
                 rngs = {i: torch.Generator().manual_seed(self.seed + i) for i in rows}
-                cache = self.model.new_cache(len(rows), self.filter)
+                cache = self.model.new_cache(len(rows), self.filter, self.criterion)
                 logits = self.model.prefill([prompts[i] for i in rows], cache)
                 while rows:
                     stay, tokens, usage, made = [], [], cache.usage().tolist(), made + 1
@@ -263,31 +286,32 @@ def load_tasks(names, include_path):
     return loaded, lines
 
 
+def mean_of(figures):
+    """The mean of independent (value, stderr or None), and its stderr, None if one is."""
+    values, errors = zip(*figures)
+    return sum(values) / len(values), None if None in errors else math.hypot(*errors) / len(errors)
+
+
 def summarise(results, lm: FilteredLM, lines):
-    """The harness's results of one setting: {name: {"metrics": {metric: (value, stderr)}, skip ratio and lengths}}.
+    """The harness's results of one setting, {name: row}. A row has "metrics" {metric: (value, stderr)}; "outcomes" {metric: each
+    question's own}; of its texts how many and how long they are, how many are not filtered, and cache.usage()'s shares.
 
     With several tasks, "average" is over all that report a metric ("acc of 7": over 7), its stderr as of independent tasks.
     """
     table: dict[str, dict] = {}
     for name, parts in lines.items():
-        metrics = {}
+        row = table[name] = {"metrics": {}, "outcomes": {}, "used": [text for part in parts for text in lm.used[part]]}
         for key, value in results["results"][name].items():
             metric, _, kind = key.partition(",")
             if kind and not metric.endswith("_stderr"):
                 stderr = results["results"][name].get(f"{metric}_stderr,{kind}")
                 label = metric if kind == "none" else f"{metric}, {kind}"
-                metrics[label] = (value, stderr if isinstance(stderr, float) and math.isfinite(stderr) else None)
-        table[name] = {"metrics": metrics, "used": [text for part in parts for text in lm.used[part]]}
+                row["metrics"][label] = (value, stderr if isinstance(stderr, float) and math.isfinite(stderr) else None)
+                samples = [sample for part in parts for sample in results["samples"][part] if sample["filter"] == kind]
+                row["outcomes"][label] = [float(s[metric]) for s in samples if isinstance(s.get(metric), bool | int | float)]
     if len(table) > 1:
-        averages = {}
-        for metric in AVERAGED:
-            having = [row["metrics"][metric] for row in table.values() if metric in row["metrics"]]
-            if len(having) > 1:
-                mean = sum(value for value, _ in having) / len(having)
-                known = all(stderr is not None for _, stderr in having)
-                error = math.hypot(*(stderr for _, stderr in having)) / len(having) if known else None
-                averages[f"{metric} of {len(having)}"] = (mean, error)
-        table["average"] = {"metrics": averages, "used": [text for row in table.values() for text in row["used"]]}
+        used = [text for row in table.values() for text in row["used"]]
+        table["average"] = {"metrics": averages(table, "metrics"), "used": used}
     for row in table.values():
         usage = torch.tensor(row.pop("used"))  # (texts, 5)
         pairs, redundant, held, read, dense_read = usage.sum(0).tolist()
@@ -298,24 +322,50 @@ def summarise(results, lm: FilteredLM, lines):
     return table
 
 
-def print_table(settings):
-    """One line per task, metric and setting: [(title, summarise()'s table)], the dense one first if there is one."""
-    dense = settings[0][1] if settings[0][0] == "dense" else None
-    width = max(map(len, settings[0][1]))
-    head = f"{'task':<{width}}  {'metric':<15} {'setting':<14} {'value':>9} {'stderr':>8} {'- dense':>9}"
-    print(f"{head} {'skipped':>8} {'KV held':>8} {'KV read':>8}")
-    for name, row in settings[0][1].items():
-        for metric in row["metrics"]:
-            for title, table in settings:
-                value, stderr = table[name]["metrics"][metric]
-                error = "" if stderr is None else f"{stderr:.4f}"
-                change = "" if dense is None or table is dense else f"{value - dense[name]['metrics'][metric][0]:+.4f}"
-                shares = " ".join(f"{table[name][key]:>8.4f}" for key in ("skip_ratio", "kv_held", "kv_read"))
-                print(f"{name:<{width}}  {metric:<15} {title:<14} {value:>9.4f} {error:>8} {change:>9} {shares}")
+def averages(table, key):
+    """{"acc of 7": the mean of what 7 rows have under `key`, and its stderr, None if one is}, for each metric of AVERAGED."""
+    found = {}
+    for metric in AVERAGED:
+        having = [row[key][metric] for row in table.values() if metric in row[key]]
+        if len(having) > 1:
+            values, errors = zip(*having)
+            error = None if None in errors else math.hypot(*errors) / len(having)
+            found[f"{metric} of {len(having)}"] = (sum(values) / len(having), error)
+    return found
+
+
+def compare(table, dense):
+    """Give each row of `table` "- dense" {metric: (difference, stderr)}, paired: the same questions, with and without a filter."""
+    tasks = {name: row for name, row in table.items() if name != "average"}
+    for name, row in tasks.items():
+        row["- dense"] = {}
+        for metric, outcomes in row["outcomes"].items():
+            changes = [ours - theirs for ours, theirs in zip(outcomes, dense[name]["outcomes"][metric])]
+            error = statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else None
+            row["- dense"][metric] = (row["metrics"][metric][0] - dense[name]["metrics"][metric][0], error)
+    if "average" in table:
+        table["average"]["- dense"] = averages(tasks, "- dense")
+
+
+HEAD = ("value", "stderr", "- dense", "stderr", "skipped", "KV held", "KV read", "whole")  # whole: texts the warm-up covers
+
+
+def print_table(title, table, width, head=False):
+    """One line per task and metric of one setting, summarise()'s table, as wide as the longest title; with `head` what they are."""
+    name_width = max(map(len, table))
+    if head:
+        print(f"{'setting':<{width}}  {'task':<{name_width}}  {'metric':<13}", *(f"{name:>8}" for name in HEAD))
+    for name, row in table.items():
+        for metric, figures in row["metrics"].items():
+            figures = *figures, *row.get("- dense", {}).get(metric, (None, None)), row["skip_ratio"], row["kv_held"], row["kv_read"]
+            figures = *figures, row["unfiltered"] / row["texts"]
+            formats = (".4f", ".4f", "+.4f", ".4f", ".4f", ".4f", ".4f", ".0%")
+            cells = (f"{'' if figure is None else format(figure, form):>8}" for figure, form in zip(figures, formats))
+            print(f"{title:<{width}}  {name:<{name_width}}  {metric:<13}", *cells, flush=True)
 
 
 def read_arguments(argv):
-    """The command's arguments, and the settings to run, (title, FilterConfig or None) each."""
+    """The command's arguments, and the settings to run, {title: (FilterConfig or None, criterion)}."""
     parser = Parser(description="Tasks of the lm-evaluation-harness, dense against filtered.")
     add_model_arguments(parser)
     parser.add_argument("--suite", choices=SUITES, help="the benchmarks that the paper reports")
@@ -330,6 +380,7 @@ def read_arguments(argv):
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="continuations at a time (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N",
                         help="of what tasks draw at random (default: 0)")  # fmt: skip
+    parser.add_argument("--rivals", action="store_true", help="also presets with tokens by chance, and last layers without attention")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     add_filter_arguments(parser, several=True)
     args = parser.parse_args(argv)
@@ -339,21 +390,22 @@ def read_arguments(argv):
         fail("no task: give --suite or --tasks")
     if args.batch < 1 or args.seed < 0 or (args.limit is not None and args.limit < 1) or (args.num_fewshot or 0) < 0:
         fail("--batch and --limit must be at least 1, --seed and --num-fewshot at least 0")
-    filters: list[tuple[str, FilterConfig | None]] = []  # dense once, then every preset at every ratio
+    settings = {}  # dense once, then every preset at every ratio
     for name in args.preset or ["paper"]:
         for prune in sorted(args.prune):
             config = filter_from(args, name, prune)
-            if config or "dense" not in [title for title, _ in filters]:
-                filters.append((f"{name} {prune:g}" if config else "dense", config))
+            settings[f"{name} {prune:g}" if config else "dense"] = config, token_filter
+            if config and args.rivals:
+                settings[f"{name} {prune:g}, random"] = config, by_chance
 
     for folder in args.include_path or []:
         if not os.path.isdir(folder):
             fail(f"--include-path {folder}: no such folder")
-    return args, filters
+    return args, settings
 
 
 def main(argv=None):
-    args, filters = read_arguments(argv)
+    args, settings = read_arguments(argv)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # one bar for each task, and MMLU has 57: ours are enough
@@ -369,31 +421,27 @@ def main(argv=None):
     except CheckpointError as e:
         fail(e)
 
-    settings = []
-    for title, config in filters:
-        lm = FilteredLM(model, tokenizer, config, args.batch, args.seed, title)
+    for prune in sorted(filter(None, args.prune if args.rivals else ())):
+        first = model.config.n_layers - round(prune * model.config.n_layers)
+        settings[f"last layers {prune:g}"] = FilterConfig(prune, schedule="uniform", warmup=0), last_layers(first)
+    tables: dict[str, dict] = {}
+    for title, (config, criterion) in settings.items():
+        lm = FilteredLM(model, tokenizer, config, args.batch, args.seed, title, criterion)
         try:
-            options = {"limit": args.limit, "apply_chat_template": args.chat, "log_samples": False}
-            results = lm_eval.evaluate(lm, loaded, **options)
+            results = lm_eval.evaluate(lm, loaded, limit=args.limit, apply_chat_template=args.chat)
         except (ValueError, FloatingPointError, CheckpointError) as e:
             fail(e)
-        settings.append((title, summarise(results, lm, lines)))
+        tables[title] = summarise(results, lm, lines)
+        if title != "dense" and "dense" in tables:
+            compare(tables[title], tables["dense"])
+        if not args.json:
+            print_table(title, tables[title], max(map(len, settings)), head=len(tables) == 1)
 
     if args.json:
         about = {"lm_eval": lm_eval.__version__, "checkpoint": str(args.checkpoint), "limit": args.limit, "chat": args.chat}
         about |= {"num_fewshot": results["n-shot"], "versions": results["versions"]}
-        rows = [
-            {"setting": title, "filter": config and asdict(config), "tasks": table}
-            for (title, table), (_, config) in zip(settings, filters)
-        ]
+        rows = [{"setting": title, "filter": settings[title][0] and asdict(settings[title][0]), "tasks": tables[title]} for title in tables]
         print_json({**about, "results": rows})
-        return
-    print_table(settings)
-    for title, table in settings:
-        for name, row in table.items():
-            if title != "dense" and row["unfiltered"] and name != "average":
-                share = row["unfiltered"] / row["texts"]
-                print(f"note: {title}, {name}: {share:.0%} of the texts are no longer than the warm-up, so not filtered at all")
 
 
 if __name__ == "__main__":

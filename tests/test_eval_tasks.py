@@ -5,9 +5,11 @@ import functools
 import itertools
 import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from lm_eval.api.instance import Instance
 
 import eval_tasks
 import skip_map
-from eval_tasks import SUITES, FilteredLM, batches, load_tasks, main, print_table
+from eval_tasks import SUITES, FilteredLM, batches, compare, load_tasks, main, score, summarise
 from generate import generate
 from load_weights import load
 from model import KVCache, Transformer
@@ -125,9 +127,7 @@ def test_agrees_with_the_harness_own_model(both, local):
     outcomes = []
     for lm in both:
         manager = lm_eval.tasks.TaskManager(include_path=str(local), include_defaults=False)
-        outcomes.append(
-            lm_eval.simple_evaluate(lm, tasks=["local_choice", "local_rolling", "local_generate"], task_manager=manager)
-        )
+        outcomes.append(lm_eval.simple_evaluate(lm, tasks=["local_choice", "local_rolling", "local_generate"], task_manager=manager))
     ours, theirs = outcomes
     assert ours["results"]["local_choice"] == theirs["results"]["local_choice"]
     assert 0 < ours["results"]["local_choice"]["acc,none"]
@@ -251,11 +251,33 @@ def test_a_shared_context_is_fed_once(tiny, monkeypatch):
     assert tokens == len(pairs[0][0]) + sum(len(continuation) - 1 for _, continuation in pairs)
 
 
-def test_batches_keep_a_context_together_and_their_size():
+@pytest.mark.parametrize("filter", FILTERS)
+def test_solved_examples_are_fed_once(tiny, filter, monkeypatch):
+    """Contexts that begin alike give what each gives alone, and their beginning is one row of one prefill."""
+    monkeypatch.setattr(eval_tasks, "SHARED", 20)
+    lm = FilteredLM(*tiny, filter, batch=4)
+    solved, other = " ".join(f"{i} and {i} make {2 * i}." for i in range(8)), " ".join(f"{i} is odd." for i in range(1, 19, 2))
+    texts = [*(f"{solved} Next: {word}" for word in ("seven", "a", "the river")), *(f"{other} {i}" for i in range(2)), "Alone"]
+    pairs = [lm._encode_pair(text, " " + end) for text in texts for end in ("one", "or two of them")]
+    alone = [score(lm.model, [(tuple(context), tuple(continuation))], filter)[0] for context, continuation in pairs]
+    fed, forward = [], Transformer.forward
+    monkeypatch.setattr(Transformer, "forward", lambda self, *a, **k: fed.append(a) or forward(self, *a, **k))
+    for (logprob, greedy, used), (expected, expected_greedy, expected_used) in zip(lm.score_all(pairs), alone):
+        assert logprob == pytest.approx(expected, abs=1e-9) and greedy == expected_greedy and used == expected_used
+    contexts = {tuple(context) for context, _ in pairs}
+    assert len(contexts) == 6 and all(len(context) > 25 for context in contexts if len(context) > 5)
+    whole = sum(map(len, contexts)) + sum(len(continuation) - 1 for _, continuation in pairs)
+    assert sum(int(n_new.sum()) for _, _, n_new in fed) < whole - 20 - 20  # three contexts in two batches of four pairs; and two
+
+
+def test_batches_keep_together_what_begins_alike_and_their_size():
     pairs = [((name,) * 3, (i,)) for i, name in enumerate("aabbbcccccccccccd")]
     cut = list(batches(pairs, 4))
     assert sorted(itertools.chain(*cut)) == list(range(17)) and max(map(len, cut)) == 4
     assert [0, 1] in cut and [2, 3, 4] in cut
+    solved = [((end % 2,) * eval_tasks.SHARED + (end,), (0,)) for end in range(7)]  # two beginnings, taking turns
+    short = [((end % 2,) * (eval_tasks.SHARED - 1) + (end,), (0,)) for end in range(7)]
+    assert sorted(map(sorted, batches(solved, 8))) == [[0, 2, 4, 6], [1, 3, 5]] and len(list(batches(short, 8))) == 1
 
 
 # -------------------------------------------------------------------------------------------- decisions in float32
@@ -378,7 +400,8 @@ def test_the_table_of_a_suite(checkpoint, stand_ins, capsys):
 
     dense, filtered = (row["tasks"] for row in results)
     names = [*SUITES["commonsense"], "mmlu_astronomy", "average"]
-    assert list(dense) == names and "".join(shown[0].split()) == "taskmetricsettingvaluestderr-denseskippedKVheldKVread"
+    assert list(dense) == names
+    assert " ".join(shown[0].split()) == "setting task metric value stderr - dense stderr skipped KV held KV read whole"
     for table in (dense, filtered):
         for metric in ("acc", "acc_norm"):
             values = torch.tensor([table[name]["metrics"][metric] for name in names[:-1] if metric in table[name]["metrics"]])
@@ -388,21 +411,47 @@ def test_the_table_of_a_suite(checkpoint, stand_ins, capsys):
     assert filtered["mmlu_astronomy"]["skip_ratio"] > 0.2 and filtered["mmlu_astronomy"]["unfiltered"] == 0
     assert dense["piqa"]["texts"] == 4 and dense["mmlu_astronomy"]["texts"] == 8
 
-    (line,) = (line for line in shown if line.startswith("mmlu_astronomy ") and "cache 0.5" in line)
-    value, change = filtered["mmlu_astronomy"]["metrics"]["acc"][0], dense["mmlu_astronomy"]["metrics"]["acc"][0]
-    expected = [f"{value:.4f}", f"{value - change:+.4f}", f"{filtered['mmlu_astronomy']['skip_ratio']:.4f}"]
-    assert [line.split()[i] for i in (4, 6, 7)] == expected
-    assert any(line.startswith("note: cache 0.5, openbookqa: 100% of the texts") for line in shown)
-    assert not any("mmlu_astronomy" in line for line in shown if line.startswith("note"))
+    for name, row in filtered.items():
+        for metric, (change, error) in row["- dense"].items():
+            assert change == pytest.approx(row["metrics"][metric][0] - dense[name]["metrics"][metric][0])
+            if name != "average":
+                pairs = zip(row["outcomes"][metric], dense[name]["outcomes"][metric])
+                assert error == pytest.approx(statistics.stdev(a - b for a, b in pairs) / 2**0.5)
+    assert len(filtered["average"]["- dense"]) == 2 and not any("- dense" in row for row in dense.values())
+
+    (line,) = (line for line in shown if line.startswith("cache 0.5  mmlu_astronomy "))
+    row = filtered["mmlu_astronomy"]
+    expected = *row["metrics"]["acc"], *row["- dense"]["acc"], row["skip_ratio"], row["kv_held"], row["kv_read"]
+    assert [float(figure) for figure in line.split()[4:-1]] == pytest.approx(expected, abs=1e-4) and line.split()[-1] == "0%"
+    assert any(line.startswith("cache 0.5  openbookqa") and line.endswith(" 100%") for line in shown)
 
 
-def test_the_table_compares_with_dense(capsys):
-    shares = ({"skip_ratio": 0.0, "kv_held": 1.0, "kv_read": 1.0}, {"skip_ratio": 0.2, "kv_held": 0.75, "kv_read": 0.5})
-    rows = [{"metrics": {"acc": figures}} | share for figures, share in zip(((0.5, 0.1), (0.25, None)), shares)]
-    print_table([("dense", {"t": rows[0]}), ("paper 0.2", {"t": rows[1]})])
-    _, dense, filtered = capsys.readouterr().out.splitlines()
-    assert dense.split() == ["t", "acc", "dense", "0.5000", "0.1000", "0.0000", "1.0000", "1.0000"]
-    assert filtered.split() == ["t", "acc", "paper", "0.2", "0.2500", "-0.2500", "0.2000", "0.7500", "0.5000"]
+def test_rivals_skip_as_much_and_other_tokens(checkpoint, local, capsys):
+    arguments = ["--tasks", "local_choice", "--include-path", local, "--prune", 0, 0.5, "--recent", 0, "--warmup", 2, "--json"]
+    shown = json.loads(run(capsys, checkpoint, *arguments, "--preset", "paper", "cache", "--rivals"))["results"]
+    names = ["dense", "paper 0.5", "paper 0.5, random", "cache 0.5", "cache 0.5, random", "last layers 0.5"]
+    assert [row["setting"] for row in shown] == names
+    rows = [row["tasks"]["local_choice"] for row in shown[1:]]
+    assert all(0.3 < row["skip_ratio"] < 0.7 for row in rows) and len({row["skip_ratio"] for row in rows}) == 5
+
+
+def test_the_table_compares_with_dense():
+    """Paired by question; without the questions' own values, or with one question, no standard error."""
+    lm = SimpleNamespace(used={"a": [[40, 10, 30, 5, 10]], "b": [[40, 0, 40, 10, 10]]}, filter=None)
+    lm.model = SimpleNamespace(config=SimpleNamespace(n_layers=4))
+
+    def results(a, b):
+        outcomes = {"a": a, "b": b}
+        samples = {name: [{"filter": "none", "acc": value} for value in values] for name, values in outcomes.items()}
+        return {"results": {name: {"acc,none": sum(values) / len(values)} for name, values in outcomes.items()}, "samples": samples}
+
+    lines = {"a": ["a"], "b": ["b"]}
+    dense = summarise(results([1, 1, 0, 1], [0.5]), lm, lines)
+    table = summarise(results([1, 0, 0, 0], [0.75]), lm, lines)
+    compare(table, dense)
+    assert table["a"]["metrics"] == {"acc": (0.25, None)} and table["a"]["skip_ratio"] == 0.25 and table["a"]["kv_read"] == 0.5
+    assert table["a"]["- dense"]["acc"] == pytest.approx((-0.5, statistics.stdev([0, -1, 0, -1]) / 2))
+    assert table["b"]["- dense"]["acc"] == (0.25, None) and table["average"]["- dense"]["acc of 2"] == (-0.125, None)
 
 
 def test_a_group_is_one_line(checkpoint, stand_ins, capsys):
