@@ -286,12 +286,6 @@ def load_tasks(names, include_path):
     return loaded, lines
 
 
-def mean_of(figures):
-    """The mean of independent (value, stderr or None), and its stderr, None if one is."""
-    values, errors = zip(*figures)
-    return sum(values) / len(values), None if None in errors else math.hypot(*errors) / len(errors)
-
-
 def summarise(results, lm: FilteredLM, lines):
     """The harness's results of one setting, {name: row}. A row has "metrics" {metric: (value, stderr)}; "outcomes" {metric: each
     question's own}; of its texts how many and how long they are, how many are not filtered, and cache.usage()'s shares.
