@@ -111,22 +111,26 @@ def score(model: Transformer, pairs, filter: FilterConfig | None, criterion=toke
 
     n = torch.tensor([len(continuation) for _, continuation in pairs])
     targets = torch.nn.utils.rnn.pad_sequence([torch.tensor(c) for _, c in pairs], batch_first=True)  # (B, T)
-    nll, greedy, done = torch.zeros(len(pairs), dtype=torch.float64), torch.ones(len(pairs), dtype=torch.bool), 0
+    nll, greedy = torch.zeros(len(pairs), dtype=torch.float64), torch.ones(len(pairs), dtype=torch.bool)
+    usage, rows, done = torch.zeros(len(pairs), 5, dtype=torch.int64), torch.arange(len(pairs)), 0  # rows: not at their end yet
     while True:
-        target = targets[:, done : done + logits.shape[1]]  # what these logits predict
-        pad = torch.arange(done, done + target.shape[1]) >= n[:, None]
+        target = targets[rows, done : done + logits.shape[1]]  # what these logits predict
+        pad = torch.arange(done, done + target.shape[1]) >= n[rows, None]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
         losses = F.cross_entropy(logits, target.flatten().to(logits.device), reduction="none").cpu().view(target.shape)
-        nll += losses.double().masked_fill(pad, 0).sum(1)
+        nll[rows] += losses.double().masked_fill(pad, 0).sum(1)
         if not nll.isfinite().all():
             context, continuation = pairs[int(nll.isfinite().int().argmin())]
             raise FloatingPointError(overflow(model, [*context, *continuation], filter))
-        greedy &= ((logits.argmax(-1).cpu().view(target.shape) == target) | pad).all(1)
-        done += target.shape[1]
-        if done == targets.shape[1]:
-            break
-        logits = model(targets[:, done - 1 : -1][:, :chunk], cache, (n - done).clamp(0, chunk))
-    return list(zip((-nll).tolist(), greedy.tolist(), cache.usage().tolist()))
+        greedy[rows] &= ((logits.argmax(-1).cpu().view(target.shape) == target) | pad).all(1)
+        usage[rows], done = cache.usage(), done + target.shape[1]
+        left = n[rows] - done
+        if left.max() <= 0:
+            return list(zip((-nll).tolist(), greedy.tolist(), usage.tolist()))
+        cache.select((left > 0).nonzero()[:, 0])
+        rows, left = rows[left > 0], left[left > 0]
+        step = int(left.min().clamp(16, chunk))  # to the end of the shortest, lest others feed padding, but not for a token or two
+        logits = model(targets[rows, done - 1 : -1][:, :step], cache, left.clamp(max=step))
 
 
 class FilteredLM(TemplateLM):
