@@ -433,7 +433,7 @@ def main(argv=None):
         if title != "dense" and "dense" in tables:
             compare(tables[title], tables["dense"])
         if not args.json:
-            print_table(title, tables[title], max(map(len, settings)), head=len(tables) == 1)
+            print_table(title, tables[title], max(map(len, ("setting", *settings))), head=len(tables) == 1)
 
     if args.json:
         about = {"lm_eval": lm_eval.__version__, "checkpoint": str(args.checkpoint), "limit": args.limit, "chat": args.chat}
