@@ -54,7 +54,8 @@ def blocks(language):
 
 def commands():
     lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
-    return list({tuple(words): words for line in lines if (words := shlex.split(line, comments=True))}.values())
+    given = (re.sub(r"^HF_HUB_OFFLINE=0 ", "", line) for line in lines)
+    return list({tuple(words): words for line in given if (words := shlex.split(line, comments=True))}.values())
 
 
 @pytest.fixture
@@ -139,7 +140,7 @@ def test_links_files_and_quotes():
 
 
 @pytest.mark.parametrize("page, head, file", [
-    ("README.md", "| `--prune` |", "qwen2.5-coder-1.5b.txt"), ("docs/results.md", "| perplexity (KV read) | 0 |", "perplexity.txt"),
+    ("docs/results.md", "| perplexity (KV read) | 0 |", "perplexity.txt"),
     ("docs/results.md", "| perplexity (KV held, KV read) |", "rivals.txt"),
 ])  # fmt: skip
 def test_tables_say_what_was_measured(page, head, file):
@@ -165,6 +166,37 @@ def cells(page, head):
     """The rows of the table that begins with this head, without it: [first cell, others ...]."""
     _, _, *lines = PAGES[page][PAGES[page].index(head) :].split("\n\n")[0].splitlines()
     return [[cell.strip().strip("`") for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def benchmarks(model):
+    """(setting, task) -> accuracy in percent, its difference from dense and that one's standard error, or None; KV read."""
+    text = (HERE / "results" / "benchmarks.txt").read_text(encoding="utf-8").split(f"\n{model}\n")[1].split("-Instruct\n")[0]
+    found = {}
+    for line in text.splitlines():
+        if match := re.match(r"(\S.*?) +(?:real_)?(\w+) +acc(?: of 7)? +(.*)", line):
+            figures = [float(figure) for figure in match[3].rstrip("%").split()]
+            change, error = figures[2:4] if len(figures) == 8 else (None, None)
+            found[match[1], match[2]] = 100 * figures[0], change and 100 * change, error and 100 * error, figures[-2]
+    return found
+
+
+def test_readme_says_what_was_measured_at_the_largest_size():
+    """Perplexity and accuracy, each with its KV read; a difference's standard error as it was paired."""
+    perplexity, accuracy, compared = sizes.rows("qwen2.5-coder-1.5b.txt"), benchmarks("Qwen2.5-Coder-1.5B-Instruct"), 0
+    for setting, *given in cells("README.md", "| | perplexity | seven tasks"):
+        name, _, prune = setting.replace("`", "").partition(" ")
+        expected, _, read = perplexity[name, float(prune or 0)]
+        shown, _, share = given[0].rstrip(")").partition(" (")
+        assert float(shown) == pytest.approx(expected, abs=0.501 * 10 ** -len(shown.partition(".")[2])), setting
+        assert not share or float(share) == pytest.approx(read, abs=0.00501), setting
+        for task, cell in zip(("average", "mmlu"), given[1:]):
+            if cell != "not run":
+                value, _, error, read = accuracy[setting.replace("`", ""), task]
+                known = [(x, unit) for x, unit in ((value, 0.1), (error, 0.1), (read, 0.01)) if x is not None]
+                for figure, (x, unit) in zip(re.findall(r"[\d.]+", cell), known):
+                    assert float(figure) == pytest.approx(x, abs=0.501 * unit), (setting, cell)
+                compared += 1
+    assert compared >= 8
 
 
 def test_speed_and_pass_keys_say_what_was_measured():
