@@ -270,6 +270,14 @@ def test_solved_examples_are_fed_once(tiny, filter, monkeypatch):
     assert sum(int(n_new.sum()) for _, _, n_new in fed) < whole - 20 - 20  # three contexts in two batches of four pairs; and two
 
 
+def test_a_continuation_that_has_ended_leaves(tiny, monkeypatch):
+    """No padding is fed past it, but for what makes 16 tokens full."""
+    fed, forward = [], Transformer.forward
+    monkeypatch.setattr(Transformer, "forward", lambda self, *a, **k: fed.append(a[0].numel()) or forward(self, *a, **k))
+    score(tiny[0], [((1, 2, 3), tuple(range(n))) for n in (2, 40, 90)], None)
+    assert fed == [3, 3 * 16, 2 * 23, 50]
+
+
 def test_batches_keep_together_what_begins_alike_and_their_size():
     pairs = [((name,) * 3, (i,)) for i, name in enumerate("aabbbcccccccccccd")]
     cut = list(batches(pairs, 4))
