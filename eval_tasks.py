@@ -16,7 +16,7 @@ import statistics
 from collections import defaultdict
 from dataclasses import asdict
 from functools import partial
-from itertools import groupby, pairwise, takewhile
+from itertools import groupby, takewhile
 from pathlib import Path
 
 from command_line import Parser, add_filter_arguments, add_model_arguments, as_process, fail, filter_from, overflow, print_json
@@ -64,10 +64,11 @@ def batches(pairs, size):
     Longest first, so that memory runs out early if at all, and rows of a batch are of similar length.
     """
     begun, family = (), {}  # family: of each context that shares its beginning, the first that has it
-    for before, context in pairwise(sorted({context for context, _ in pairs})):
-        begun = begun if alike([begun, context]) else before
+    for context in sorted({context for context, _ in pairs}):
         if alike([begun, context]):
             family[begun] = family[context] = begun
+        else:
+            begun = context
     batch: list[int] = []
     order = [(family.get(context, ()), context, i) for i, (context, _) in enumerate(pairs)]
     order.sort(key=lambda at: (-len(at[0]), at[0], -len(at[1]), at[1], -len(pairs[at[2]][1])))
@@ -123,12 +124,14 @@ def score(model: Transformer, pairs, filter: FilterConfig | None, criterion=toke
             context, continuation = pairs[int(nll.isfinite().int().argmin())]
             raise FloatingPointError(overflow(model, [*context, *continuation], filter))
         greedy[rows] &= ((logits.argmax(-1).cpu().view(target.shape) == target) | pad).all(1)
-        usage[rows], done = cache.usage(), done + target.shape[1]
+        done += target.shape[1]
         left = n[rows] - done
-        if left.max() <= 0:
-            return list(zip((-nll).tolist(), greedy.tolist(), usage.tolist()))
-        cache.select((left > 0).nonzero()[:, 0])
-        rows, left = rows[left > 0], left[left > 0]
+        if left.min() <= 0:
+            usage[rows] = cache.usage()
+            if left.max() <= 0:
+                return list(zip((-nll).tolist(), greedy.tolist(), usage.tolist()))
+            cache.select((left > 0).nonzero()[:, 0])
+            rows, left = rows[left > 0], left[left > 0]
         step = int(left.min().clamp(16, chunk))  # to the end of the shortest, lest others feed padding, but not for a token or two
         logits = model(targets[rows, done - 1 : -1][:, :step], cache, left.clamp(max=step))
 
@@ -355,8 +358,8 @@ def print_table(title, table, width, head=False):
         print(f"{'setting':<{width}}  {'task':<{name_width}}  {'metric':<13}", *(f"{name:>8}" for name in HEAD))
     for name, row in table.items():
         for metric, figures in row["metrics"].items():
-            figures = *figures, *row.get("- dense", {}).get(metric, (None, None)), row["skip_ratio"], row["kv_held"], row["kv_read"]
-            figures = *figures, row["unfiltered"] / row["texts"]
+            shares = row["skip_ratio"], row["kv_held"], row["kv_read"], row["unfiltered"] / row["texts"]
+            figures = *figures, *row.get("- dense", {}).get(metric, (None, None)), *shares
             formats = (".4f", ".4f", "+.4f", ".4f", ".4f", ".4f", ".4f", ".0%")
             cells = (f"{'' if figure is None else format(figure, form):>8}" for figure, form in zip(figures, formats))
             print(f"{title:<{width}}  {name:<{name_width}}  {metric:<13}", *cells, flush=True)
@@ -420,8 +423,7 @@ def main(argv=None):
         fail(e)
 
     for prune in sorted(filter(None, args.prune if args.rivals else ())):
-        first = model.config.n_layers - round(prune * model.config.n_layers)
-        settings[f"last layers {prune:g}"] = FilterConfig(prune, schedule="uniform", warmup=0), last_layers(first)
+        settings[f"last layers {prune:g}"] = last_layers(prune, model.config.n_layers)
     tables: dict[str, dict] = {}
     for title, (config, criterion) in settings.items():
         lm = FilteredLM(model, tokenizer, config, args.batch, args.seed, title, criterion)

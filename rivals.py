@@ -20,14 +20,16 @@ def past_warmup(k, n_new, state, config):
     return position, (position >= max(config.warmup, 1)) & (position < state.count[:, None])
 
 
-def last_layers(first):
-    """Depth pruning: layers first .. L-1 have no attention, for no token past the warm-up, whatever the text."""
+def last_layers(p, n_layers):
+    """Depth pruning, (FilterConfig, criterion): a share p of the layers, the last, have no attention past the first token, whatever
+    the text."""
+    first = n_layers - round(p * n_layers)
 
     def criterion(k, v, n_new, state, ratio, config):
         _, free = past_warmup(k, n_new, state, config)
         return free & (state.layer >= first), torch.full(free.shape, math.nan, device=k.device)
 
-    return criterion
+    return FilterConfig(prune=p, schedule="uniform", warmup=0), criterion
 
 
 def recent_only(k, v, n_new, state, ratio, config):
@@ -95,8 +97,7 @@ def rivals(p, n_layers, window):
     (1-p) of the t that dense sees. KeyDiff ranks among 32 scores only: its scores fall while the mean settles, and among
     256 it would skip a third where p is half.
     """
-    config = FilterConfig(prune=p, schedule="uniform", warmup=0)
-    yield "no attention in last layers", config, last_layers(n_layers - round(p * n_layers))
+    yield "no attention in last layers", *last_layers(p, n_layers)
     for label, share in (("held", 1 - p), ("read", 1 - math.sqrt(p))):
         latest = max(1, round(share * window) - SINKS)  # a token itself is one of them
         yield f"StreamingLLM, as much {label}", preset("cache", prune=p, warmup=SINKS, recent=latest - 1), recent_only

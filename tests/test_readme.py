@@ -169,14 +169,14 @@ def cells(page, head):
 
 
 def benchmarks(model):
-    """(setting, task) -> accuracy in percent, its difference from dense and that one's standard error, or None; KV read."""
+    """(setting, task) -> accuracy in percent, its difference from dense and that one's standard error, or None; KV read; skipped."""
     text = (HERE / "results" / "benchmarks.txt").read_text(encoding="utf-8").split(f"\n{model}\n")[1].split("-Instruct\n")[0]
     found = {}
     for line in text.splitlines():
         if match := re.match(r"(\S.*?) +(?:real_)?(\w+) +acc(?: of 7)? +(.*)", line):
             figures = [float(figure) for figure in match[3].rstrip("%").split()]
             change, error = figures[2:4] if len(figures) == 8 else (None, None)
-            found[match[1], match[2]] = 100 * figures[0], change and 100 * change, error and 100 * error, figures[-2]
+            found[match[1], match[2]] = 100 * figures[0], change and 100 * change, error and 100 * error, figures[-2], figures[-4]
     return found
 
 
@@ -191,12 +191,25 @@ def test_readme_says_what_was_measured_at_the_largest_size():
         assert not share or float(share) == pytest.approx(read, abs=0.00501), setting
         for task, cell in zip(("average", "mmlu"), given[1:]):
             if cell != "not run":
-                value, _, error, read = accuracy[setting.replace("`", ""), task]
+                value, _, error, read, _ = accuracy[setting.replace("`", ""), task]
                 known = [(x, unit) for x, unit in ((value, 0.1), (error, 0.1), (read, 0.01)) if x is not None]
                 for figure, (x, unit) in zip(re.findall(r"[\d.]+", cell), known):
                     assert float(figure) == pytest.approx(x, abs=0.501 * unit), (setting, cell)
                 compared += 1
     assert compared >= 8
+
+
+def test_every_benchmark_is_what_was_measured():
+    raw, compared = benchmarks("Qwen2.5-Coder-1.5B-Instruct"), 0
+    tasks = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "average", "mmlu")
+    for setting, *given in cells("docs/results.md", "| `--prune` | BoolQ"):
+        share, name = setting.startswith("share"), re.sub("share skipped, |`|--", "", setting)
+        for task, cell in zip(tasks, given):
+            if cell:
+                value, *_, skipped = raw[name, task]
+                assert float(cell) == pytest.approx(skipped if share else value, abs=0.00501 if share else 0.0501), (setting, task)
+                compared += 1
+    assert compared >= 40
 
 
 def test_speed_and_pass_keys_say_what_was_measured():
