@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from token_filter import FilterConfig, preset, rank, token_filter
+from token_filter import PRESETS, FilterConfig, preset, rank, token_filter
 
 SINKS = 16  # first tokens that StreamingLLM keeps, as many as our warm-up
 
@@ -89,8 +89,8 @@ def adjusted_threshold(k, v, n_new, state, ratio, config):
 
 
 def rivals(p, n_layers, window):
-    """(label, FilterConfig, criterion) of each rival at ratio p. The last two have other tokens found redundant: by chance, or by
-    an adjusted threshold.
+    """(label, FilterConfig, criterion) of each rival at ratio p. The last have other tokens found redundant: by an adjusted
+    threshold, or by chance, under every preset.
 
     StreamingLLM has a fixed budget where the others keep a share, so it is there twice: with the same cache at a window's
     end, B = (1-p) W tokens; and with the same read over the window, where the min(t, B) tokens that are seen at t add up to
@@ -102,5 +102,6 @@ def rivals(p, n_layers, window):
         latest = max(1, round(share * window) - SINKS)  # a token itself is one of them
         yield f"StreamingLLM, as much {label}", preset("cache", prune=p, warmup=SINKS, recent=latest - 1), recent_only
     yield "KeyDiff, online", preset("cache", prune=p, history=32), key_distance
-    yield "cache, random tokens", preset("cache", prune=p), by_chance
     yield "cache, adjusted threshold", preset("cache", prune=p), adjusted_threshold
+    for name in PRESETS:
+        yield f"{name}, random tokens", preset(name, prune=p), by_chance

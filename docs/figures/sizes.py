@@ -51,11 +51,11 @@ def draw_reads(path):
     axes = figure.subplots()
     dense = table["dense", 0.0][0]
     axes.axhline(dense, color="black", linestyle="--", label=f"dense: {dense:.1f}")
-    others = iter(("gray", "tab:purple", "tab:pink", "tab:red", "tab:olive", "tab:brown"))
+    others = iter(("gray", "tab:purple", "tab:pink", "tab:red", "tab:brown"))
     for name in dict.fromkeys(name for name, _ in table if name != "dense"):
         points = sorted((read, ppl) for (each, _), (ppl, _, read) in table.items() if each == name)
-        mine = name in COLOURS
-        axes.plot(*zip(*points), "-" if mine else ":", marker="o" if mine else "x", color=COLOURS.get(name) or next(others), label=name)
+        colour, mine = COLOURS.get(name.split(", random")[0]) or next(others), name in COLOURS
+        axes.plot(*zip(*points), "o-" if mine else "x", color=colour, label=name)
     axes.set(xlim=(0, 1), ylim=(0.95 * dense, 100), yscale="log")
     axes.set(xlabel="KV read: keys and values read, over those read without a filter", ylabel="perplexity (logarithmic, up to 100)")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
