@@ -16,6 +16,7 @@ from unittest.mock import MagicMock
 
 import command_line
 
+import numpy as np
 import pytest
 import torch
 
@@ -182,14 +183,13 @@ def cells(page, head):
 
 
 def benchmarks(model):
-    """(setting, task) -> accuracy in percent, its difference from dense and that one's standard error, or None; KV read; skipped."""
+    """(setting, task) -> accuracy in percent; the standard error of its difference from dense, or None; KV read; skipped."""
     text = (HERE / "results" / "benchmarks.txt").read_text(encoding="utf-8").split(f"\n{model}\n")[1].split("-Instruct\n")[0]
     found = {}
     for line in text.splitlines():
         if match := re.match(r"(\S.*?) +(?:real_)?(\w+) +acc(?: of 7)? +(.*)", line):
             figures = [float(figure) for figure in match[3].rstrip("%").split()]
-            change, error = figures[2:4] if len(figures) == 8 else (None, None)
-            found[match[1], match[2]] = 100 * figures[0], change and 100 * change, error and 100 * error, figures[-2], figures[-4]
+            found[match[1], match[2]] = 100 * figures[0], 100 * figures[3] if len(figures) == 8 else None, figures[-2], figures[-4]
     return found
 
 
@@ -202,7 +202,7 @@ def test_readme_says_what_was_measured_at_the_largest_size():
         name = name.replace("last layers", "no attention in last layers") + (", random tokens" if chance else "")
         assert agrees(given[0], perplexity[name, float(prune or 0)]), setting
         for task, cell in zip(("average", "mmlu"), given[1:]):
-            value, _, error, read, _ = accuracy[setting, task]
+            value, error, read, _ = accuracy[setting, task]
             known = [(x, unit) for x, unit in ((value, 0.1), (error, 0.1), (read, 0.01)) if x is not None]
             for figure, (x, unit) in zip(re.findall(r"[\d.]+", cell), known):
                 assert float(figure) == pytest.approx(x, abs=0.501 * unit), (setting, cell)
@@ -221,6 +221,25 @@ def test_every_benchmark_is_what_was_measured():
                 assert float(cell) == pytest.approx(skipped if share else value, abs=0.00501 if share else 0.0501), (setting, task)
                 compared += 1
     assert compared >= 40
+
+
+def test_every_difference_of_benchmarks_is_what_was_measured():
+    """From dense, as printed; between two settings, from the outcomes of every question."""
+    text = (HERE / "results" / "benchmarks.txt").read_text(encoding="utf-8")
+    lines = re.findall(r"^.* (?:average|real_mmlu) .* [+-](0\.\d+) +(0\.\d+) .*$", text, re.M)
+    known = {f"{100 * float(change):.1f} ± {100 * float(error):.1f}" for change, error in lines}
+    found = re.findall(r"^1.5B  (paper [\d.]+(?:, random)?) +(\w+) +([01]+)$", text, re.M)
+    outcomes = {(name, task): [int(bit) for bit in bits] for name, task, bits in found}
+    for name in ("paper 0.2", "paper 0.5"):
+        drawn = {task: bits for (each, task), bits in outcomes.items() if each == f"{name}, random"}
+        changes = {task: np.subtract(bits, outcomes[name, task]) for task, bits in drawn.items()}
+        for part in ([changes.pop("mmlu")] if "mmlu" in changes else [], list(changes.values())):
+            if part:
+                error = sum(change.var(ddof=1) / len(change) for change in part) ** 0.5 / len(part)
+                known.add(f"{100 * np.mean([change.mean() for change in part]):.1f} ± {100 * error:.1f}")
+    section = PAGES["docs/results.md"].split("## Benchmarks")[1].split("Every (context")[0]
+    given = set(re.findall(r"\d+\.\d ± \d+\.\d", section))
+    assert len(given) >= 15 and given <= known, given - known
 
 
 def test_speed_and_pass_keys_say_what_was_measured():
