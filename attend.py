@@ -1,38 +1,36 @@
-"""Attention of a decode step: one query a row, over the first n[b] slots of its row of the cache. One function for every device.
+"""Attention of a decode step: one query a row, over the first n[b] slots of its row of the cache.
 
 Shapes: B sequences, S slots, H query heads, KVH key/value heads, D head size.
 """
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+BLOCK = 128  # slots that compiled attention reads, or leaves out, together
+
+
+def attend(q, k, v, n, mask=None):
+    """One query a row over the first n[b] slots of its row: q (B, H, 1, D); k, v (B, KVH, S, D); n (B,) int64; mask (B, S) bool: of
+    those slots, the ones to look at. Returns (B, H, 1, D), where n[b] is 0 anything, NaN included.
+    """
+    compiling, on_cpu = torch.compiler.is_compiling(), q.device.type == "cpu"
+    if compiling and q.dtype != torch.float64 and (mask is None or not on_cpu):  # what FlexAttention knows nothing of
+        return attend_compiled(q, k, v, n, mask)
+    way = attend_rows if on_cpu and not compiling else attend_masked
+    # query heads that share a key/value head are queries of one head, so that k, v are read once
+    return way(q.view(len(q), k.shape[1], -1, q.shape[3]), k, v, n, mask).reshape(q.shape)
 
 
 def attend_masked(q, k, v, n, mask=None):
-    """One query a row over the first n[b] slots of its row: q (B, KVH, H/KVH, D), the query heads that share a key/value head
-    being queries of one head, so that k, v are read once; k, v (B, KVH, S, D); n (B,) int64; mask (B, S) bool: of those slots,
-    the ones to look at. Returns (B, KVH, H/KVH, D), where n[b] is 0 anything, NaN included.
-    """
+    """In one call, which reads all slots: q (B, KVH, H/KVH, D)."""
     seen = n.view(-1, 1, 1, 1) > torch.arange(k.shape[2], device=k.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen if mask is None else seen & mask[:, None, None])
 
 
-def attend_varlen(varlen_attn, q, k, v, n, mask=None):
-    """The same on a GPU, where nothing but these slots is read: every (row, key/value head) is a sequence of its own."""
-    if mask is not None:
-        return attend_masked(q, k, v, n, mask)
-    B, heads, S, D = k.shape
-    starts = torch.arange(B * heads + 1, dtype=torch.int32, device=k.device)  # each has one query, and S slots
-    used = n.to(torch.int32)[:, None].expand(B, heads).reshape(-1)
-    q, k, v = q.flatten(0, 1), k.view(-1, 1, D), v.view(-1, 1, D)
-    return varlen_attn(q, k, v, starts, starts * S, 1, S, enable_gqa=True, seqused_k=used).unflatten(0, (B, heads))
-
-
-@torch.library.custom_op("token_filtering::attend_rows", mutates_args=())  # so that it can be part of a compiled graph
-def attend_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """The same on the CPU: all rows at once if they are about as long, otherwise by twos of about the same length, which keeps
-    more threads busy than one row; a row with n[b] = 0 is left out, and gets 0.
+def attend_rows(q, k, v, n, mask=None):
+    """The same on the CPU: all rows at once if they are about as long, otherwise by twos of about the same length, which keeps more
+    threads busy than one row; a row with n[b] = 0 is left out, and gets 0.
     """
     y, lengths = torch.zeros_like(q), n.tolist()
     order = sorted((b for b, length in enumerate(lengths) if length), key=lengths.__getitem__)
@@ -49,13 +47,15 @@ def attend_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n: torch.Tens
     return y
 
 
-attend_rows.register_fake(lambda q, k, v, n, mask=None: torch.empty_like(q))
-
-
-def attention_for(device, dtype):
-    """The one of these that is best there."""
-    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and torch.__version__ >= "2.12":  # the first with seqused_k
-        from torch.nn.attention.varlen import varlen_attn  # takes a second to import
-
-        return partial(attend_varlen, varlen_attn)
-    return attend_rows if device.type == "cpu" else attend_masked
+def attend_compiled(q, k, v, n, mask=None):
+    """With FlexAttention, on any device: of a row's blocks of slots those below n[b] are read, and no others."""
+    if q.device.type == "cpu":  # whose kernel takes what is computed in the same graph only as a view of something in memory
+        n = n.as_strided(n.shape, n.stride())
+    block = torch.arange((k.shape[2] + BLOCK - 1) // BLOCK, dtype=torch.int32, device=k.device)
+    n_full = (n // BLOCK if mask is None else torch.zeros_like(n)).to(torch.int32)  # blocks that need no look at single slots,
+    n_part = ((n + BLOCK - 1) // BLOCK).to(torch.int32) - n_full  # and those that do: which, in the first n_part[b] of a row
+    part, full = (n_full[:, None] + block).clamp(max=len(block) - 1), block.expand(len(n), len(block)).contiguous()
+    seen = (lambda b, h, i, s: s < n[b]) if mask is None else (lambda b, h, i, s: (s < n[b]) & mask[b, s])
+    blocks = BlockMask.from_kv_blocks(n_part.view(-1, 1, 1), part[:, None, None], n_full.view(-1, 1, 1), full[:, None, None],
+                                      BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(1, k.shape[2]), compute_q_blocks=False)  # fmt: skip
+    return flex_attention(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] > k.shape[1])

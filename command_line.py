@@ -77,10 +77,10 @@ def overflow(model, tokens: list[int], config: FilterConfig | None) -> str:
     """Where the logits of a text stop being finite, in a line."""
     cache, dtype, where = model.new_cache(1, config), str(model.embed.weight.dtype)[6:], "the output"
     with torch.inference_mode():
-        x = model.embed(torch.tensor([tokens], device=cache.device))
-        chunk, warm = cache.advance(torch.tensor([len(tokens)]), len(tokens), x.dtype)
+        x = model.embed(torch.tensor(tokens, device=cache.position.device))
+        chunk = cache.advance(torch.tensor([len(tokens)]), len(tokens), x.dtype)
         for number, (block, layer) in enumerate(zip(model.blocks, cache.layers)):
-            x = block(x, warm if layer.closed else chunk, layer)
+            x = block(x, chunk, layer)
             if not x.isfinite().all():
                 where = f"layer {number}"
                 break

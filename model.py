@@ -3,19 +3,21 @@
 Read from the top; to see the filter at work, follow one token through Attention.forward.
 
 Shapes: B sequences, T new tokens, S slots of a layer's cache, L layers, H query heads, KVH key/value heads (H is a multiple of
-KVH), D head size, C width, R channels of a head that RoPE turns, N tokens gathered out of a (B, T) chunk. A token's
+KVH), D head size, C width, R channels of a head that RoPE turns, N real tokens, without padding, of a (B, T) chunk. A token's
 *position* counts from the start of its own sequence; its *slot* is where a layer's cache keeps it.
 """
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attend import attention_for
+from attend import attend
 from schedule import layer_ratios
 from token_filter import FilterConfig, FilterState, token_filter
 
@@ -83,12 +85,11 @@ def rotate(x, cos, sin):
 
 # --------------------------------------------------------------------------------------------------- the KV cache
 
-BLOCK = 32  # decode steps between two looks at how long the rows have become
-
-
-def send(x, device):
-    """A tensor from the host to the device, without waiting for what the device is at."""
-    return x.to(device, non_blocking=True)
+FAR = 2**62  # beyond any position
+BLOCK = 32  # slots, at least, by which a layer's cache grows
+QUERIES = 256  # of each row, that prefill attends with at a time
+# of torch's kernels not cuDNN's, which takes a second to plan for every new shape, and every chunk of every layer has one
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def front_slot(position, sinks, ring):
@@ -97,29 +98,58 @@ def front_slot(position, sinks, ring):
 
 
 @dataclass
-class Chunk:
-    """Where the new tokens of a call stand in their sequences. Padding is on the right."""
+class Group:
+    """Tokens of a chunk that attend together: those of each row moved to its front make (B, T') queries, little of it padding."""
 
-    seen: torch.Tensor  # (B,) host: how many tokens came before
-    n_new: torch.Tensor  # (B,) host: how many of the T tokens are real
-    n: torch.Tensor | None  # (B,) the same on the device; None at decode, where every row has one token, a real one
-    position: torch.Tensor  # (B, T)
-    cos: torch.Tensor  # (B, T, 1, R)
-    sin: torch.Tensor
-    row: torch.Tensor  # (B,) 0 .. B-1
-    slot: torch.Tensor  # (B,) of the first token, in the layers that filter,
-    front: torch.Tensor  # (B,) and how many slots of sinks and ring are filled with it
-    windowed: bool  # whether a sliding window may hide something
+    step: torch.Tensor  # (N',) which of the chunk's (B, T) tokens they are,
+    token: torch.Tensor  # (N',) which of its N real ones,
+    seat: torch.Tensor  # (N',) and which of the queries
+    longest: int  # T'
+    ends: list[int]  # up to which of the T new tokens each QUERIES of them can see
+
+
+def grouped(attends, token, *numbers):
+    """attends (G, B, T) bool, token as in Chunk -> G Groups; and the numbers, 0-dim tensors, as ints. Waits once for the device."""
+    T, row = attends.shape[2], torch.arange(attends.shape[1], device=attends.device)[:, None]
+    nth, end = attends.cumsum(2), attends * torch.arange(1, T + 1, device=attends.device)  # nth: 1 for a row's first
+    ends = [(end * (nth <= last)).amax((1, 2)) for last in range(QUERIES, T + QUERIES, QUERIES)]
+    table = torch.stack((attends.sum((1, 2)), nth[:, :, -1].amax(1), *ends), dim=1)
+    known, groups = torch.cat((table.flatten(), *(number.view(1) for number in numbers))).cpu(), []  # the wait
+    for some, count, (N, longest, *ends) in zip(attends, nth, known[: table.numel()].view(table.shape).tolist()):
+        step = some.flatten().byte().argsort(descending=True, stable=True)[:N]
+        groups.append(Group(step, token.flatten()[step], (row * longest + count - 1).flatten()[step], longest, ends))
+    return groups, known[table.numel() :].tolist()
 
 
 @dataclass
-class Tape:
-    """A chunk in one layer, as prefill needs it: the ring's tokens in order of position, then the new ones."""
+class Step:
+    """Where the new tokens stand in their sequences: at decode, where every row has one, (B, 1)."""
 
-    kv: torch.Tensor  # (B, G+1+T, 2, KVH, D)
-    position: torch.Tensor  # (B, G+1+T) host, from here on; negative where there is no such token
-    kept: torch.Tensor  # (B, G+1+T) bool
-    far: torch.Tensor  # (B,) how many far tokens each row had before
+    position: torch.Tensor  # (B, T)
+    cos: torch.Tensor  # (N, 1, 1, R)
+    sin: torch.Tensor
+    start: torch.Tensor  # (B,) the first one's position,
+    slot: torch.Tensor  # (B,) its slot in the layers that filter,
+    front: torch.Tensor  # (B,) how many slots of sinks and ring are filled with it,
+    row: torch.Tensor  # (B,) and its row, 0 .. B-1
+
+    def by_row(self, x):
+        """(N, 1, KVH, D) -> (B, T, KVH, D), at padding anything."""
+        return x
+
+
+@dataclass
+class Chunk(Step):
+    """In prefill, where a row has up to T of them, and then padding."""
+
+    n: torch.Tensor  # (B,) how many it has
+    token: torch.Tensor  # (B, T) which of the N it is; at padding any
+    everyone: Group
+    end: int  # the most tokens that a row has with these,
+    rest: int  # and how many more are known to follow
+
+    def by_row(self, x):
+        return x[self.token].squeeze(2)
 
 
 class LayerCache:
@@ -127,113 +157,112 @@ class LayerCache:
 
         sinks   w = max(warmup, 1) slots for the first tokens: token t in slot t
         ring    G + 1 slots for the latest, kept or not: token t in slot w + (t - w) mod (G + 1)
-        far     `far[b]` slots, for the kept tokens that have left the ring, in order
+        far     the kept tokens that have left the ring, one after another; under a sliding window the i-th in slot i mod window
 
-    so that what a token may see is a prefix of them: sinks and ring, as far as they are filled, then far. Nothing moves but
-    a kept token that leaves the ring. Without a filter (or at ratio 0, or 1 where that leaves nothing to do) all is far.
+    so that what a token may see is a prefix of them: sinks and ring, as far as they are filled, then far. At decode nothing moves
+    but a kept token that leaves the ring. Without a filter (or at ratio 0, or 1 where that leaves nothing to do) all is far.
     """
 
     def __init__(self, config: ModelConfig, B, layer, ratio, filter: FilterConfig, sinks, criterion, dtype, device):
-        self.filter, self.criterion, self.window = filter, criterion, config.window
-        # ratio 1: past the warm-up no token queries or is stored, so none is projected or scored either
+        self.filter, self.criterion, self.window, self.share = filter, criterion, config.window or FAR, ratio
+        # ratio 1: past the warm-up no token queries or is stored, so none is scored either
         self.closed = ratio == 1 and filter.mode == "skip" and filter.recent == 0
         self.filters = ratio > 0 and not self.closed
         self.sinks: int
         self.sinks, self.ring = (sinks, filter.recent + 1) if self.filters else (0, 0)
         self.front = self.sinks + self.ring
-        self.attend = attention_for(torch.device(device), dtype)
+        self.most = sinks if self.closed else self.front + self.window  # slots that may ever be needed
         self.kv = torch.zeros(2, B, config.kv_heads, BLOCK + 1, config.head_dim, dtype=dtype, device=device)  # (2, B, KVH, S, D)
-        self.far = torch.zeros(B, dtype=torch.int64, device=device)
-        self.kept = torch.zeros(B, self.front + 1, dtype=torch.bool, device=device)  # who of the ring; its last column is for the rest
-        self.at = self.far.new_full((B, BLOCK + 1 if self.window else 0), -1)  # (B, S) positions in the slots; for a window only
-        self.read, self.expired = torch.zeros_like(self.far), torch.zeros_like(self.far)  # slots that queries read; far tokens dropped
+        self.at = torch.full((B, BLOCK + 1), -1, device=device)  # the positions of the tokens in the slots, -1 where there is none
+        self.kept = torch.zeros(B, self.front, dtype=torch.bool, device=device)  # who of the sinks and the ring
+        self.far = torch.zeros(B, dtype=torch.int64, device=device)  # how many are far ones, or under a window have been
+        self.skipped, self.read = torch.zeros_like(self.far), torch.zeros_like(self.far)  # redundant tokens; slots that queries have read
+        self.used = 0  # slots filled in the longest row, when the host last looked
         self.state = self.ratio = self.redundant = self.score = None  # the last two for whoever wants to look: (B, T), the latest
         if self.filters:
             exact = torch.promote_types(dtype, torch.float32)
             self.state = FilterState(B, config.kv_heads, config.head_dim, filter, layer, exact, device)
             self.ratio = torch.full((), ratio, dtype=torch.float64, device=device)  # a number would be compiled in, layer by layer
 
+    def slots_for(self, used, rest):
+        """How many slots to have when `used` are filled, and `rest` more tokens are known to come."""
+        return min(used + max(math.ceil((1 - self.share) * rest), used // 8, BLOCK), self.most) + 1  # the last: for what goes nowhere
+
+    def free(self):
+        """How many more tokens there are slots for, whatever is kept."""
+        return self.at.shape[1] - 1 - self.used if self.at.shape[1] <= self.most else FAR
+
     def resize(self, slots):
-        """Allocate so many slots, no fewer and hardly more."""
-        missing = slots - self.kv.shape[3]
-        if not -BLOCK <= missing <= 0:
-            self.kv = F.pad(self.kv, (0, 0, 0, missing)).contiguous()  # a negative number cuts
-            self.at = F.pad(self.at, (0, missing if self.window else 0), value=-1).contiguous()
+        n = slots - self.at.shape[1]  # a negative number cuts
+        self.kv, self.at = F.pad(self.kv, (0, 0, 0, n)), F.pad(self.at, (0, n), value=-1)
 
-    def in_sight(self, redundant, front, far):
-        """How many slots a token may see, a prefix: all tensors alike, front and far counted with itself in place."""
-        if redundant is None or self.filter.mode == "cache":
-            return front + far
-        if self.filter.mode == "local":
-            return front + far.masked_fill(redundant, 0)
-        return (front + far).masked_fill(redundant, 0)
-
-    def put(self, kv, redundant, chunk: Chunk):
-        """Decode: one token a row, kv (B, 1, 2, KVH, D), into its slot; returns how many slots it may see, itself included, (B,)."""
-        row, slot, end = chunk.row, chunk.slot, self.far + (0 if redundant is None else chunk.front)
-        if redundant is None:
-            slot, n = end, self.far.add_(1)
-        else:
-            redundant = redundant[:, 0]
-            self.kv[:, row, :, end] = self.kv[:, row, :, slot]  # the one that leaves; if it was not kept, it is never looked at
-            self.far += self.kept[row, slot]
+    def put(self, k, v, redundant, step: Step):
+        """Decode: one token a row, k, v (B, 1, KVH, D), redundant (B,) or None, into its slot. Returns how many slots it may see,
+        itself included, (B,), and under a sliding window which of them, (B, S).
+        """
+        row, slot, front, position = step.row, step.slot, step.front if self.ring else 0, step.start
+        last = front + (self.far if self.window == FAR else self.far % self.window)
+        if self.ring:
+            kept = self.kept[row, slot]
+            self.kv[:, row, :, last] = self.kv[:, row, :, slot]  # the one that leaves; if it was not kept, it is never looked at
+            self.at[row, last] = self.at[row, slot].masked_fill(~kept, -1)
+            self.far += kept
             self.kept[row, slot] = ~redundant
-            n = self.in_sight(redundant, chunk.front, self.far)
-        self.kv[:, row, :, slot] = kv[:, 0]
-        if self.window:
-            self.at[row, end] = self.at[row, slot]
-            self.at[row, slot] = chunk.position[:, 0]
-        self.read += n if self.window is None else n.clamp(max=self.window)
-        return n
+            self.skipped += redundant
+        else:
+            slot = last
+            self.far += 1 if redundant is None else ~redundant
+            position = position if redundant is None else position.masked_fill(redundant, -1)
+        self.kv[:, row, :, slot] = torch.stack((k, v), dim=2)[:, 0]
+        self.at[row, slot] = position
+        far, mask = self.far, None
+        if self.window < FAR:
+            far, mask = far.clamp(max=self.window), self.at > step.position - self.window
+        if redundant is not None and self.filter.mode == "local":
+            far = far.masked_fill(redundant, 0)
+        n = front + far
+        if redundant is not None and self.filter.mode == "skip":
+            n = n.masked_fill(redundant, 0)
+        self.read += n if mask is None else (mask & (torch.arange(mask.shape[1], device=n.device) < n[:, None])).sum(1)
+        return n, mask
 
-    def tape(self, kv, redundant, chunk: Chunk) -> Tape:
-        """Prefill: any number of tokens of each row, kv (B, T, 2, KVH, D). Waits for the device once, unless the host knows already."""
-        if self.window:
-            self.expire(chunk.position[:, :1])
-        row, T = chunk.row[:, None], kv.shape[1]
-        position = (chunk.seen - self.ring)[:, None] + torch.arange(self.ring + T)
-        kept, far = (position >= 0) & (position < (chunk.seen + chunk.n_new)[:, None]), chunk.seen
-        if self.filters or self.window:
-            slot = send(front_slot(position[:, : self.ring].clamp(min=0), self.sinks, self.ring), kv.device)
-            parts = [self.far[:, None], self.kept[row, slot], *([] if redundant is None else [~redundant])]
-            known = torch.cat(parts, dim=1).cpu()  # the wait
-            far, kept = known[:, 0], kept & (known[:, 1:] > 0) if self.filters else kept
-            kv = torch.cat((self.kv[:, row, :, slot], kv), dim=1)
-        return Tape(kv, position, kept, far)
+    def in_reach(self, kv, redundant, chunk: Chunk):
+        """Prefill: what the new tokens, kv (2, B, KVH, T, D), may look at: far slots, sinks and ring, the new, in this order. Returns
+        keys and values (2, B, KVH, K, D); their positions (B, K), -1 where there is none; whether they are kept, (B, K); and their
+        place when all are stored, (B, K): that of a slot in order, FAR for what nobody will see any more.
+        """
+        front, far = min(self.front, self.used), max(self.used - self.front, 0)
 
-    def extend(self, tape: Tape, chunk: Chunk):
-        """Prefill: store what the tape brings."""
-        p, end = tape.position, (chunk.seen + chunk.n_new)[:, None]  # all on the host, (B, G+1+T)
-        stays = (p >= 0) & (p < end) & ((p < self.sinks) | (p >= end - self.ring))
-        leaves = tape.kept & (p >= self.sinks) & (p < end - self.ring)
-        far = tape.far[:, None] + leaves.cumsum(1)
-        self.resize(int((far[:, -1:] + end.clamp(max=self.front)).max()) + 1)
-        slot = torch.where(leaves, self.front + far - 1, self.kv.shape[3] - 1)  # the last is for what goes nowhere
-        slot = torch.where(stays, front_slot(p, self.sinks, self.ring), slot)
-        t, redundant, device = p[:, self.ring :], ~tape.kept[:, self.ring :], self.far.device
-        n = self.in_sight(redundant, (t + 1).clamp(max=self.front), far[:, : t.shape[1]]).clamp(max=self.window or 2**62)
-        self.read += send(n.masked_fill(t >= end, 0).sum(1), device)
-        self.far = send(tape.far + leaves.sum(1), device)
-        row, slot = chunk.row[:, None], send(slot, device)
-        self.kv[:, row, :, slot] = tape.kv
-        self.kept[row, slot.clamp(max=self.front)] = send(tape.kept, device)
-        if self.window:
-            self.at[row, slot] = send(p, device)
+        def joined(old, new, dim):
+            near, beyond = old.narrow(dim, 0, self.used).split((front, far), dim)
+            return torch.cat((beyond, near, new), dim)
 
-    def expire(self, position):
-        """Drop the far tokens that the window hides from positions (B, 1) on, and close the gap they leave."""
-        far = self.at[:, self.front :]  # (B, S'), in order of position
-        slot = torch.arange(far.shape[1], device=far.device)
-        gone = ((far <= position - self.window) & (slot < self.far[:, None])).sum(1)
-        source = (gone[:, None] + slot).clamp(max=far.shape[1] - 1)
-        far.copy_(far.gather(1, source))
-        for kv in self.kv[:, :, :, self.front :]:
-            kv.copy_(kv.gather(2, source[:, None, :, None].expand_as(kv)))
-        self.far, self.expired = self.far - gone, self.expired + gone
+        end = (chunk.start + chunk.n)[:, None]
+        at = joined(self.at, chunk.position.masked_fill(chunk.position >= end, -1), 1)
+        kept = torch.cat((self.kept[:, :front], torch.ones_like(chunk.position > 0) if redundant is None else ~redundant), dim=1)
+        kept, near = F.pad(kept, (far, 0), value=True), (at < self.sinks) | (at >= end - self.ring)
+        stays = (at >= 0) & (near | (kept & (at >= end - self.window)))
+        place = torch.where(near, front_slot(at, self.sinks, self.ring), self.front + at)
+        return joined(self.kv, kv, 3), at, kept, place.masked_fill(~stays, FAR)
+
+    def visible(self, query, at, kept, near):
+        """Prefill: (B, T', K), which tokens at (B, K) those at query (B, T') may look at; near: no far one."""
+        query, at, kept = query[..., None], at[:, None], kept[:, None]
+        sight = (at > query - self.ring) | (at < self.sinks)
+        return (at >= 0) & (at <= query) & (at > query - self.window) & (sight if near else sight | kept)
+
+    def store(self, kv, at, kept, place, used, rest):
+        """Prefill: lay out anew what in_reach() gave, of which at most `used` of a row stay, with slots for some of `rest` to come."""
+        slots, stays = self.slots_for(used, rest), (place < FAR).sum(1, keepdim=True)
+        order = F.pad(place.argsort(1)[:, :used], (0, slots - used))  # no slot between filled ones is empty
+        self.kv = kv.gather(3, order[:, None, :, None].expand(2, -1, kv.shape[2], -1, kv.shape[4]))
+        self.at = at.gather(1, order).masked_fill(torch.arange(slots, device=at.device) >= stays, -1)
+        self.kept = F.pad(kept.gather(1, order) & (self.at >= 0), (0, self.front - slots))
+        self.far, self.used = (stays[:, 0] - self.front).clamp(min=0), used
 
     def select(self, rows):
         """Keep these rows, an int64 tensor, in this order."""
-        for name in ("far", "kept", "at", "read", "expired"):
+        for name in ("at", "kept", "far", "skipped", "read"):
             setattr(self, name, getattr(self, name)[rows])
         self.kv, self.redundant, self.score = self.kv[:, rows], None, None
         if self.state is not None:
@@ -241,75 +270,85 @@ class LayerCache:
 
     def usage(self, seen):
         """(3, B): tokens that were not redundant, slots in use, slots that queries have read."""
-        seen = send(seen, self.far.device)
-        kept = self.far + self.expired + self.kept[:, self.sinks : self.front].sum(1) + seen.clamp(max=self.sinks)
-        return torch.stack((kept, self.far + seen.clamp(max=self.front), self.read))
+        kept = seen.clamp(max=self.most) if self.closed else seen - self.skipped
+        return torch.stack((kept, (self.at >= (seen - self.window).clamp(min=0)[:, None]).sum(1), self.read))
 
     def nbytes(self) -> int:
-        own = sum(t.nbytes for t in (self.kv, self.far, self.kept, self.at, self.read, self.expired))
+        own = sum(t.nbytes for t in (self.kv, self.at, self.kept, self.far, self.skipped, self.read))
         return own + (0 if self.state is None else self.state.nbytes())
 
 
 class KVCache:
     """All a model remembers of B sequences. Transformer.new_cache makes one, Transformer.forward moves it on."""
 
-    def __init__(self, config: ModelConfig, B, filter: FilterConfig | None, criterion, dtype, device):
+    def __init__(self, config: ModelConfig, B, filter: FilterConfig | None, length, criterion, dtype, device):
         self.filter = filter = filter or FilterConfig(prune=0.0)
-        self.window, self.sinks, self.device = config.window, min(max(filter.warmup, 1), config.max_positions), torch.device(device)
+        self.window, self.sinks, self.length = config.window or FAR, min(max(filter.warmup, 1), config.max_positions), length
         self.frequencies = rope_frequencies(config).to(device, torch.promote_types(dtype, torch.float32))
-        self.seen = torch.zeros(B, dtype=torch.int64)  # tokens so far, so the position of the next; host
+        self.seen = torch.zeros(B, dtype=torch.int64)  # tokens so far, so the position of the next; on the host,
+        self.position = self.seen.to(device, copy=True)  # and on the device
+        self.fed = self.seen, 0  # the latest: n_new and T
+        self.idle = False  # whether all rows are past the warm-up, so that layers of ratio 1 have nothing to do
         self.room = BLOCK  # decode steps that every layer has slots for
+        self.steps = 0  # decode steps since a tensor of the cache was replaced,
+        self.replay: Callable | None = None  # and their recording
         ratios = layer_ratios(filter, config.n_layers)
         self.layers = [LayerCache(config, B, *layer, filter, self.sinks, criterion, dtype, device) for layer in enumerate(ratios)]
-        self.chunk: Chunk | None = None  # the latest
         self.slot_bytes = 2 * config.kv_heads * config.head_dim * dtype.itemsize  # K and V of one token in one layer
 
-    def advance(self, n_new, T, dtype) -> tuple[Chunk, Chunk | None]:
-        """Make room for n_new[b] more tokens of each row (host), in T columns, and say where they stand: all of them, and those
-        within the warm-up (None if no row has any).
-        """
-        warm: Chunk | None
-        chunk = warm = self.chunk = self.describe(self.seen, n_new, T, dtype)
-        if chunk.n is None and self.room == 0:
-            self.make_room()
-        self.room = self.room - 1 if chunk.n is None else 0
-        early = torch.minimum(n_new, (self.sinks - self.seen).clamp(min=0))
-        if not torch.equal(early, n_new):
-            longest = int(early.max())
-            warm = self.describe(self.seen.clamp(max=self.sinks), early, longest, dtype) if longest else None
-        self.seen = self.seen + n_new
-        return chunk, warm
+    def place(self, position, packed, dtype) -> Step:
+        """Of tokens at position (B, T), of which the real ones are packed (N,)."""
+        ring, front = self.filter.recent + 1, self.position + 1
+        slot, row = front_slot(self.position, self.sinks, ring), torch.arange(len(position), device=position.device)
+        cos, sin = rope_table(packed[:, None], self.frequencies, dtype)
+        return Step(position, cos, sin, self.position, slot, front.clamp(max=self.sinks + ring), row)
 
-    def describe(self, seen, n_new, T, dtype) -> Chunk:
-        start, ring = send(seen, self.device), self.filter.recent + 1
-        n = None if T == 1 and bool((n_new == 1).all()) else send(n_new, self.device)
-        position = start[:, None] + torch.arange(T, device=self.device)
-        cos, sin = rope_table(position, self.frequencies, dtype)
-        slot = front_slot(start, self.sinks, ring)
-        # on the CPU the mask costs nothing, and its coming later would be one more graph to compile
-        windowed = bool(self.window) and (self.device.type == "cpu" or int(seen.max()) + T > self.window)
-        row, front = torch.arange(len(seen), device=self.device), (start + 1).clamp(max=self.sinks + ring)
-        return Chunk(seen, n_new, n, position, cos, sin, row, slot, front, windowed)
+    def advance(self, n_new, T, dtype) -> Chunk:
+        """Prefill: n_new[b] more tokens of each row (host), in T columns."""
+        self.look()
+        self.replaced()
+        device, real = self.position.device, torch.arange(T) < n_new[:, None]
+        token = (real.flatten().cumsum(0) - 1).clamp(min=0).view(real.shape)
+        (everyone,), _ = grouped(real[None], token)  # on the host, so this waits for nothing
+        everyone.step, everyone.token, everyone.seat = (x.to(device) for x in (everyone.step, everyone.token, everyone.seat))
+        position, n = self.position[:, None] + torch.arange(T, device=device), n_new.to(device)
+        place = self.place(position, position.flatten()[everyone.step], dtype)
+        self.idle, self.room = int(self.seen.min()) >= self.sinks, 0
+        self.seen, self.position = self.seen + n_new, self.position + n
+        end = int(self.seen.max())
+        return Chunk(**vars(place), n=n, token=token.to(device), everyone=everyone, end=end, rest=max(self.length - end, 0))
+
+    def replaced(self):
+        """A recorded step would not see the new tensors."""
+        self.steps, self.replay = 0, None
+
+    def look(self):
+        """Have the host know how many slots are filled: the one wait of decode."""
+        seen = max(self.seen.tolist(), default=0)
+        far = torch.stack([F.pad(layer.far, (0, 1)).max() for layer in self.layers]).cpu().tolist()
+        for layer, n in zip(self.layers, far):
+            layer.used = min(seen, layer.front) + min(n, self.window)
 
     def make_room(self):
-        """Let every layer have as many slots as BLOCK steps of decode can fill: the one wait of decode."""
-        if self.window is not None:
-            for layer in self.layers:
-                layer.expire(send(self.seen, self.device)[:, None])
-        seen = int(F.pad(self.seen, (0, 1)).max())
-        longest = torch.stack([F.pad(layer.far, (0, 1)).max() for layer in self.layers]).cpu().tolist()
-        for layer, far in zip(self.layers, longest):
-            filled = far + min(seen, layer.front)
-            layer.resize(min(filled + BLOCK, self.sinks) if layer.closed else filled + BLOCK + (seen < layer.front))
-        self.room = BLOCK
+        """Let every layer have slots for some steps of decode to come, and hardly more than it needs."""
+        self.look()
+        rest, short = max(self.length - max(self.seen.tolist(), default=0), 0), min(layer.free() for layer in self.layers) < 1
+        for layer in self.layers:
+            slots, wanted = layer.at.shape[1], layer.slots_for(layer.used, rest)
+            if slots > 1.1 * wanted or (short and layer.free() < BLOCK):
+                layer.resize(wanted)
+                self.replaced()
+        self.room = min(layer.free() for layer in self.layers)
 
     @torch.inference_mode()
     def select(self, rows):
         """Keep these rows (a list or int64 tensor), in this order; a row named twice is copied: a forked prefix."""
         rows = torch.as_tensor(rows, dtype=torch.int64)
-        self.seen = self.seen[rows]
+        on_device = rows.to(self.position.device)
+        self.seen, self.position = self.seen[rows.cpu()], self.position[on_device]
         for layer in self.layers:
-            layer.select(rows.to(self.device))
+            layer.select(on_device)
+        self.replaced()
         self.make_room()
 
     def usage(self):
@@ -317,19 +356,18 @@ class KVCache:
         so far have read, and those that a dense model's would have: min(t + 1, window) at position t.
         """
         seen, L = self.seen, len(self.layers)
-        kept, held, read = torch.stack([layer.usage(seen) for layer in self.layers]).sum(0).cpu()
-        m = seen if self.window is None else seen.clamp(max=self.window)
-        dense = m * (m + 1) // 2 + (seen - m) * m
-        return torch.stack((L * seen, L * seen - kept, held, read, L * dense), dim=1)
+        kept, held, read = torch.stack([layer.usage(self.position) for layer in self.layers]).sum(0).cpu()
+        m = seen.clamp(max=self.window)
+        return torch.stack((L * seen, L * seen - kept, held, read, L * (m * (m + 1) // 2 + (seen - m) * m)), dim=1)
 
     def nbytes(self) -> int:
         """Bytes allocated: slots, and all that the filter remembers."""
         return sum(layer.nbytes() for layer in self.layers)
 
     def live_bytes(self) -> int:
-        """Bytes in use: the same, without the slots that hold no token."""
-        empty = sum(layer.kv.shape[1] * layer.kv.shape[3] for layer in self.layers) - int(self.usage()[:, 2].sum())
-        return self.nbytes() - empty * (self.slot_bytes + (0 if self.window is None else 8))
+        """Bytes in use: the same, without the slots that hold no token, or one that a window hides from all to come."""
+        empty = sum(layer.at.numel() for layer in self.layers) - int(self.usage()[:, 2].sum())
+        return self.nbytes() - empty * (self.slot_bytes + 8)  # a slot has a position, too
 
 
 # ------------------------------------------------------------------------------------------------------- the model
@@ -361,73 +399,65 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x, chunk: Chunk, cache: LayerCache):
-        """x (B, T, C), the residual stream after its norm -> what attention adds to it, (B, T, C)."""
+    def forward(self, x, chunk: Step, cache: LayerCache):
+        """x (N, C), the residual stream after its norm -> what attention adds to it, (N, C)."""
         # keys and values
-        raw_k = self.k_norm(self.k(x).unflatten(-1, (self.kv_heads, self.head_dim)))  # (B, T, KVH, D)
-        k, v = rotate(raw_k, chunk.cos, chunk.sin), self.v(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        raw_k = self.k_norm(self.k(x).unflatten(-1, (1, self.kv_heads, self.head_dim)))  # (N, 1, KVH, D)
+        k, v = rotate(raw_k, chunk.cos, chunk.sin), self.v(x).unflatten(-1, (1, self.kv_heads, self.head_dim))
+        k, v = chunk.by_row(k), chunk.by_row(v)  # (B, T, KVH, D)
 
         # filter
-        redundant = None
+        redundant = chunk.position >= cache.most if cache.closed else None  # (B, T)
         if cache.filters:
-            compared = k if cache.filter.keys == "rotated" else raw_k
-            redundant, score = cache.criterion(compared, v, chunk.n, cache.state, cache.ratio, cache.filter)  # (B, T) both
+            compared = k if cache.filter.keys == "rotated" else chunk.by_row(raw_k)
+            n = chunk.n if isinstance(chunk, Chunk) else None
+            redundant, score = cache.criterion(compared, v, n, cache.state, cache.ratio, cache.filter)  # (B, T) both
             cache.redundant, cache.score = redundant, score
 
         # store, attend, and add
-        kv = torch.stack((k, v), dim=2)  # (B, T, 2, KVH, D)
-        if chunk.n is not None:
-            return self.prefill(x, kv, redundant, chunk, cache)
-        n = cache.put(kv, redundant, chunk)
-        q = self.queries(x, chunk.cos, chunk.sin)  # (B, 1, H, D)
-        mask = cache.at > chunk.position - (cache.window or 0) if chunk.windowed else None  # (B, S)
-        y = cache.attend(q.view(len(x), self.kv_heads, -1, self.head_dim), *cache.kv, n, mask)
-        added = self.o(y.view(len(x), 1, -1))
-        return added if redundant is None or cache.filter.mode != "skip" else added.masked_fill(redundant[..., None], 0)
+        if isinstance(chunk, Chunk):
+            return self.prefill(x, k, v, redundant, chunk, cache)
+        n, mask = cache.put(k, v, None if redundant is None else redundant[:, 0], chunk)
+        added = self.o(attend(self.queries(x, chunk.cos, chunk.sin), cache.kv[0], cache.kv[1], n, mask).flatten(1))
+        return added if redundant is None or cache.filter.mode != "skip" else added.masked_fill(redundant, 0)
 
     def queries(self, x, cos, sin):
-        return rotate(self.q_norm(self.q(x).unflatten(-1, (self.heads, self.head_dim))), cos, sin)
+        """(N, H, 1, D)"""
+        return rotate(self.q_norm(self.q(x).unflatten(-1, (self.heads, 1, self.head_dim))), cos, sin)
 
-    def prefill(self, x, kv, redundant, chunk: Chunk, cache: LayerCache):
+    def prefill(self, x, k, v, redundant, chunk: Chunk, cache: LayerCache):
         """The same for any number of tokens a row: those that skip are left out of the products with q and o too."""
-        (B, T, C), tape = x.shape, cache.tape(kv, redundant, chunk)
-        attends = tape.kept[:, cache.ring :] if cache.filter.mode == "skip" else torch.arange(T) < chunk.n_new[:, None]
-        index = send(attends.flatten().nonzero()[:, 0], x.device)  # (N,)
-        q = self.queries(*(part.flatten(0, 1)[index] for part in (x, chunk.cos, chunk.sin)))  # (N, H, D)
-        rows = enumerate(q.split(attends.sum(1).tolist()))
-        y = torch.cat([self.attend_row(q, b, attends[b].nonzero()[:, 0], tape, chunk, cache) for b, q in rows])
-        cache.extend(tape, chunk)
-        return x.new_zeros(B * T, C).index_copy_(0, index, self.o(y.flatten(1))).view(B, T, C)
+        kv, at, kept, place = cache.in_reach(torch.stack((k, v)).transpose(2, 3), redundant, chunk)
+        groups, used, added = [chunk.everyone], min(chunk.end, cache.window), torch.zeros_like(x)
+        if redundant is not None:
+            real = chunk.position < (chunk.start + chunk.n)[:, None]
+            attends = {"skip": [real & ~redundant], "local": [real & ~redundant, redundant], "cache": [real]}[cache.filter.mode]
+            groups, (used,) = grouped(torch.stack(attends), chunk.token, (place < FAR).sum(1).max())
+            cache.skipped += redundant.sum(1)
+        for group, near in zip(groups, (False, True)):  # near: redundant ones in mode "local", which read no far key
+            if group.longest:
+                q = self.queries(x[group.token], chunk.cos[group.token], chunk.sin[group.token])
+                added[group.token] = self.o(self.attend_group(q, group, near, kv, at, kept, chunk, cache))
+        cache.store(kv, at, kept, place, used, chunk.rest)
+        return added
 
-    def attend_row(self, q, b, steps, tape: Tape, chunk: Chunk, cache: LayerCache):
-        """The queries (N, H, D) of row b at these steps of the chunk (N,) host, a block at a time -> (N, H, D)."""
-        seen, n_new, far, ring, front = int(chunk.seen[b]), int(chunk.n_new[b]), int(tape.far[b]), cache.ring, cache.front
-        sinks, p = min(seen, cache.sinks), tape.position[b]
-        column = ((p >= sinks) & (p < seen + n_new)).nonzero()[:, 0]
-        if alone := cache.filter.mode == "skip" and ring <= 1:  # who skips is in nobody's sight
-            column = column[tape.kept[b, column]]
-        # what is before them: far tokens, sinks, the ring as far as it is filled; then the new ones
-        index, past = send(column, q.device), cache.kv[:, b]
-        kv = torch.cat((past[:, :, front : front + far], past[:, :, :sinks], tape.kv[b, index].permute(1, 2, 0, 3)), dim=2)
-        kv = kv.repeat_interleave(self.heads // self.kv_heads, dim=1)[:, None]  # (2, 1, H, S, D)
-        old = column.new_full((far,), cache.sinks) if cache.window is None else cache.at[b, front : front + far]
-        position = torch.cat((send(old, q.device), send(torch.cat((torch.arange(sinks), p[column])), q.device)))
-        kept = send(F.pad(tape.kept[b, column], (far + sinks, 0), value=True), q.device)
-        local = ~tape.kept[b, ring + steps] & (cache.filter.mode == "local")
-        y = torch.empty_like(q)
-        for near in (False, True):  # near: redundant ones in mode "local", which read no far key
-            for block in (local == near).nonzero()[:, 0].split(256):
-                if len(block):
-                    sight = slice(far if near else 0, far + sinks + int((column <= ring + steps[block[-1]]).sum()))
-                    key, query = position[sight], send(seen + steps[block], q.device)[:, None]
-                    mask = key <= query
-                    if not alone:
-                        mask &= (key > query - ring) | ((key < cache.sinks) if near else kept[sight])
-                    if cache.window:
-                        mask &= key > query - cache.window
-                    (k, v), block = kv[:, :, :, sight], send(block, q.device)
-                    y[block] = F.scaled_dot_product_attention(q[block].transpose(0, 1)[None], k, v, attn_mask=mask)[0].transpose(0, 1)
-        return y
+    def attend_group(self, q, group: Group, near, kv, at, kept, chunk: Chunk, cache: LayerCache):
+        """The queries q (N', H, 1, D) of a group over what is in reach, QUERIES of each row at a time -> (N', H * D)."""
+        (B, T), longest, far = chunk.position.shape, group.longest, max(cache.used - cache.front, 0) if near else 0
+        position, queries = at.new_full((B * longest,), -1), q.new_zeros(B * longest, *q.shape[1:])
+        position[group.seat], queries[group.seat] = chunk.position.flatten()[group.step], q
+        position, queries = position.view(B, longest), queries.view(B, longest, self.kv_heads, -1, self.head_dim)
+        queries, (keys, values), y = queries.permute(0, 2, 3, 1, 4), kv, []  # (B, KVH, H/KVH, T', D)
+        for start, end in zip(range(0, longest, QUERIES), group.ends):
+            some, sight = slice(start, start + QUERIES), slice(far, at.shape[1] - T + end)
+            mask = cache.visible(position[:, some], at[:, sight], kept[:, sight], near)
+            cache.read += mask.sum((1, 2))
+            mask = mask.repeat(1, queries.shape[2], 1)[:, None]  # query heads that share a key/value head are queries of one head
+            with sdpa_kernel(KERNELS):
+                q = queries[:, :, :, some].flatten(2, 3)
+                part = F.scaled_dot_product_attention(q, keys[:, :, sight], values[:, :, sight], attn_mask=mask)
+            y.append(part.unflatten(2, (queries.shape[2], -1)))
+        return torch.cat(y, dim=3).permute(0, 3, 1, 2, 4).reshape(B * longest, -1)[group.seat]
 
 
 class MLP(nn.Module):
@@ -449,13 +479,25 @@ class Block(nn.Module):
         self.attn_norm, self.attn = nn.RMSNorm(config.width, config.norm_eps), Attention(config)
         self.mlp_norm, self.mlp = nn.RMSNorm(config.width, config.norm_eps), MLP(config)
 
-    def forward(self, x, chunk: Chunk | None, cache: LayerCache):
-        """x (B, T, C), the residual stream -> the same after this layer; only the chunk's tokens attend, T or fewer."""
-        if chunk is not None:
-            T, new = x.shape[1], chunk.position.shape[1]
-            added = self.attn(self.attn_norm(x if new == T else x[:, :new]), chunk, cache)
-            x = x + (added if new == T else F.pad(added, (0, 0, 0, T - new)))
+    def forward(self, x, chunk: Step, cache: LayerCache, idle=False):
+        """x (N, C), the residual stream -> the same after this layer; idle: no token attends."""
+        if not idle:
+            x = x + self.attn(self.attn_norm(x), chunk, cache)
         return x + self.mlp(self.mlp_norm(x))
+
+
+class Replay:
+    """A decode step as a CUDA graph: what it launches is recorded once, and launched again as one. Raises where that cannot be."""
+
+    def __init__(self, step, tokens, cache):
+        self.tokens, self.graph = tokens.clone(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = step(self.tokens, cache)
+
+    def __call__(self, tokens):
+        self.tokens.copy_(tokens)
+        self.graph.replay()
+        return self.logits.clone()
 
 
 class Transformer(nn.Module):
@@ -472,19 +514,21 @@ class Transformer(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
         self.decode_block: Callable = Block.forward
+        self.capture: Callable | None = Replay  # what makes a decode step repeatable, on CUDA; None: nothing
 
     def compile_decode(self):
         """Have torch.compile make one graph of a block at decode, for all layers alike; the first steps then take a while."""
-        torch._dynamo.config.recompile_limit = 64  # a graph each for layers that filter and that do not, one row and many
-        self.decode_block = torch.compile(Block.forward, fullgraph=True)
+        torch._dynamo.config.recompile_limit = 64  # a graph each for layers that filter and that do not, and for each batch size
+        self.decode_block = torch.compile(Block.forward, fullgraph=True, dynamic=False)  # but for the slots: see decode
 
     @torch.inference_mode()
-    def new_cache(self, B, filter: FilterConfig | None = None, criterion=token_filter) -> KVCache:
+    def new_cache(self, B, filter: FilterConfig | None = None, criterion=token_filter, length=0) -> KVCache:
         """An empty cache for B sequences; what is fed with it is filtered, if `filter` is given.
 
-        `criterion` decides which tokens are redundant: token_filter, or a rival with the same signature.
+        `criterion` decides which tokens are redundant: token_filter, or a rival with the same signature. `length`: how many tokens a
+        row will have in the end, if known, so that slots for them are there from the start; otherwise the cache grows.
         """
-        return KVCache(self.config, B, filter, criterion, self.embed.weight.dtype, self.embed.weight.device)
+        return KVCache(self.config, B, filter, length, criterion, self.embed.weight.dtype, self.embed.weight.device)
 
     @torch.inference_mode()
     def forward(self, tokens, cache: KVCache, n_new=None, last=False):
@@ -493,18 +537,54 @@ class Transformer(nn.Module):
         Returns logits (B, T, vocab), meaningless at padding; with last=True those after each row's last real token
         only, (B, vocab). Prefill and decode are this same call. Raises ValueError beyond the model's context.
         """
-        B, T = tokens.shape
+        (B, T), weight = tokens.shape, self.embed.weight
         n_new = torch.full((B,), T) if n_new is None else torch.as_tensor(n_new, dtype=torch.int64, device="cpu")
-        longest = int((cache.seen + n_new).max())
+        longest = max((cache.seen + n_new).tolist(), default=0)
         if longest > self.config.max_positions:
             raise ValueError(f"{longest} tokens are more than the model's context of {self.config.max_positions}")
-        x = self.embed(tokens.to(self.embed.weight.device))  # (B, T, C)
-        chunk, warm = cache.advance(n_new, T, x.dtype)
+        tokens, cache.fed = tokens.to(weight.device), (n_new, T)
+        if not n_new.any():  # there is nothing to feed
+            for layer in cache.layers:
+                layer.redundant = layer.score = None
+            return weight.new_zeros(B, *(() if last else (T,)), self.config.vocab_size)
+        if T == 1 and n_new.all():
+            logits = self.decode(tokens, cache)
+            return logits if last else logits[:, None]
+        chunk = cache.advance(n_new, T, weight.dtype)
+        x = self.embed(tokens.flatten()[chunk.everyone.step])  # (N, C)
         for block, layer in zip(self.blocks, cache.layers):
-            part = warm if layer.closed else chunk
-            x = self.decode_block(block, x, part, layer) if part is chunk and chunk.n is None else block(x, part, layer)
+            x = block(x, chunk, layer, layer.closed and cache.idle)
         if last:
-            x = x[chunk.row, send((n_new - 1).clamp(min=0), x.device)] if T > 1 else x[:, 0]
+            return self.head(self.norm(x[(n_new.cumsum(0) - 1).clamp(min=0).to(x.device)]))
+        return chunk.by_row(self.head(self.norm(x)))
+
+    def decode(self, tokens, cache: KVCache):
+        """One token for every row, (B, 1) -> logits (B, vocab): by step, or on CUDA, from the second time on, by its replay."""
+        if cache.room == 0:
+            cache.make_room()
+        if cache.idle != (idle := int(cache.seen.min()) >= cache.sinks):
+            cache.idle = idle
+            cache.replaced()
+        if cache.steps == 0 and self.decode_block is not Block.forward:
+            for layer in cache.layers:  # numbers of slots alone are no numbers to the compiler: it makes one graph for all of them
+                for tensor, slots in ((layer.kv, 3), (layer.at, 1)):
+                    torch._dynamo.mark_dynamic(tensor, slots)
+        if cache.steps == 1 and self.capture and tokens.is_cuda:
+            try:
+                cache.replay = self.capture(self.step, tokens, cache)
+            except Exception as e:  # noqa: BLE001 (kernels, compilers and drivers fail in many ways)
+                self.capture = None
+                print(f"note: decoding is not captured as a CUDA graph, so it is slower: {' '.join(str(e).split())[:200]}", file=sys.stderr)
+        cache.seen, cache.room, cache.steps = cache.seen + 1, cache.room - 1, cache.steps + 1
+        return self.step(tokens, cache) if cache.replay is None else cache.replay(tokens)
+
+    def step(self, tokens, cache: KVCache):
+        """A decode step: nothing in it comes from the host or waits for the device, and no tensor that the next one needs is replaced."""
+        x = self.embed(tokens[:, 0])  # (B, C)
+        here = cache.place(cache.position[:, None], cache.position, x.dtype)
+        for block, layer in zip(self.blocks, cache.layers):
+            x = self.decode_block(block, x, here, layer, layer.closed and cache.idle)
+        cache.position += 1
         return self.head(self.norm(x))
 
     def prefill(self, prompts: list[list[int]], cache: KVCache, chunk=512):

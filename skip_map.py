@@ -25,8 +25,8 @@ def decisions(cache: KVCache):
     """What every layer decided about the latest tokens that were fed: redundant (L, B, T) bool, and score (L, B, T), NaN where a
     layer gave none; False and NaN at padding. Both on the host.
     """
-    assert cache.chunk is not None, "nothing was fed"
-    seen, n_new, (B, T) = cache.chunk.seen, cache.chunk.n_new, cache.chunk.position.shape
+    (n_new, T), B = cache.fed, len(cache.seen)
+    seen = cache.seen - n_new
     step, score = torch.arange(T), torch.full((len(cache.layers), B, T), math.nan, dtype=torch.float64)
     past_warmup = (step < n_new[:, None]) & (seen[:, None] + step >= max(cache.filter.warmup, 1))
     redundant = torch.stack([past_warmup & layer.closed for layer in cache.layers])
