@@ -345,6 +345,14 @@ def run(folder, capsys):
     return code, out + err
 
 
+@pytest.mark.parametrize("flags", [["nope"], ["--nope"], ["--folder"]])
+def test_a_wrong_argument_is_one_line(flags, capsys):
+    with pytest.raises(SystemExit) as caught:
+        demo_checkpoint.main(flags)
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
+
+
 def test_writes_once_then_says_so(tmp_path, monkeypatch, capsys):
     write_gguf(tmp_path / "small.gguf")
     install(monkeypatch, tmp_path / "site", (tmp_path / "small.gguf").read_bytes())
