@@ -7,12 +7,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import demo_checkpoint
 
-try:
-    import hypothesis  # noqa: F401
-except ImportError:  # after `make demo` alone
-    pytest.exit("the tests need more packages: .venv/bin/pip install -r requirements-dev.txt", returncode=2)
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers, which the tests compare with, is to look at files only
+
+
+def pytest_configure():
+    try:
+        import hypothesis  # noqa: F401
+    except ModuleNotFoundError:  # after `make demo` alone
+        pytest.exit("the tests need more packages: .venv/bin/pip install -r requirements-dev.txt", returncode=2)
 
 
 @pytest.fixture(scope="session")
