@@ -263,7 +263,7 @@ def test_a_click_holds_and_lets_go(browser, tmp_path):
                     ActionChains(browser).click().perform()
         return on()
 
-    clicked: list = []
+    clicked = []
     assert do(spans[30]) == 30 and do(spans[31]) == 31  # pointing alone
     clicked = [spans[20]]
     assert do(spans[20], spans[33]) == 20  # held
