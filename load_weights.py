@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
-from checkpoint_files import CheckpointError, JsonObject, check_file, checkpoint_folder
+from checkpoint_files import CheckpointError, JsonObject, check_file, checkpoint_folder, unreadable
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 
@@ -78,21 +78,23 @@ class Family(NamedTuple):
     names: dict[str, str] = HUGGING_FACE
     config: str = "config.json"
     weights: str = "model.safetensors"
-    biases: tuple[str, ...] = ()  # keys of config.json that may add biases
+    biases: tuple[str, ...] = ()  # keys of config.json that may add biases; other families may carry them, but do not use them
     qkv_bias: bool = False  # always there
     qk_norm: bool = False
     windowed: bool = False  # sliding_window counts; other families may carry the key, but do not use it
     default_window: int | None = None  # what it means if sliding_window is missing
+    by_layer: bool = False  # where layer_types is there, it says which layers have the window
+    switched: bool = False  # none has it without use_sliding_window, nor one of the first max_window_layers
     partial_rotary: bool = False  # partial_rotary_factor may be below 1
     interleaved: bool = False  # rows of q and k: channels 2i and 2i + 1 are RoPE's pairs, not i and i + D/2
 
 
 FAMILIES = {  # by model_type
     "llama": Family(biases=("attention_bias", "mlp_bias")),
-    "mistral": Family(windowed=True, default_window=4096),
+    "mistral": Family(windowed=True, default_window=4096, by_layer=True),
     "phi3": Family(names=FUSED, windowed=True, partial_rotary=True),
-    "qwen2": Family(qkv_bias=True),
-    "qwen3": Family(biases=("attention_bias",), qk_norm=True),
+    "qwen2": Family(qkv_bias=True, windowed=True, default_window=4096, by_layer=True, switched=True),
+    "qwen3": Family(biases=("attention_bias",), qk_norm=True, windowed=True, default_window=4096, by_layer=True, switched=True),
 }
 PARAMS = Family(MISTRAL_OWN, "params.json", "consolidated.safetensors", windowed=True, interleaved=True)
 PARAMS_KEYS = {  # config.json's keys -> those of params.json, all that we know
@@ -136,12 +138,9 @@ def _read_config(folder: Path) -> tuple[ModelConfig, Family]:
         family = FAMILIES[name]
 
     activation = config.get("hidden_act", str, "silu")
-    if activation != "silu":
+    if activation not in ("silu", "swish"):  # two names of one function
         raise config.error("hidden_act", f"{activation!r} is not supported (supported: silu)")
-    biases = {key: config.get(key, bool, False) for key in ("attention_bias", "mlp_bias")}
-    for key, wanted in biases.items():
-        if wanted and key not in family.biases:
-            raise config.error(key, "is true; the family has no such biases")
+    attention_bias, mlp_bias = (key in family.biases and config.get(key, bool, False) for key in ("attention_bias", "mlp_bias"))
     quantised = config.raw("quantization_config")
     if quantised is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
@@ -167,14 +166,14 @@ def _read_config(folder: Path) -> tuple[ModelConfig, Family]:
         mlp_width=config.get("intermediate_size", int, most=2**24),
         rope_theta=rope_theta,
         norm_eps=config.get("rms_norm_eps", float, most=1),
-        max_positions=config.get("max_position_embeddings", int),
+        max_positions=config.get("max_position_embeddings", int, most=math.inf),
         tied=config.get("tie_word_embeddings", bool, False),
-        window=_window(config, family),
+        window=_window(config, family, n_layers),
         rope_scaling=rope_scaling,
         rotary_dim=rotary_dim,
-        qkv_bias=family.qkv_bias or biases["attention_bias"],
-        o_bias=biases["attention_bias"],
-        mlp_bias=biases["mlp_bias"],
+        qkv_bias=family.qkv_bias or attention_bias,
+        o_bias=attention_bias,
+        mlp_bias=mlp_bias,
         qk_norm=family.qk_norm,
     ), family
 
@@ -210,17 +209,21 @@ def _rope(config: JsonObject, family: Family, head_dim: int) -> tuple[float, dic
     return theta, scaling or None, rotary_dim
 
 
-def _window(config: JsonObject, family: Family) -> int | None:
-    if config.get("use_sliding_window", bool, False):
-        raise config.error("use_sliding_window", "is true; a window in a part of the layers is not supported")
-    window = family.default_window
-    if family.windowed and "sliding_window" in config.values:
-        window = config.get("sliding_window", int, None)
-    expected = "full_attention" if window is None else "sliding_attention"
-    for kind in config.get("layer_types", list, []):
-        if kind != expected:
-            raise config.error("layer_types", f"names {kind!r:.80}; only {expected} in every layer is supported here")
-    return window
+def _window(config: JsonObject, family: Family, n_layers: int) -> int | None:
+    """The sliding window that every layer has, or None where none has one. Raises CheckpointError for anything between."""
+    window, first = None, 0  # the first layer that has it
+    if family.windowed and (not family.switched or config.get("use_sliding_window", bool, False)):
+        missing = "sliding_window" not in config.values
+        window = family.default_window if missing else config.get("sliding_window", int, None, most=math.inf)
+    if family.switched and window is not None:
+        first = config.get("max_window_layers", int, 28, above=-1)
+    kinds = ["full_attention" if window is None or layer < first else "sliding_attention" for layer in range(n_layers)]
+    named, key = config.get("layer_types", list, kinds), "max_window_layers" if config.raw("layer_types") is None else "layer_types"
+    possible = ["full_attention", "sliding_attention"][: 1 if window is None else 2] if family.by_layer else kinds[:1]
+    if named not in ([kind] * n_layers for kind in possible):
+        value = first if named is kinds else named
+        raise config.error(key, f"is {value!r:.80}; only {' or '.join(possible)}, the same in all {n_layers} layers, is supported here")
+    return None if window is None or named[0] == "full_attention" else min(window, 2**31)  # no text is longer
 
 
 # -------------------------------------------------------------------------------------------------------- weights
@@ -230,6 +233,7 @@ class Stored(NamedTuple):
     """Where a tensor lies, and what its file's header says about it."""
 
     file: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
 
@@ -244,15 +248,19 @@ def _opened(file: Path) -> Iterator[Any]:
         raise CheckpointError(file, f"cannot be read as safetensors, is it complete? ({error})") from None
 
 
-def _read(stored: Stored, name: str) -> torch.Tensor:
+def _read(stored: Stored) -> torch.Tensor:
     """One tensor, a view of the file. Each call maps the file anew, so that dropping the tensor also drops the file's
     pages from this process: the peak is one copy of the model, not two."""
     with _opened(stored.file) as opened:
-        return opened.get_tensor(name)
+        return opened.get_tensor(stored.name)
 
 
-def _stored_tensors(folder: Path, weights: str) -> tuple[Path, dict[str, Stored]]:
-    """The file that lists the tensors, and all tensors by name. Reads headers only; a missing shard shows up here."""
+def _stored_tensors(folder: Path, weights: str, optional: tuple[str, ...]) -> tuple[Path, dict[str, Stored]]:
+    """The file that lists the tensors, and all tensors by name. Reads headers only; a missing shard shows up here.
+
+    Where one tensor has several names, savers keep it under one of them and note the others in __metadata__; it is found under
+    all. About the `optional` ones index and shards may disagree.
+    """
     source, index = folder / weights, folder / f"{weights}.index.json"
     weight_map: dict[str, str] | None = None
     files = [weights]
@@ -262,23 +270,28 @@ def _stored_tensors(folder: Path, weights: str) -> tuple[Path, dict[str, Stored]
             if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", file):
                 raise CheckpointError(index, f"the tensor {name!r} is put in {file!r}, not a safetensors file here")
         files = sorted(set(weight_map.values()))
+        weight_map = {name: file for name, file in weight_map.items() if not name.endswith(IGNORED)}
     elif not os.path.lexists(source):
-        pickles = [path.name for path in sorted(folder.glob("*")) if path.suffix in (".bin", ".pth", ".pt")]
-        if pickles:
-            raise CheckpointError(folder / pickles[0], "pickles are not read; convert the weights to safetensors")
+        if other := unreadable(folder):
+            raise CheckpointError(other, "GGUF and pickles are not read; convert the weights to safetensors")
         other = folder / PARAMS.weights
         hint = f"; {other.name} is there, but goes with params.json" if weights != other.name and os.path.lexists(other) else ""
         raise CheckpointError(source, f"no such file, nor {index.name}{hint}")
-    tensors = {}
+    tensors: dict[str, Stored] = {}
+    twins: dict[str, str] = {}  # a name that was left out -> the tensor's other one
     for file in files:
         with _opened(folder / file) as opened:
+            twins |= opened.metadata() or {}
             for name in opened.offset_keys():
-                if weight_map is not None and weight_map.get(name) != file:
+                if name.endswith(IGNORED):
+                    continue
+                if weight_map is not None and weight_map.get(name) != file and (name not in optional or name in tensors):
                     raise CheckpointError(folder / file, f"holds the tensor {name!r}, unlike {index.name} says")
                 header = opened.get_slice(name)
-                tensors[name] = Stored(folder / file, header.get_dtype(), tuple(header.get_shape()))
+                tensors[name] = Stored(folder / file, name, header.get_dtype(), tuple(header.get_shape()))
+    tensors |= {name: tensors[twin] for name, twin in twins.items() if twin in tensors and name not in tensors}
     for name, file in (weight_map or {}).items():
-        if name not in tensors:
+        if name not in tensors and name not in optional:
             raise CheckpointError(folder / file, f"the tensor {name!r} is missing, though {index.name} says it is here")
     return source, tensors
 
@@ -290,11 +303,18 @@ def stored_name(parameter: str, names: dict[str, str]) -> str:
     return names[re.sub(r"\d+", "N", module)].replace("N", layer) + f".{kind}"
 
 
+def _ends(family: Family) -> tuple[str, str]:
+    """The files' names of the embedding and of the output projection."""
+    return stored_name("embed.weight", family.names), stored_name("head.weight", family.names)
+
+
 def _match(model: Transformer, family: Family, source: Path, tensors: dict[str, Stored]) -> dict[str, list[str]]:
     """Every tensor to read -> our parameters in it, row upon row. Raises CheckpointError unless each is there exactly once, in the
     right shape, and nothing else is."""
     config = model.config
-    embedding, head = (stored_name(name, family.names) for name in ("embed.weight", "head.weight"))
+    embedding, head = _ends(family)
+    if config.tied and head in tensors:
+        tensors.setdefault(embedding, tensors[head])
 
     # every tensor exactly once, in the right shape
     shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
@@ -314,9 +334,9 @@ def _match(model: Transformer, family: Family, source: Path, tensors: dict[str, 
             problem = f"has the dtype {stored.dtype}, which is not supported (supported: {', '.join(DTYPES)})"
             raise CheckpointError(stored.file, f"the tensor {name!r} {problem}")
     for name, stored in tensors.items():
-        if name not in wanted and not name.endswith(IGNORED):
+        if name not in wanted and name == stored.name:
             raise CheckpointError(stored.file, f"the tensor {name!r} is not part of the model in {family.config}")
-    if config.tied and head in tensors and not torch.equal(_read(tensors[embedding], embedding), _read(tensors[head], head)):
+    if config.tied and head in tensors and not torch.equal(_read(tensors[embedding]), _read(tensors[head])):
         problem = f"differs from {embedding!r}, but config.json says tie_word_embeddings"
         raise CheckpointError(tensors[head].file, f"the tensor {head!r} {problem}")
     if config.tied:
@@ -342,13 +362,13 @@ def load_model(
 def _load_model(folder: Path, config: ModelConfig, family: Family, device, asked, progress) -> Transformer:
     with torch.device("meta"):  # shapes without memory
         model = Transformer(config)
-    source, tensors = _stored_tensors(folder, family.weights)
+    source, tensors = _stored_tensors(folder, family.weights, _ends(family) if config.tied else ())
     wanted = _match(model, family, source, tensors)
-    final = asked or DTYPES[tensors[stored_name("embed.weight", family.names)].dtype]
+    final = asked or DTYPES[tensors[_ends(family)[0]].dtype]
     shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
     for name, ours in tqdm(wanted.items(), "load weights", unit=" tensors", disable=not progress):
         stored = tensors[name]
-        for part, weight in zip(ours, _read(stored, name).split([shapes[part][0] for part in ours])):
+        for part, weight in zip(ours, _read(stored).split([shapes[part][0] for part in ours])):
             module, _, kind = part.rpartition(".")
             if family.interleaved and module.endswith(("attn.q", "attn.k")):
                 weight = weight.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)  # (H*D, C)

@@ -5,7 +5,7 @@ Shapes: L layers, T tokens of one sequence, prompt and answer.
 
 import json
 import math
-import warnings
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -62,9 +62,9 @@ class Decisions:
 
 
 def token_pieces(tokenizer: Tokenizer, tokens) -> list[str]:
-    """The text each token brings; "" for a special token, or one that ends within a character."""
-    stream = tokenizer.stream(start=True)
-    pieces = [stream.push(token) for token in tokens]
+    """The text each token brings, a special token its name; "" for one that ends within a character."""
+    stream, special = tokenizer.stream(start=True), {i: name for name, i in tokenizer._backend.special.items()}
+    pieces = [special.get(token) or stream.push(token) for token in tokens]
     return pieces[:-1] + [pieces[-1] + stream.flush()]
 
 
@@ -98,20 +98,37 @@ def draw_skip_map(path, title, pieces: list[str], n_prompt: int, redundant, scor
     """A row as a PNG picture, layers by tokens: orange where redundant, blue where kept, the darker the higher the score.
 
     pieces: the text of each token, n_prompt of them the prompt's; redundant, score (L, T): as in Decisions. Wrapped after
-    STRIP tokens; what MOST_STRIPS strips cannot hold is left out, and the title says so. In the labels ␣ is a space, ↵ a
-    line's end, · a token without text of its own (a special token, or one that ends within a character).
+    STRIP tokens; what MOST_STRIPS strips cannot hold is left out between the first strip and the answer, then at the end, and the
+    title says so. In the labels ␣ is a space, ↵ a line's end, · a token that ends within a character, U+72D0 a letter that the
+    font lacks.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import findfont, get_font
     from matplotlib.patches import Patch
 
     redundant, score = redundant.numpy(), np.ma.masked_invalid(score.double().numpy())  # masked: no score
-    (L, T), T_drawn = redundant.shape, min(redundant.shape[1], STRIP * MOST_STRIPS)
-    n_strips = math.ceil(T_drawn / STRIP)
-    width = math.ceil(T_drawn / n_strips)
+    L, T = redundant.shape
     title += f": {redundant.mean():.1%} of (token, layer) pairs redundant"
-    title += f" (the first {T_drawn} of {T} tokens are drawn)" if T_drawn < T else ""
+    n_strips = min(math.ceil(T / STRIP), MOST_STRIPS)
+    width = min(math.ceil(T / n_strips), STRIP)
+    starts = [width * i for i in range(n_strips)]
+    if T > STRIP * MOST_STRIPS:
+        second = max(STRIP, min(n_prompt - STRIP, T - STRIP * (MOST_STRIPS - 1)))
+        starts[1:] = [second + STRIP * i for i in range(MOST_STRIPS - 1)]
+        gap = f"{STRIP - 1} and {second} to " if second > STRIP else ""
+        title += f" (tokens 0 to {gap}{starts[-1] + STRIP - 1} of {T} are drawn)"
+
+    fonts = [get_font(findfont(f"DejaVu Sans:weight={weight}")) for weight in ("normal", "bold")]
+
+    def label(piece):
+        text = ""
+        for letter in piece.replace("\n", "↵").strip() or ("␣" if piece else "·"):
+            known = all(font.get_char_index(ord(letter)) for font in fonts)
+            if len(text := text + (letter if known else f"U+{ord(letter):04X}")) >= 12:
+                break
+        return text
 
     known = score.compressed()
     scale = Normalize(*(np.quantile(known, (0.03, 1)) if known.size else (0, 1)))  # the lowest would take most of it
@@ -122,17 +139,18 @@ def draw_skip_map(path, title, pieces: list[str], n_prompt: int, redundant, scor
     tall = 0.1 * max(L, 8)  # inches of a strip
     figure = Figure(figsize=(13, 0.6 + n_strips * (1.8 + tall)), layout="constrained")
     panels = figure.subplots(2 * n_strips, 1, squeeze=False, height_ratios=[0.5, tall] * n_strips)[:, 0]
-    for start, share, layers in zip(range(0, T_drawn, width), panels[::2], panels[1::2]):
-        at = range(start, min(start + width, T_drawn))
+    for start, share, layers in zip(starts, panels[::2], panels[1::2]):
+        at = range(start, min(start + width, T))
         share.bar(at, redundant[:, at].mean(0), width=1, color="#fd9a3c")
         share.set(ylim=(0, 1), xticks=[], yticks=[0, 1], ylabel="share of\nlayers")
         corners = (at[0] - 0.5, at[-1] + 0.5, -0.5, L - 0.5)
         layers.imshow(image[:, at], extent=corners, origin="lower", aspect="auto", interpolation="nearest")
         layers.set_ylabel("layer")
-        names = [pieces[i].replace("\n", "↵").strip()[:12] or ("␣" if pieces[i] else "·") for i in at]
-        layers.set_xticks(at, names, rotation=90, fontsize=9)
-        for i, label in zip(at, layers.get_xticklabels()):
-            label.set(parse_math=False, fontweight="bold" if i >= n_prompt else "normal")  # "$" is a token like others
+        layers.yaxis.get_major_locator().set_params(integer=True)
+        share.set_title(f"tokens {at[0]} to {at[-1]}", loc="right", fontsize=9)
+        layers.set_xticks(at, [label(pieces[i]) for i in at], rotation=90, fontsize=9, fontfamily="DejaVu Sans")
+        for i, tick in zip(at, layers.get_xticklabels()):
+            tick.set(parse_math=False, fontweight="bold" if i >= n_prompt else "normal")  # "$" is a token like others
         for panel in (share, layers):
             panel.set_xlim(start - 0.5, start + width - 0.5)
             for edge, name in ((max(warmup, 1), "warm-up ends"), (n_prompt, "answer")):
@@ -148,9 +166,26 @@ def draw_skip_map(path, title, pieces: list[str], n_prompt: int, redundant, scor
     if patches:
         figure.legend(handles=patches, loc="outside lower right", ncols=2, frameon=False, fontsize=9)
     figure.suptitle(title)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a character the font lacks is drawn as a box
-        figure.savefig(path, format="png", dpi=110)
+    figure.savefig(path, format="png", dpi=110)
+
+
+def write_skip_map(path, title, pieces: list[str], n_prompt: int, decisions: Decisions, filter: FilterConfig, window=None):
+    """The only row of `decisions` as a page if `path` ends in .html, else as a picture; a line on stderr says where it is. The file
+    appears whole or not at all: Ctrl-C meanwhile says that none was written, and goes on as KeyboardInterrupt.
+    """
+    is_page, partial = str(path).lower().endswith(".html"), Path(f"{path}.partial")
+    try:
+        if is_page:
+            write_skip_page(partial, title, pieces, n_prompt, decisions, filter, window)
+        else:
+            draw_skip_map(partial, title, pieces, n_prompt, decisions.redundant[0], decisions.score[0], filter.warmup)
+        partial.replace(path)
+    except KeyboardInterrupt:
+        print(f"interrupted: no {'page' if is_page else 'picture'} was written to {path}", file=sys.stderr)
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"{path}: {'the page, open it in a browser' if is_page else 'the picture'}", file=sys.stderr)
 
 
 def write_skip_page(path, title, pieces: list[str], n_prompt: int, decisions: Decisions, filter: FilterConfig, window=None):
@@ -163,7 +198,6 @@ def write_skip_page(path, title, pieces: list[str], n_prompt: int, decisions: De
         redundant            of each layer a string of 0 and 1, a digit for each token fed
         score, weight        of each layer a list over tokens, s_t and w_k; null for a layer that scores none
         cosine_k, cosine_v   the same, c_k and c_v: of each token a list over heads
-        layer, token         what is chosen first: the redundant token in the middle of the middle layer that has one
     """
     redundant, (w_k, cosine) = decisions.redundant[0], (decisions.w_k[0], decisions.cosine[0])
     L = len(redundant)
@@ -171,8 +205,6 @@ def write_skip_page(path, title, pieces: list[str], n_prompt: int, decisions: De
     def listed(layers, column=...):
         return [np.round(torch.cat(parts).numpy(), 4)[:, column].tolist() if parts else None for parts in layers]
 
-    layers = [l for l in sorted(range(L), key=lambda l: abs(l - L // 2)) if redundant[l].any()] or [L // 2]
-    tokens = redundant[layers[0]].nonzero()[:, 0].tolist() or [0]
     share, T = redundant.double().mean(), redundant.shape[1]
     about = f"{share:.1%} of {redundant.numel()} (token, layer) pairs are redundant; {T} tokens, {L} layers"
     data = {
@@ -190,8 +222,6 @@ def write_skip_page(path, title, pieces: list[str], n_prompt: int, decisions: De
         "weight": listed(w_k),
         "cosine_k": listed(cosine, 0),
         "cosine_v": listed(cosine, 1),
-        "layer": layers[0],
-        "token": tokens[len(tokens) // 2],
     }
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))  # ASCII
     for letter in "<>&":  # so that nothing in it can end the script, or begin a comment

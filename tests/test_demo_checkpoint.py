@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -345,6 +346,14 @@ def run(folder, capsys):
     return code, out + err
 
 
+@pytest.mark.parametrize("flags", [["nope"], ["--nope"], ["--folder"]])
+def test_a_wrong_argument_is_one_line(flags, capsys):
+    with pytest.raises(SystemExit) as caught:
+        demo_checkpoint.main(flags)
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
+
+
 def test_writes_once_then_says_so(tmp_path, monkeypatch, capsys):
     write_gguf(tmp_path / "small.gguf")
     install(monkeypatch, tmp_path / "site", (tmp_path / "small.gguf").read_bytes())
@@ -410,3 +419,19 @@ def test_as_a_script(demo):
     )
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, f"{demo}: already there\n", "")
     assert json.loads((demo / "config.json").read_text())["model_type"] == "llama"
+
+
+# ---------------------------------------------------------------------------------- what `make demo` alone does not install
+
+
+@pytest.mark.parametrize("package, command", [
+    ("matplotlib", ["-m", "docs.figures.idea"]),
+    ("hypothesis", ["-m", "pytest", "-q", "-p", "no:hypothesispytest", "tests/test_golden.py"]),
+])  # fmt: skip
+def test_the_lesson_s_commands_say_what_to_install(package, command, demo, tmp_path):
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError(name={package!r})")  # as if it were not installed
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, *command], cwd=HERE, env=env, capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
+    assert done.returncode == 2 and ".venv/bin/pip install -r requirements-dev.txt" in said and "Traceback" not in said, said
+    assert package != "matplotlib" or "**skipped**" in done.stdout  # the table comes first

@@ -60,6 +60,45 @@ def test_logits_equal_transformers(folder):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
+FULL, WINDOW = ["full_attention"] * 3, ["sliding_attention"] * 3
+ON = {"use_sliding_window": True, "sliding_window": 24, "layer_types": ...}
+SETTINGS = {  # that mean what is supported: a family, changes to its config.json, the window that comes out
+    "qwen2: all layers windowed": ("qwen2", ON | {"max_window_layers": 0}, 24),
+    "qwen2: no layer windowed": ("qwen2", ON | {"max_window_layers": 3}, None),
+    "qwen2: 28 layers without a window, unless said": ("qwen2", ON | {"max_window_layers": ...}, None),
+    "qwen2: layer_types come first, full": ("qwen2", ON | {"max_window_layers": 0, "layer_types": FULL}, None),
+    "qwen2: layer_types come first, windowed": ("qwen2", ON | {"max_window_layers": 3, "layer_types": WINDOW}, 24),
+    "qwen2: switched off": ("qwen2", ON | {"use_sliding_window": False, "max_window_layers": 0}, None),
+    "qwen2: no window to switch on": ("qwen2", ON | {"sliding_window": None, "max_window_layers": 0}, None),
+    "qwen3: all layers windowed": ("qwen3", ON | {"max_window_layers": 0}, 24),
+    "mistral: layer_types, full": ("mistral-window", {"layer_types": FULL}, None),
+    "mistral: layer_types, windowed": ("mistral-window", {"layer_types": WINDOW}, 24),
+    "mistral: a switch of other families": ("mistral-window", {"use_sliding_window": False}, 24),
+    "mistral: a huge window": ("mistral-window", {"sliding_window": 10**12}, 2**31),
+    "llama: others' settings": ("llama", {"use_sliding_window": True, "max_window_layers": 1}, None),
+    "phi3: a huge context": ("phi3-partial-window", {"max_position_embeddings": 10**12}, 24),
+    "swish": ("llama", {"hidden_act": "swish"}, None),
+    "qwen2: attention_bias": ("qwen2", {"attention_bias": True, "mlp_bias": True}, None),
+    "mistral: attention_bias": ("mistral", {"attention_bias": True, "mlp_bias": True}, None),
+    "qwen3: mlp_bias": ("qwen3", {"mlp_bias": True}, None),
+    "theta of 3.6 billion": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 3580165449.0}}, None),
+    "theta of 46 billion, in its old place": ("llama", {"rope_parameters": ..., "rope_theta": 45845675536}, None),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_that_mean_what_is_supported(name, tmp_path):
+    family, changes, window = SETTINGS[name]
+    model = transformers.AutoModelForCausalLM.from_config(SMALL[family])
+    for tensor, p in model.named_parameters():
+        torch.nn.init.normal_(p, 1.0 if "norm" in tensor else 0.0, 0.15)
+    model.save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", **changes)
+    assert read_config(tmp_path).window == window
+    ids = torch.randint(0, 131, (2, 60))
+    torch.testing.assert_close(our_logits(load_model(tmp_path, "cpu"), ids, 5), hf_logits(tmp_path, ids, 5), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_filtered_it_is_chunk_free_and_batch_invariant(folder, name):
     model, filter = load_model(folder, "cpu", "float64"), preset(name, prune=0.5)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -22,6 +23,7 @@ from load_weights import (
     stored_name,
 )
 
+FULL, WINDOW = ["full_attention"], ["sliding_attention"]
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -211,6 +213,64 @@ def test_tied_weights_may_be_stored_twice_but_not_differ(tmp_path):
     assert "'lm_head.weight' differs" in fails(load_model, tmp_path)
 
 
+@pytest.mark.parametrize("note", [True, False])
+@pytest.mark.parametrize("max_shard_size", ["1GB", "10KB"])
+def test_tied_weights_may_be_stored_as_the_head_alone(tmp_path, note, max_shard_size):
+    """As safetensors' save_model does, which keeps the first of a tensor's names; transformers ties from either side."""
+    reference = save_model(tmp_path, tie_word_embeddings=True, max_shard_size=max_shard_size)
+    file = max(tmp_path.glob("*.safetensors"), key=lambda path: "model.embed_tokens.weight" in load_file(path))
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, file, metadata={"model.embed_tokens.weight": "lm_head.weight"} if note else {})
+    if max_shard_size == "10KB":
+        index = tmp_path / "model.safetensors.index.json"
+        weight_map = json.loads(index.read_text())["weight_map"]
+        del weight_map["model.embed_tokens.weight"]
+        edit_json(index, weight_map=weight_map | {"lm_head.weight": file.name})
+    model = load_model(tmp_path, device="cpu")
+    assert_same_weights(model, reference)
+    assert model.head.weight is model.embed.weight
+    tensors["lm_head.weight"] = torch.ones(3)
+    save_file(tensors, file)
+    assert "'model.embed_tokens.weight' has the shape [3]" in fails(load_model, tmp_path)
+
+
+def test_tensors_that_share_their_memory_are_found_under_all_names(tmp_path):
+    """Layers that share a matrix, and an output projection that shares the embedding's though the config does not say so."""
+    reference = save_model(tmp_path)
+    layers = reference.model.layers
+    layers[2].mlp.up_proj.weight = layers[0].mlp.gate_proj.weight = layers[0].mlp.up_proj.weight
+    layers[1].input_layernorm.weight = layers[0].post_attention_layernorm.weight
+    reference.lm_head.weight = reference.model.embed_tokens.weight
+    file = tmp_path / "model.safetensors"
+    safetensors.torch.save_model(reference, str(file))
+    assert len(load_file(file)) == 30 - 4
+    model = load_model(tmp_path, device="cpu")
+    for ours, theirs in ((model.blocks[i].mlp, layers[i].mlp) for i in range(3)):
+        assert torch.equal(ours.up.weight, theirs.up_proj.weight) and torch.equal(ours.gate.weight, theirs.gate_proj.weight)
+    assert torch.equal(model.blocks[1].attn_norm.weight, layers[1].input_layernorm.weight)
+    assert torch.equal(model.head.weight, model.embed.weight)
+    save_file(load_file(file), file, metadata={"format": "pt", "lm_head.weight": "nowhere"})  # a note that leads nowhere
+    assert "is missing" in fails(load_model, tmp_path)
+
+
+@pytest.mark.parametrize("disagreement", ["listed, not stored", "stored, not listed", "stored in another shard"])
+def test_index_and_shards_may_disagree_about_tensors_that_nothing_needs(tmp_path, disagreement):
+    """RoPE's frequencies, and a head that is the embedding."""
+    reference = save_model(tmp_path, tie_word_embeddings=True, max_shard_size="10KB")
+    index = tmp_path / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    extra = {"lm_head.weight": reference.lm_head.weight.clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)}
+    first, *_, last = sorted(set(weight_map.values()))
+    if disagreement != "listed, not stored":
+        save_file(load_file(tmp_path / first) | extra, tmp_path / first)
+    if disagreement != "stored, not listed":
+        edit_json(index, weight_map=weight_map | dict.fromkeys(extra, last))
+    assert_same_weights(load_model(tmp_path, device="cpu"), reference)
+    edit_json(tmp_path / "config.json", tie_word_embeddings=False)  # now the head is one that something needs
+    assert "'lm_head.weight'" in fails(load_model, tmp_path)
+
+
 def test_progress_goes_to_stderr(tmp_path, capfd):
     save_model(tmp_path)
     capfd.readouterr()
@@ -278,6 +338,21 @@ def test_missing_folder_and_files(tmp_path):
     (tmp_path / "pytorch_model.bin").touch()
     message = fails(load_model, tmp_path)
     assert "pytorch_model.bin" in message and "convert the weights to safetensors" in message
+    (tmp_path / "model.gguf").touch()
+    assert fails(load_model, tmp_path).startswith(f"{tmp_path}/model.gguf: GGUF and pickles are not read")
+
+
+@pytest.mark.parametrize("name", ["a.gguf", "A.GGUF", "pytorch_model.bin", "consolidated.00.pth"])
+def test_a_folder_with_only_weights_of_another_format(tmp_path, name):
+    (tmp_path / name).touch()
+    assert fails(load, str(tmp_path)).startswith(f"{tmp_path}: has no config.json, but {name}; GGUF and pickles are not read")
+    (tmp_path / "model.safetensors").touch()
+    assert fails(load, str(tmp_path)) == f"{tmp_path}/config.json: no such file"
+
+
+@pytest.mark.parametrize("name", ["", " ", "\n"])
+def test_a_name_of_nothing(name):
+    assert fails(load, name).startswith("checkpoint: the name is empty; give a folder")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', "[" * 100_000, "\ufeff{}", b"\xff\xfe"])
@@ -293,9 +368,7 @@ def test_config_is_not_a_json_object(tmp_path, text):
         ({"model_type": ...}, "model_type is missing"),
         ({"model_type": ["llama"]}, "model_type"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-        ({"model_type": "mistral", "attention_bias": True}, "attention_bias is true; the family has no such biases"),
         ({"attention_bias": 1}, "attention_bias is 1"),
-        ({"model_type": "qwen3", "mlp_bias": True}, "mlp_bias is true; the family has no such biases"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is set ('gptq')"),
         ({"quantization_config": 4}, "quantization_config is set (4)"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; the family has no such setting"),
@@ -312,6 +385,7 @@ def test_config_is_not_a_json_object(tmp_path, text):
         ({"rope_parameters": [1]}, "rope_parameters"),
         ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_parameters.rope_theta"),
         ({"rope_parameters": {"rope_theta": 10**400}}, "rope_parameters.rope_theta"),
+        ({"rope_parameters": {"rope_theta": -1e10}}, "rope_parameters.rope_theta is -10000000000.0, not between 0 and"),
         ({"rope_scaling": LLAMA3}, "rope_scaling differs from rope_parameters"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling differs from rope_parameters"),
         ({"rope_theta": 500.0, "rope_parameters": {"rope_theta": 1e6}}, "rope_theta is 500.0, but rope_parameters.rope_theta"),
@@ -334,9 +408,19 @@ def test_config_is_not_a_json_object(tmp_path, text):
         ({"max_position_embeddings": 0}, "max_position_embeddings"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
-        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window is true"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types names 'sliding_attention'"),
-        ({"model_type": "mistral", "sliding_window": 9, "layer_types": ["full_attention"]}, "layer_types names 'full_att"),
+        ({"model_type": "qwen2", "use_sliding_window": 1}, "use_sliding_window is 1"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}, "max_window_layers is 1; only full_attention or"),
+        ({"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 2}, "same in all 3 layers, is supported here"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": -1}, "max_window_layers is -1"),
+        ({"model_type": "qwen2", "layer_types": 2 * FULL + WINDOW}, "layer_types is ['full_attention', 'full_attention', 'sliding"),
+        ({"model_type": "mistral", "sliding_window": 9, "layer_types": FULL + 2 * WINDOW}, "layer_types is ['full_attention'"),
+        ({"model_type": "mistral", "sliding_window": 9, "layer_types": FULL}, "layer_types is ['full_attention']; only full_"),
+        ({"model_type": "mistral", "sliding_window": 9, "layer_types": 3 * ["chunked_attention"]}, "layer_types is ['chunked"),
+        ({"model_type": "mistral", "sliding_window": None, "layer_types": 3 * WINDOW}, "; only full_attention, the same in all"),
+        ({"model_type": "qwen2", "layer_types": 3 * WINDOW}, "; only full_attention, the same in all"),  # not switched on
+        ({"model_type": "phi3", "sliding_window": 9, "layer_types": 3 * FULL}, "; only sliding_attention, the same in all"),
+        ({"layer_types": 3 * WINDOW}, "; only full_attention, the same in all"),
+        ({"layer_types": [[]] * 3}, "layer_types is [[], [], []]"),
         ({"layer_types": "full_attention"}, "layer_types"),
     ],
 )

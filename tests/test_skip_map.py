@@ -1,12 +1,27 @@
 """The coloured text and the picture say what the decisions were."""
 
 import re
+from pathlib import Path
 
+import pytest
 import torch
 from matplotlib.figure import Figure
 
 from load_weights import load
-from skip_map import BOLD, MOST_STRIPS, RESET, SHADES, STRIP, UNDERLINE, decisions, draw_skip_map, paint, token_pieces
+from skip_map import (
+    BOLD,
+    MOST_STRIPS,
+    RESET,
+    SHADES,
+    STRIP,
+    UNDERLINE,
+    Decisions,
+    decisions,
+    draw_skip_map,
+    paint,
+    token_pieces,
+    write_skip_map,
+)
 from test_model import small, texts
 from token_filter import preset
 
@@ -40,11 +55,12 @@ def test_paint():
     assert c.startswith(BOLD) and d == BOLD + UNDERLINE + "d"  # d was not fed: nothing is known of it
 
 
-def test_a_token_without_text_of_its_own_has_an_empty_piece(demo):
+def test_a_special_token_shows_its_name_and_one_that_ends_within_a_character_nothing(demo):
     _, tokenizer = load(demo, "cpu")
     tokens = tokenizer.encode("<|im_start|>the 🦊 fox", parse_special=True)
     pieces = token_pieces(tokenizer, tokens)
-    assert len(pieces) == len(tokens) and pieces[0] == "" and "" in pieces[2:] and "".join(pieces) == "the 🦊 fox"
+    assert len(pieces) == len(tokens) and pieces[:2] == ["<|im_start|>", "the"] and "" in pieces[2:]
+    assert "".join(pieces) == "<|im_start|>the 🦊 fox"
 
 
 def test_draw_skip_map(tmp_path, monkeypatch):
@@ -54,14 +70,14 @@ def test_draw_skip_map(tmp_path, monkeypatch):
     L, T = 3, STRIP + 8
     pieces = [f" t{i}" for i in range(T)]
     pieces[5:10] = ["$\\frac$", "\n ", " ", "", "$"]
-    pieces[10] = "狐" * 30
+    pieces[10:12] = ["狐" * 30, "é\x04"]  # the font has é alone
     redundant, score = torch.rand(L, T) < 0.4, torch.rand(L, T)
     score[0] = float("nan")  # a layer without scores, some of its tokens kept and some skipped
     draw_skip_map(tmp_path / "map.png", "title", pieces, T - 4, redundant, score, 16)
     assert (tmp_path / "map.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     panels = [axes for axes in drawn[0].axes if axes.get_images()]
     labels = [label.get_text() for axes in panels for label in axes.get_xticklabels()]
-    assert labels[:12] == ["t0", "t1", "t2", "t3", "t4", "$\\frac$", "↵", "␣", "·", "$", "狐" * 12, "t11"]
+    assert labels[:12] == ["t0", "t1", "t2", "t3", "t4", "$\\frac$", "↵", "␣", "·", "$", "U+72D0U+72D0", "éU+0004"]
     assert len(panels) == 2 and len(labels) == T
     image = torch.cat([torch.as_tensor(axes.get_images()[0].get_array()) for axes in panels], 1)  # (L, T, RGBA)
     red_over_blue = image[..., 0] - image[..., 2]
@@ -72,7 +88,41 @@ def test_draw_skip_map(tmp_path, monkeypatch):
         assert (image[1:][where][order, :3].sum(-1).diff() <= 1e-6).all()
     assert f"{redundant.float().mean():.1%} of (token, layer) pairs" in drawn[0].get_suptitle()
 
-    T, savefig = STRIP * MOST_STRIPS + 10, lambda *a, **k: None
-    draw_skip_map(tmp_path / "long.png", "title", ["x"] * T, T, torch.ones(1, T).bool(), torch.full((1, T), float("nan")), 16)
-    assert sum(len(axes.get_xticklabels()) for axes in drawn[1].axes if axes.get_images()) == T - 10
-    assert f"the first {T - 10} of {T} tokens are drawn" in drawn[1].get_suptitle()
+
+@pytest.mark.parametrize("T, n_prompt, second, said", [
+    (1400, 1390, 1040, "0 to 71 and 1040 to 1399 of 1400"),  # the end, and so the answer
+    (1400, 900, 828, "0 to 71 and 828 to 1187 of 1400"),  # the answer from its start
+    (440, 20, 72, "0 to 431 of 440"),
+])  # fmt: skip
+def test_of_a_long_text_the_picture_shows_the_start_and_the_answer(tmp_path, monkeypatch, T, n_prompt, second, said):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self))
+    redundant, score = torch.ones(1, T).bool(), torch.full((1, T), float("nan"))
+    draw_skip_map(tmp_path / "long.png", "title", [str(t) for t in range(T)], n_prompt, redundant, score, 16)
+    labels = [label for axes in drawn[0].axes if axes.get_images() for label in axes.get_xticklabels()]
+    assert [int(label.get_text()) for label in labels] == [*range(STRIP), *range(second, second + STRIP * (MOST_STRIPS - 1))]
+    assert {label.get_fontweight() for label in labels if int(label.get_text()) >= n_prompt} == {"bold"}
+    assert f"tokens {said} are drawn" in drawn[0].get_suptitle()
+
+
+@pytest.mark.parametrize("name, kind", [("map.html", "page"), ("map.HTML", "page"), ("map.png", "picture")])
+def test_a_page_or_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys, name, kind):
+    watched, cache = Decisions(1, 4), small().new_cache(1, preset("cache", prune=0.5))
+    small()(texts()[:1, :50], cache)
+    watched.watch([0], cache)
+    path, what = tmp_path / name, ("title", ["x"] * 50, 40, watched, preset("cache", prune=0.5))
+
+    def stopped(path, *_, **__):
+        Path(path).write_text("half")
+        raise KeyboardInterrupt
+
+    write_skip_map(path, *what)
+    assert str(path) in capsys.readouterr().err
+    whole = path.read_bytes()
+    assert whole.startswith(b"<!DOCTYPE html>" if kind == "page" else b"\x89PNG")
+    monkeypatch.setattr("skip_map.write_skip_page", stopped)
+    monkeypatch.setattr("skip_map.draw_skip_map", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        write_skip_map(path, *what)
+    assert capsys.readouterr().err == f"interrupted: no {kind} was written to {path}\n"
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == whole

@@ -67,7 +67,6 @@ def test_the_data_are_the_run_s(tmp_path, name):
         torch.testing.assert_close(w * k.mean(1) + (1 - w) * v.mean(1), s, rtol=0, atol=2e-4)
         again = [bool(above_threshold(s[t : t + 1, None], s[None, None, :t], torch.tensor([[t]]), ratio)) and t >= 16 for t in range(90)]
         assert "".join("01"[flag] for flag in again) == data["redundant"][l]
-    assert data["redundant"][data["layer"]][data["token"]] == "1"
 
 
 def test_nothing_of_a_text_becomes_markup(tmp_path):
@@ -130,16 +129,19 @@ def test_in_a_browser(browser, tmp_path, name):
     assert len(shown["text"].find_elements("css selector", ":scope > span")) == 91
     assert not shown["text"].find_elements("css selector", "img, script")
 
-    before = shown["where"].text, shown["verdict"].text
+    layer, token = browser.execute_script("return [layer, token]")
+    assert data["redundant"][layer][token] == "1" and shown["where"].text.startswith(f"Token {token}, ")
     spans = shown["text"].find_elements("css selector", "span")
     point = "arguments[0].dispatchEvent(new MouseEvent('mouseenter'))"
     browser.execute_script(point, spans[20])
     assert shown["where"].text.startswith("Token 20, ")
+    before = shown["where"].text, shown["verdict"].text
     browser.execute_script("arguments[0].click()", spans[60])
     browser.execute_script(point, spans[20])  # a click holds the choice
     assert shown["where"].text.startswith("Token 60, ") and (shown["where"].text, shown["verdict"].text) != before
-    shown["scroll"].send_keys("\ue012")  # the left arrow
-    assert shown["where"].text.startswith("Token 59, ")
+    for box, token in (("scroll", 59), ("text", 58)):
+        shown[box].send_keys("\ue012")  # the left arrow
+        assert shown["where"].text.startswith(f"Token {token}, ")
 
     for l, ratio in enumerate(data["ratios"]):
         browser.execute_script("choose(arguments[0], 50)", l)
@@ -162,3 +164,118 @@ def test_in_a_browser(browser, tmp_path, name):
         browser.execute_script("arguments[0].click()", shown["reset"])
         assert browser.execute_script(DECIDED) == data["redundant"]
     assert [entry["message"] for entry in browser.get_log("browser")] == []
+
+
+def made(path, pieces, n_prompt, L=6, redundant=None):
+    """A page of any text under `cache`, with drawn decisions and scores; redundant (L, T)."""
+    T, filter, watched = len(pieces), preset("cache", prune=0.5), Decisions(1, L)
+    watched.redundant = [torch.rand(L, T) < 0.5 if redundant is None else redundant]
+    watched.score = [torch.rand(L, T).double()]
+    watched.cosine = [[[torch.rand(T, 2, 2).double()] for _ in range(L)]]
+    watched.w_k = [[[torch.rand(T).double()] for _ in range(L)]]
+    write_skip_page(path, "title", pieces, n_prompt, watched, filter)
+    return f"file://{path}"
+
+
+def test_it_opens_on_a_word_of_the_prompt_that_many_layers_find_redundant(browser, tmp_path):
+    pieces = [*(["x"] * 16), "<|im_start|>", "user", "\n", "The", " quick", ",", " sleep", "ing", " dogs", " are", ".", " Answer", " here"]
+    for redundant_in, chosen in (
+        ({17: 6, 20: 3, 21: 6, 22: 6, 23: 6, 24: 4, 25: 2, 26: 6, 27: 6}, 24),  # not a role, a sign, a part of a word or an answer's word
+        ({21: 6, 27: 2}, 27),  # if need be, an answer's word
+        ({21: 6}, 21),  # or what is no word
+    ):
+        redundant = torch.zeros(6, len(pieces), dtype=torch.bool)
+        for t, layers in redundant_in.items():
+            redundant[6 - layers :, t] = True
+        browser.get(made(tmp_path / "page.html", pieces, 27, redundant=redundant))
+        layer, token = browser.execute_script("return [layer, token]")
+        assert token == chosen and redundant[layer, token], pieces[token]
+
+
+def test_one_meaning_a_colour_and_every_number_says_what_it_is(browser, tmp_path):
+    browser.get(made(tmp_path / "page.html", [f" {i}" for i in range(60)], 40))
+    colours = """
+        const of = (where, what) => [...new Set([...document.querySelectorAll(where)].map(x => getComputedStyle(x)[what]))];
+        const bars = [".bar .key", ".bar .value"], dots = ["circle.kept", "circle.redundant", "circle.warm"];
+        return [...bars.map(x => of(x, "backgroundColor")), ...dots.map(x => of(x, "fill"))]"""
+    browser.execute_script("choose(3, 50)")
+    found = browser.execute_script(colours)
+    assert [len(each) for each in found] == [1] * 5 and len({each[0] for each in found}) == 5
+    dots = browser.find_elements("css selector", "#ranks circle:not(.ring)")
+    decided = browser.execute_script("return decided[3]")
+    assert len(dots) == 50
+    for t, dot in enumerate(dots):
+        word = "warm" if t < 16 else "redundant" if decided[t] else "kept"
+        assert dot.get_attribute("class") == word
+        title = dot.find_element("css selector", "title").get_attribute("textContent")
+        assert title.startswith(f'token {t}, " {t}": ') and title.endswith("warm-up" if t < 16 else word)
+    said = browser.find_element("id", "first")
+    assert said.text == ""
+    browser.execute_script("choose(3, 0)")
+    assert "compared with itself" in said.text
+    numbers = [span.text for span in browser.find_elements("css selector", "#layers span")]
+    assert numbers == [*"012345", "layer"]
+    written = browser.execute_script("const w = []; pen.fillText = text => w.push(text); paint(); return w")
+    assert len(written) > 8 and written == [*range(0, 5 * (len(written) - 2), 5), "warm-up ends", "answer"]
+
+
+PAINTED = """
+    const at = [...Array(20).keys()].map(i => pen.getImageData(canvas.width * (i + 0.5) / 20, canvas.height / 2, 1, 1).data);
+    return [canvas.width, at.filter(p => p[3] === 255 && Math.max(p[0], p[1], p[2]) - Math.min(p[0], p[1], p[2]) > 12).length]"""
+
+
+@pytest.mark.parametrize("T", [300, 14_000])
+def test_a_long_text_is_drawn_where_it_is_in_sight(browser, tmp_path, T):
+    browser.get(made(tmp_path / "page.html", [f"word{t} " for t in range(T)], T, L=3))
+    for t in (0, T // 2, T - 1):
+        browser.execute_script("choose(1, arguments[0])", t)
+        inside = """
+            const [outer, inner] = [arguments[0], arguments[1]].map(x => document.querySelector(x).getBoundingClientRect());
+            const within = (side, sign) => sign * outer[side] <= sign * inner[side] + 1;
+            return within("left", 1) && within("top", 1) && within("right", -1) && within("bottom", -1)"""
+        assert browser.execute_script(inside, "#text", "#text .chosen") and browser.execute_script(inside, "#scroll", "#cell")
+        browser.execute_script("paint()")
+        width, coloured = browser.execute_script(PAINTED)
+        assert width < 5000 and coloured >= 17  # at the end a little room is left for words
+
+
+def test_pointing_repaints_no_cell(browser, tmp_path):
+    browser.get(made(tmp_path / "page.html", ["word "] * 400, 300))
+    count = "let n = 0; const fill = pen.fillRect; pen.fillRect = () => n++; choose(2, 30); choose(3, 31); pen.fillRect = fill; return n"
+    assert browser.execute_script(count) == 0
+
+
+def test_a_click_holds_and_lets_go(browser, tmp_path):
+    """With real clicks and keys: those that scripts make do not move the focus."""
+    from selenium.webdriver import ActionChains, Keys
+
+    browser.get(made(tmp_path / "page.html", [f" word{t}" for t in range(60)], 40))
+    where, spans = browser.find_element("id", "where"), browser.find_elements("css selector", "#text span")
+    on, canvas = lambda: int(where.text.split(",")[0].removeprefix("Token ")), browser.find_element("id", "map")
+
+    def do(*steps):
+        for step in steps:
+            if isinstance(step, str):
+                ActionChains(browser).send_keys(step).perform()
+            else:
+                ActionChains(browser).move_to_element(step).perform()
+                if step in clicked:
+                    ActionChains(browser).click().perform()
+        return on()
+
+    clicked = []
+    assert do(spans[30]) == 30 and do(spans[31]) == 31  # pointing alone
+    clicked = [spans[20]]
+    assert do(spans[20], spans[33]) == 20  # held
+    assert do(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, spans[33]) == 22  # keys work after a click in the text, and hold as well
+    clicked = [browser.find_element("id", "title")]
+    assert do(clicked[0], spans[33]) == 33  # a click elsewhere lets go
+    clicked = [spans[25], browser.find_element("id", "ratio")]
+    assert do(spans[25], clicked[1], spans[33]) == 25  # but not one on the slider
+    assert do(Keys.ESCAPE, spans[34]) == 34
+    clicked = [canvas]
+    held = do(canvas, spans[10])
+    assert held != 10 and do(Keys.ARROW_LEFT, spans[10]) == held - 1  # on the map the same
+    clicked = [spans[held - 1]]
+    assert do(clicked[0], spans[12]) == 12  # a click on what is held lets go
+    assert [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line import DEMO
+from command_line import DEMO, fail
 
 import numpy as np
 import torch
@@ -226,6 +226,9 @@ if __name__ == "__main__":
     ratio = cache.layers[LAYER].ratio.item()
     k, v = seen[LAYER]
     steps = stages(k, v, ratio)
-    draw(Path(__file__).parent / "idea.png", pieces, steps, cache.filter.warmup)
     print(f"layer {LAYER}, ratio {ratio:.4f}: {pieces[SKIPPED]!r} and {pieces[KEPT]!r}")
-    print(table(steps[SKIPPED], steps[KEPT]))
+    print(table(steps[SKIPPED], steps[KEPT]), flush=True)
+    try:
+        draw(Path(__file__).parent / "idea.png", pieces, steps, cache.filter.warmup)
+    except ModuleNotFoundError as error:
+        fail(f"the picture needs {error.name}: .venv/bin/pip install -r requirements-dev.txt")
