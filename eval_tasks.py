@@ -28,6 +28,7 @@ from tqdm import tqdm
 from generate import sample
 from load_weights import CheckpointError, Tokenizer, load
 from model import Transformer
+from report import finite
 from rivals import by_chance, last_layers
 from token_filter import FilterConfig, token_filter
 from tokenizer import MARK
@@ -158,7 +159,8 @@ class Answer:
             self.parts[-1] += self.stream.flush()
             self.parts += [self.special[token], ""]
         self.parts[-1] += self.stream.push(token)
-        return token in self.eos_ids or any(stop in "".join(self.parts) for stop in self.stops)
+        said = "".join(self.parts)
+        return token in self.eos_ids or any(stop in said for stop in self.stops)
 
     def text(self) -> str:
         self.parts[-1] += self.stream.flush()
@@ -372,11 +374,11 @@ def summarise(results, lm: FilteredLM, lines):
         used = [text for row in table.values() for text in row["used"]]
         table["average"] = {"metrics": averages(table, "metrics"), "used": used}
     for row in table.values():
-        usage = torch.tensor(row.pop("used"))  # (texts, 5)
+        usage = torch.tensor(row.pop("used") or [[0] * 5])  # (texts, 5); none where the only text is empty
         pairs, redundant, held, read, dense_read = usage.sum(0).tolist()
         lengths = (usage[:, 0] // lm.model.config.n_layers).tolist()
         row["texts"], row["longest"] = len(lengths), max(lengths)
-        row |= {"skip_ratio": redundant / pairs, "kv_held": held / pairs, "kv_read": read / dense_read}
+        row |= {"skip_ratio": redundant / (pairs or 1), "kv_held": held / (pairs or 1), "kv_read": read / (dense_read or 1)}
         row["unfiltered"] = sum(n <= max(lm.filter.warmup, 1) for n in lengths) if lm.filter else len(lengths)
     return table
 
@@ -491,6 +493,8 @@ def main(argv=None):
             results = lm_eval.evaluate(lm, loaded, limit=args.limit, apply_chat_template=args.chat)
         except (ValueError, FloatingPointError, CheckpointError) as e:
             fail(e)
+        except ArithmeticError as e:
+            fail(f"{title}: the harness cannot make figures of what was scored, {e}: a loss without bound, or only empty texts?")
         tables[title] = summarise(results, lm, lines)
         if title != "dense" and "dense" in tables:
             compare(tables[title], tables["dense"])
@@ -501,7 +505,7 @@ def main(argv=None):
         about = {"lm_eval": lm_eval.__version__, "checkpoint": str(args.checkpoint), "limit": args.limit, "chat": args.chat}
         about |= {"num_fewshot": results["n-shot"], "versions": results["versions"]}
         rows = [{"setting": title, "filter": settings[title][0] and asdict(settings[title][0]), "tasks": tables[title]} for title in tables]
-        print_json({**about, "results": rows})
+        print_json(finite({**about, "results": rows}))
 
 
 if __name__ == "__main__":
