@@ -439,9 +439,9 @@ def read_arguments(argv):
     parser.add_argument("--prune", type=float, nargs="+", default=[0.0, 0.2, 0.5], metavar="P",
                         help="shares of (token, layer) pairs to skip (default: 0 0.2 0.5)")  # fmt: skip
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="continuations at a time (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N",
-                        help="of what tasks draw at random (default: 0)")  # fmt: skip
-    parser.add_argument("--rivals", action="store_true", help="also presets with tokens by chance, and last layers without attention")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what tasks and --rivals draw at random (default: 0)")
+    parser.add_argument("--rivals", action="store_true", help="also presets with tokens by chance, and last layers without attention, "
+                        "to which the filter's flags mean nothing")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     add_filter_arguments(parser, several=True)
     args = parser.parse_args(argv)
@@ -457,7 +457,7 @@ def read_arguments(argv):
             config = filter_from(args, name, prune)
             settings[f"{name} {prune:g}" if config else "dense"] = config, token_filter
             if config and args.rivals:
-                settings[f"{name} {prune:g}, random"] = config, by_chance
+                settings[f"{name} {prune:g}, random"] = config, partial(by_chance, seed=args.seed)
 
     for folder in args.include_path or []:
         if not os.path.isdir(folder):
