@@ -121,7 +121,7 @@ VARIED: dict[str, tuple] = {
     **{name: CHOICES[name] for name in ("schedule", "fusion", "keys")},
     "gamma": (0.5, 0.7, 0.9, 0.95, 0.99),
     "warmup": (0, 4, 16, 64),
-    "history": (64, 128, 256, 512, 1024),
+    "history": (32, 64, 128, 256, 512, 1024),
     "recent": (0, 8, 16, 32, 64, 128),
 }
 
