@@ -203,7 +203,7 @@ class FilteredLM(TemplateLM):
 
     def _own(self, name):
         """The id of the token that the tokenizer has under this name, None if it has none."""
-        return self.tokenizer._backend.vocab.get(self.tokenizer._template_tokens.get(name))
+        return self.tokenizer._backend.vocab.get(self.tokenizer._template_tokens.get(name, ""))
 
     @property
     def tokenizer_name(self):

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from model import Transformer, rope_frequencies, rope_table, rotate
+from model import rope_frequencies, rope_table, rotate
 from token_filter import PRESETS, FilterConfig, preset, rank, token_filter
 
 SINKS = 16  # first tokens that StreamingLLM keeps, as many as our warm-up
@@ -70,8 +70,8 @@ def by_chance(k, v, n_new, state, ratio, config, seed=0):
 
 
 @torch.inference_mode()
-def oracle(model: Transformer, rows: list[list[int]], filter: FilterConfig):
-    """A criterion for these texts alone, as rows of one batch, that knows what comes: a token is worth the attention it will get
+def oracle(model, rows, filter):
+    """A criterion for these lists of ids alone, rows of one batch, that knows what comes: a token is worth the attention it will get
     from the queries that have it in their recent window no longer, their mean and that over heads, times its value's norm, all
     in the dense model. It says how far a choice of tokens can go, with the threshold that all others have. (Ranked among the
     whole text's, early tokens win, which more queries read.)
