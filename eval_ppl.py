@@ -190,15 +190,17 @@ def sweep(model, windows, overlap, settings: list[Setting], losses, args, report
     edges = [0, *(64 << i for i in range(30) if 64 << i < args.window), args.window]
     dense = None
     for label, config, criterion in settings:
+        done = 0
         with tqdm(total=losses, desc=label, unit=" tokens", leave=False) as bar:
             try:
                 for score in evaluate(model, windows, config, args.batch, overlap=overlap, criterion=criterion):
                     bar.set_postfix_str(f"perplexity {score.perplexity:.2f}")
-                    bar.update(score.tokens - bar.n)
+                    bar.update(score.tokens - done)
+                    done = score.tokens
             except KeyboardInterrupt:
                 bar.close()
-                if bar.n:
-                    print(f"interrupted: {label}: perplexity {score.perplexity:.3f} over the first {score.tokens} of {losses} losses")
+                if done:
+                    print(f"interrupted: {label}: perplexity {score.perplexity:.3f} over the first {done} of {losses} losses")
                 raise
         dense = dense or score.perplexity
         row = {"setting": label, "prune": float(config.prune) if config else 0.0}

@@ -147,7 +147,7 @@ class Answer:
 
     def __init__(self, tokenizer: Tokenizer, stops):
         self.stream, self.eos_ids = tokenizer.stream(start=True), tokenizer.eos_ids
-        self.special = {i: token for token, i in tokenizer._backend.special.items()}
+        self.special = {tokenizer._backend.vocab[token]: token for token in tokenizer._backend.special}
         self.stops = [stop for stop in stops if stop]
         self.ids: list[int] = []
         self.parts = [""]  # text, then by turns a special token and text
@@ -190,16 +190,17 @@ class FilteredLM(TemplateLM):
 
     @property
     def eot_token_id(self):
-        """The tokenizer's own EOS, or else one that ends a generated text; ValueError if there is none."""
-        if (own := self._own("eos_token")) is None and not self.tokenizer.eos_ids:
-            raise ValueError("an empty context has to become a BOS or EOS token, and the checkpoint's files name none")
-        return min(self.tokenizer.eos_ids) if own is None else own
+        """The tokenizer's own EOS, or else one that ends a generated text; None if there is none."""
+        own = self._own("eos_token")
+        return min(self.tokenizer.eos_ids, default=None) if own is None else own
 
     @property
     def prefix_token_id(self):
-        """What an empty context becomes: BOS, or else the end of another text."""
-        bos = self._own("bos_token")
-        return self.eot_token_id if bos is None else bos
+        """What an empty context becomes: BOS, or else the end of another text; ValueError if there is neither."""
+        for token in (self._own("bos_token"), self._own("eos_token"), self.tokenizer.bos_id, self.eot_token_id):
+            if token is not None:
+                return token
+        raise ValueError("an empty context has to become a BOS or EOS token, and the checkpoint's files name none")
 
     def _own(self, name):
         """The id of the token that the tokenizer has under this name, None if it has none."""
