@@ -200,7 +200,7 @@ def sweep(model, windows, overlap, settings: list[Setting], losses, args, report
             except KeyboardInterrupt:
                 bar.close()
                 if done:
-                    print(f"interrupted: {label}: perplexity {score.perplexity:.3f} over the first {done} of {losses} losses")
+                    print(f"interrupted: {label}: perplexity {score.perplexity:.3f} over the first {score.tokens} of {losses} losses")
                 raise
         dense = dense or score.perplexity
         row = {"setting": label, "prune": float(config.prune) if config else 0.0}
