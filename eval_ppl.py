@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from command_line import Parser, add_filter_arguments, add_model_arguments, as_process, fail, filter_from, overflow, read_text
+from command_line import KNOBS, Parser, add_filter_arguments, add_model_arguments, as_process, fail, filter_from, overflow, read_text
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from load_weights import CheckpointError, load
 from model import Transformer
 from report import COLUMNS, Report, add_report_arguments, check_report_arguments
-from rivals import rivals
+from rivals import oracle, rivals
 from token_filter import CHOICES, PRESETS, FilterConfig, token_filter
 
 # ------------------------------------------------------------------------------------------------- perplexity
@@ -71,17 +71,17 @@ def evaluate(
     """Score every token of every window but its first; yields the running Score after each chunk of a batch.
 
     Each window is a text of its own: fresh cache, positions from 0. In all windows but the first, the leading `overlap`
-    tokens are context only, not scored. `chunk` bounds the memory the logits take. `criterion` as in model.new_cache.
-    Raises FloatingPointError where logits are not finite.
+    tokens are context only, not scored. `chunk` bounds the memory the logits take. `criterion` as in model.new_cache, or
+    rivals.oracle. Raises FloatingPointError where logits are not finite.
     """
-    longest = max(map(len, windows))
+    longest = max(map(len, windows), default=0)
     score = Score(torch.zeros(longest).double(), torch.zeros(longest).long(), torch.zeros(5).double())
     for start in range(0, len(windows), batch):
         rows = windows[start : start + batch]
         lengths = torch.tensor([len(row) for row in rows])
         first = torch.tensor([max(overlap if start + i else 0, 1) for i in range(len(rows))])  # scored, of each row
-        tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-        cache = model.new_cache(len(rows), filter, criterion)
+        tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True)
+        cache = model.new_cache(len(rows), filter, criterion(model, rows, filter) if criterion is oracle else criterion)
         for lo in range(0, tokens.shape[1], chunk):
             logits = model(tokens[:, lo : lo + chunk], cache, (lengths - lo).clamp(0, chunk))  # (B, T, V)
             targets = tokens[:, lo + 1 : lo + 1 + chunk]  # as many, but at the text's end one fewer
@@ -121,7 +121,7 @@ VARIED: dict[str, tuple] = {
     **{name: CHOICES[name] for name in ("schedule", "fusion", "keys")},
     "gamma": (0.5, 0.7, 0.9, 0.95, 0.99),
     "warmup": (0, 4, 16, 64),
-    "history": (64, 128, 256, 512, 1024),
+    "history": (32, 64, 128, 256, 512, 1024),
     "recent": (0, 8, 16, 32, 64, 128),
 }
 
@@ -190,14 +190,16 @@ def sweep(model, windows, overlap, settings: list[Setting], losses, args, report
     edges = [0, *(64 << i for i in range(30) if 64 << i < args.window), args.window]
     dense = None
     for label, config, criterion in settings:
+        done = 0
         with tqdm(total=losses, desc=label, unit=" tokens", leave=False) as bar:
             try:
                 for score in evaluate(model, windows, config, args.batch, overlap=overlap, criterion=criterion):
                     bar.set_postfix_str(f"perplexity {score.perplexity:.2f}")
-                    bar.update(score.tokens - bar.n)
+                    bar.update(score.tokens - done)
+                    done = score.tokens
             except KeyboardInterrupt:
                 bar.close()
-                if bar.n:
+                if done:
                     print(f"interrupted: {label}: perplexity {score.perplexity:.3f} over the first {score.tokens} of {losses} losses")
                 raise
         dense = dense or score.perplexity
@@ -224,8 +226,11 @@ def read_arguments(argv):
     parser.add_argument("--batch", type=int, default=4, metavar="N", help="windows at a time (default: %(default)s)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--ablate", action="store_true", help="change one thing at a time from each --preset at one ratio")
-    what.add_argument("--rivals", action="store_true", help="also what else one could do with the same budget, at each ratio")
+    what.add_argument("--rivals", action="store_true", help="also what else one could do with the same budget, at each ratio, beside "
+                      "presets as they are")  # fmt: skip
     what.add_argument("--by-position", action="store_true", help="also perplexity by position in the window")
+    parser.add_argument("--seed", type=int, nargs="+", metavar="N", help="of the rivals that draw tokens at random; several: each in turn "
+                        "(default: 0)")  # fmt: skip
     add_report_arguments(parser)
     add_filter_arguments(parser, several=True, default="all of them; with --ablate local cache")
     args = parser.parse_args(argv)
@@ -238,6 +243,10 @@ def read_arguments(argv):
     args.prune = args.prune or ([0.3] if args.ablate else [0.1, 0.2, 0.3, 0.5])
     if args.ablate and (len(args.prune) > 1 or args.prune == [0] or args.plot):
         fail("--ablate takes one --prune above 0, and draws no --plot")
+    if args.rivals and (given := [name for name in KNOBS if getattr(args, name) is not None]):
+        fail(f"--rivals are compared with the presets as they are: leave out --{given[0]}")
+    if args.seed and (not args.rivals or min(args.seed) < 0):
+        fail("--seed must be at least 0, and does nothing without --rivals")
     if not args.text:
         fail("no text: give --text FILE")
     return args
@@ -281,7 +290,7 @@ def main(argv=None):
         print(note, file=sys.stderr)
 
     for p in filter(None, args.prune if args.rivals else []):
-        settings += rivals(p, model.config.n_layers, longest)
+        settings += rivals(p, model.config.n_layers, longest, args.seed or [0])
     if args.ablate:
         settings += [(f"{name}, {label}", config, token_filter) for name, base in filters for label, config in variations(base)]
     losses = sum(len(window) - max(overlap if i else 0, 1) for i, window in enumerate(windows))

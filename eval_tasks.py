@@ -28,10 +28,13 @@ from tqdm import tqdm
 from generate import sample
 from load_weights import CheckpointError, Tokenizer, load
 from model import Transformer
+from report import finite
 from rivals import by_chance, last_layers
 from token_filter import FilterConfig, token_filter
+from tokenizer import MARK
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when lm_eval is imported: data sets come from this machine only
+for name in ("HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):  # read when lm_eval is imported: data sets, and metrics, which are
+    os.environ.setdefault(name, os.environ.get("HF_HUB_OFFLINE", "1"))  # programs, come from this machine only
 try:
     import datasets
     import lm_eval
@@ -108,7 +111,8 @@ def score(model: Transformer, pairs, filter: FilterConfig | None, criterion=toke
         model.prefill([list(contexts[0][:shared])], cache)
         cache.select([0] * len(contexts))
     logits = model.prefill([list(context[shared:]) for context in contexts], cache)[fork][:, None]  # (B, 1, V)
-    cache.select(fork)
+    if len(contexts) < len(pairs):
+        cache.select(fork)
 
     n = torch.tensor([len(continuation) for _, continuation in pairs])
     targets = torch.nn.utils.rnn.pad_sequence([torch.tensor(c) for _, c in pairs], batch_first=True)  # (B, T)
@@ -136,6 +140,39 @@ def score(model: Transformer, pairs, filter: FilterConfig | None, criterion=toke
         logits = model(targets[rows, done - 1 : -1][:, :step], cache, left.clamp(max=step))
 
 
+class Answer:
+    """A text that comes token by token, until one of eos_ids or a stop string, which it does not have. Stop strings are looked
+    for where special tokens are written out; the text is without them, and decoded as one that starts here, as the harness does.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops):
+        self.stream, self.eos_ids = tokenizer.stream(start=True), tokenizer.eos_ids
+        self.special = {tokenizer._backend.vocab[token]: token for token in tokenizer._backend.special}
+        self.stops = [stop for stop in stops if stop]
+        self.ids: list[int] = []
+        self.parts = [""]  # text, then by turns a special token and text
+
+    def push(self, token) -> bool:
+        """Whether the text ends with this token."""
+        self.ids.append(token)
+        if token in self.special:
+            self.parts[-1] += self.stream.flush()
+            self.parts += [self.special[token], ""]
+        self.parts[-1] += self.stream.push(token)
+        said = "".join(self.parts)
+        return token in self.eos_ids or any(stop in said for stop in self.stops)
+
+    def text(self) -> str:
+        self.parts[-1] += self.stream.flush()
+        said = "".join(self.parts)
+        left = min((said.index(stop) for stop in self.stops if stop in said), default=len(said))
+        text = ""
+        for i, part in enumerate(self.parts):
+            text += part[: max(left, 0)] if i % 2 == 0 else ""
+            left -= len(part)
+        return text
+
+
 class FilteredLM(TemplateLM):
     """A Transformer and its Tokenizer as the harness wants a model.
 
@@ -153,23 +190,45 @@ class FilteredLM(TemplateLM):
 
     @property
     def eot_token_id(self):
-        return min(self.tokenizer.eos_ids)
+        """The tokenizer's own EOS, or else one that ends a generated text; None if there is none."""
+        own = self._own("eos_token")
+        return min(self.tokenizer.eos_ids, default=None) if own is None else own
 
     @property
     def prefix_token_id(self):
-        """What an empty context becomes: BOS, or else the end of another text."""
-        return self.eot_token_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
+        """What an empty context becomes: BOS, or else the end of another text; ValueError if there is neither."""
+        for token in (self._own("bos_token"), self._own("eos_token"), self.tokenizer.bos_id, self.eot_token_id):
+            if token is not None:
+                return token
+        raise ValueError("an empty context has to become a BOS or EOS token, and the checkpoint's files name none")
+
+    def _own(self, name):
+        """The id of the token that the tokenizer has under this name, None if it has none."""
+        return self.tokenizer._backend.vocab.get(self.tokenizer._template_tokens.get(name, ""))
 
     @property
     def tokenizer_name(self):
         return str(self.tokenizer.path)
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
-        text = self.tokenizer.chat_text(chat_history, add_generation_prompt)
+        """The text of a conversation, without its system messages if the template refuses them: up to where the assistant speaks
+        next, or to the end of the last message, a turn that is begun and goes on.
+        """
+        *earlier, last = chat_history
+        if not add_generation_prompt:  # the mark shows where the message ends, and the space whether the template strips it
+            chat_history = [*earlier, {**last, "content": last["content"] + MARK + " "}]
+        try:
+            text = self.tokenizer.chat_text(chat_history, add_generation_prompt)
+        except CheckpointError:
+            if all(message["role"] != "system" for message in chat_history):
+                raise
+            text = self.tokenizer.chat_text([m for m in chat_history if m["role"] != "system"], add_generation_prompt)
         if add_generation_prompt:
             return text
-        last = chat_history[-1]["content"].strip()  # a turn that is begun and goes on: without what would end it
-        return text[: text.rindex(last) + len(last)]
+        text, mark, rest = text.rpartition(MARK)
+        if not mark:
+            raise ValueError("the chat template does not show the last message as it is, so no answer can be begun with it")
+        return text if rest.startswith(" ") else text.rstrip()
 
     def tok_encode(self, string, add_special_tokens=None, **kwargs):
         """Ids; special tokens written out in the string count as such; no second BOS in front of one."""
@@ -177,6 +236,13 @@ class FilteredLM(TemplateLM):
         if add_special_tokens is False or ids[:1] == [self.tokenizer.bos_id]:
             return ids
         return self.tokenizer.encode(string, parse_special=True)
+
+    def _encode_pair(self, context, continuation):
+        """Ids of both; spaces that end the context begin the continuation, and an empty context becomes a token."""
+        if context.strip():
+            return super()._encode_pair(context, continuation)
+        ids = self.tok_encode(context + continuation, add_special_tokens=False)
+        return (ids[:1], ids[1:]) if ids[:1] == [self.prefix_token_id] else ([self.prefix_token_id], ids)
 
     def score_all(self, requests):
         """score() for (context ids, continuation ids) of any number and length, truncated from the left as need be."""
@@ -194,14 +260,13 @@ class FilteredLM(TemplateLM):
         return [scored[i] for i in range(len(pairs))]
 
     def _loglikelihood_tokens(self, requests, **kwargs):
-        self._latest = self.score_all([(context, continuation) for _, context, continuation in requests])
-        return [(logprob, greedy) for logprob, greedy, _ in self._latest]
+        return [scored[:2] for scored in self.score_all([(context, continuation) for _, context, continuation in requests])]
 
     def loglikelihood(self, requests, disable_tqdm=False):
-        answers = super().loglikelihood(requests, disable_tqdm=True)
-        for request, (_, _, used) in zip(requests, self._latest):
+        scored = self.score_all([self._encode_pair(*request.args) for request in requests])
+        for request, (_, _, used) in zip(requests, scored):
             self.used[request.task_name].append(used)
-        return answers
+        return [(logprob, greedy) for logprob, greedy, _ in scored]
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
         """Log-probability of whole texts, in windows as long as the model's context that do not overlap."""
@@ -218,52 +283,48 @@ class FilteredLM(TemplateLM):
         return totals
 
     def generate_until(self, requests, disable_tqdm=False):
-        """Texts that continue the contexts, each cut before the first of its stop strings.
+        """Texts that continue the contexts, each cut before the first of its stop strings, of which the tokenizer's EOS is one.
 
         Greedy, unless the task asks for sampling. Raises ValueError for generation settings that are not known here.
         """
-        prompts, options, texts = [], [], [""] * len(requests)
+        prompts, options, answers = [], [], []
         for request in requests:
             context, given = request.args
             option = normalize_gen_kwargs(given, default_max_gen_toks=256)
             room = self.context - option["max_gen_toks"]
-            if set(option) - GENERATION or room < 1:
+            if set(option) - GENERATION or not 1 <= room <= self.context:
                 raise ValueError(f"{request.task_name}: cannot generate with {given} in a context of {self.context} tokens")
             prompts.append(self.tok_encode(context)[-room:] or [self.prefix_token_id])
             options.append({"temperature": 0.0, "top_k": 0, "top_p": 1.0, **option})
+            answers.append(Answer(self.tokenizer, [*option["until"], self.tokenizer._template_tokens.get("eos_token")]))
 
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         with tqdm(total=len(prompts), desc=self.title, unit=" texts", leave=False) as bar:
             for start in range(0, len(order), self.batch):
-                rows, made = order[start : start + self.batch], 0
-                streams = {i: self.tokenizer.stream() for i in rows}
+                rows = order[start : start + self.batch]
                 rngs = {i: torch.Generator().manual_seed(self.seed + i) for i in rows}
                 cache = self.model.new_cache(len(rows), self.filter, self.criterion)
                 logits = self.model.prefill([prompts[i] for i in rows], cache)
                 while rows:
-                    stay, tokens, usage, made = [], [], cache.usage().tolist(), made + 1
+                    stay = []
                     for b, i in enumerate(rows):
-                        option = options[i]
+                        answer, option = answers[i], options[i]
                         if not logits[b].isfinite().all():
-                            raise FloatingPointError(overflow(self.model, prompts[i], self.filter))
-                        token = sample(logits[b], option["temperature"], option["top_k"], option["top_p"], rngs[i])
-                        texts[i] += streams[i].push(token)
-                        ended = token in self.tokenizer.eos_ids or made == option["max_gen_toks"]
-                        if ended or any(stop in texts[i] for stop in option["until"] if stop):
-                            texts[i] += streams[i].flush()
-                            self.used[requests[i].task_name].append(usage[b])
+                            raise FloatingPointError(overflow(self.model, prompts[i] + answer.ids, self.filter))
+                        if len(answer.ids) < option["max_gen_toks"]:
+                            token = sample(logits[b], option["temperature"], option["top_k"], option["top_p"], rngs[i])
+                            if not answer.push(token) and len(answer.ids) < option["max_gen_toks"]:
+                                stay.append(b)
+                    if len(stay) < len(rows):
+                        usage = cache.usage().tolist()
+                        for b in set(range(len(rows))) - set(stay):
+                            self.used[requests[rows[b]].task_name].append(usage[b])
                             bar.update()
-                        else:
-                            stay.append(b)
-                            tokens.append(token)
-                    cache.select(stay)
-                    rows = [rows[b] for b in stay]
+                        cache.select(stay)  # copies what stays
+                        rows = [rows[b] for b in stay]
                     if rows:
-                        logits = self.model(torch.tensor(tokens)[:, None], cache, last=True)
-        for i, option in enumerate(options):
-            for stop in filter(None, option["until"]):
-                texts[i] = texts[i].split(stop)[0]
-        return texts
+                        logits = self.model(torch.tensor([answers[i].ids[-1:] for i in rows]), cache, last=True)
+        return [answer.text() for answer in answers]
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -314,11 +375,11 @@ def summarise(results, lm: FilteredLM, lines):
         used = [text for row in table.values() for text in row["used"]]
         table["average"] = {"metrics": averages(table, "metrics"), "used": used}
     for row in table.values():
-        usage = torch.tensor(row.pop("used"))  # (texts, 5)
+        usage = torch.tensor(row.pop("used") or [[0] * 5])  # (texts, 5); none where the only text is empty
         pairs, redundant, held, read, dense_read = usage.sum(0).tolist()
         lengths = (usage[:, 0] // lm.model.config.n_layers).tolist()
         row["texts"], row["longest"] = len(lengths), max(lengths)
-        row |= {"skip_ratio": redundant / pairs, "kv_held": held / pairs, "kv_read": read / dense_read}
+        row |= {"skip_ratio": redundant / (pairs or 1), "kv_held": held / (pairs or 1), "kv_read": read / (dense_read or 1)}
         row["unfiltered"] = sum(n <= max(lm.filter.warmup, 1) for n in lengths) if lm.filter else len(lengths)
     return table
 
@@ -379,9 +440,9 @@ def read_arguments(argv):
     parser.add_argument("--prune", type=float, nargs="+", default=[0.0, 0.2, 0.5], metavar="P",
                         help="shares of (token, layer) pairs to skip (default: 0 0.2 0.5)")  # fmt: skip
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="continuations at a time (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N",
-                        help="of what tasks draw at random (default: 0)")  # fmt: skip
-    parser.add_argument("--rivals", action="store_true", help="also presets with tokens by chance, and last layers without attention")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what tasks and --rivals draw at random (default: 0)")
+    parser.add_argument("--rivals", action="store_true", help="also presets with tokens by chance, and last layers without attention, "
+                        "to which the filter's flags mean nothing")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     add_filter_arguments(parser, several=True)
     args = parser.parse_args(argv)
@@ -397,7 +458,7 @@ def read_arguments(argv):
             config = filter_from(args, name, prune)
             settings[f"{name} {prune:g}" if config else "dense"] = config, token_filter
             if config and args.rivals:
-                settings[f"{name} {prune:g}, random"] = config, by_chance
+                settings[f"{name} {prune:g}, random"] = config, partial(by_chance, seed=args.seed)
 
     for folder in args.include_path or []:
         if not os.path.isdir(folder):
@@ -416,7 +477,6 @@ def main(argv=None):
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None or (args.num_fewshot is not None and task.get_config("num_fewshot") > 0):
             task.set_config("num_fewshot", args.num_fewshot or 0)  # a 0 in a task's own file stays, as in the harness
-        task.set_fewshot_seed(args.fewshot_seed)
     try:
         model, tokenizer = load(args.checkpoint, args.device, args.dtype, progress=True)
     except CheckpointError as e:
@@ -427,10 +487,15 @@ def main(argv=None):
     tables: dict[str, dict] = {}
     for title, (config, criterion) in settings.items():
         lm = FilteredLM(model, tokenizer, config, args.batch, args.seed, title, criterion)
+        random.seed(args.seed)
+        for task in loaded["tasks"].values():
+            task.set_fewshot_seed(args.fewshot_seed)  # for every setting anew, so that all get the same prompts
         try:
             results = lm_eval.evaluate(lm, loaded, limit=args.limit, apply_chat_template=args.chat)
         except (ValueError, FloatingPointError, CheckpointError) as e:
             fail(e)
+        except ArithmeticError as e:
+            fail(f"{title}: the harness cannot make figures of what was scored, {e}: a loss without bound, or only empty texts?")
         tables[title] = summarise(results, lm, lines)
         if title != "dense" and "dense" in tables:
             compare(tables[title], tables["dense"])
@@ -441,7 +506,7 @@ def main(argv=None):
         about = {"lm_eval": lm_eval.__version__, "checkpoint": str(args.checkpoint), "limit": args.limit, "chat": args.chat}
         about |= {"num_fewshot": results["n-shot"], "versions": results["versions"]}
         rows = [{"setting": title, "filter": settings[title][0] and asdict(settings[title][0]), "tasks": tables[title]} for title in tables]
-        print_json({**about, "results": rows})
+        print_json(finite({**about, "results": rows}))
 
 
 if __name__ == "__main__":

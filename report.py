@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,15 @@ COLUMNS = """\
 skipped  redundant (token, layer) pairs over all pairs
 KV held  keys and values in the cache at the end of a text over those of all its tokens in all layers
 KV read  keys and values that all queries of a text have read over those that they read without a filter"""
+
+
+def finite(value):
+    """The same with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Report:
@@ -31,8 +41,7 @@ class Report:
         print("".join(f"{cell:{'>' if i else '<'}{w}}" for i, (cell, w) in enumerate(zip(cells, widths))), flush=True)
         self.rows.append(row)
         if self.args.json:
-            rows = [{k: None if v != v else v for k, v in each.items()} for each in self.rows]  # JSON has no NaN
-            table = {"command": sys.argv, "protocol": self.protocol, "rows": rows}
+            table = {"command": sys.argv, "protocol": self.protocol, "rows": finite(self.rows)}
             Path(self.args.json).write_text(json.dumps(table, indent=1, allow_nan=False), encoding="utf-8")
         if self.args.csv:
             with open(self.args.csv, "w", newline="", encoding="utf-8") as file:

@@ -1,13 +1,16 @@
 """What else one could do with the same budget: rivals of token_filter.
 
 Each has token_filter's signature and promises: k, v (B, T, KVH, D), n_new (B,) or None, state, ratio, config -> redundant, score.
+But for the oracle, which makes a criterion of the texts it is to know.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from model import rope_frequencies, rope_table, rotate
 from token_filter import PRESETS, FilterConfig, preset, rank, token_filter
 
 SINKS = 16  # first tokens that StreamingLLM keeps, as many as our warm-up
@@ -53,12 +56,52 @@ def key_distance(k, v, n_new, state, ratio, config):
     return rank(F.cosine_similarity(unit, sums[:, :-1], dim=-1).mean(-1), n_new, state, ratio, config)
 
 
-def by_chance(k, v, n_new, state, ratio, config):
-    """Any token is as good as another: its score is a hash of layer and position, so causal as the others are."""
-    x = state.count[:, None] + torch.arange(k.shape[1], device=k.device) + 0x9E3779B1 * (state.layer + 1) % 2**32 & 0xFFFFFFFF
+def by_chance(k, v, n_new, state, ratio, config, seed=0):
+    """Any token is as good as another: its score is a hash of seed, layer, position and the signs of its values. The last have
+    texts draw differently, whatever rows they are, and a text the same however it is fed.
+    """
+    signs = (v.flatten(2)[..., :31] > 0).long()  # (B, T, 31) or fewer, of 0 and 1
+    x = (signs << torch.arange(signs.shape[-1], device=k.device)).sum(-1) * 0xC2B2AE35
+    x += state.count[:, None] + torch.arange(k.shape[1], device=k.device)
+    x = (x + (0x9E3779B1 * (state.layer + 1) + 0x85EBCA6B * seed) % 2**32) & 0xFFFFFFFF
     for _ in range(3):
         x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
     return rank(((x ^ (x >> 16)).double() / 2**32).to(state.history.dtype), n_new, state, ratio, config)
+
+
+@torch.inference_mode()
+def oracle(model, rows, filter):
+    """A criterion for these lists of ids alone, rows of one batch, that knows what comes: a token is worth the attention it will get
+    from the queries that have it in their recent window no longer, their mean and that over heads, times its value's norm, all
+    in the dense model. It says how far a choice of tokens can go, with the threshold that all others have. (Ranked among the
+    whole text's, early tokens win, which more queries read.)
+
+    Takes memory for the attention of a whole text in one layer, H T T numbers.
+    """
+    c, device, dtype = model.config, model.embed.weight.device, model.embed.weight.dtype
+    worth = torch.zeros(c.n_layers, len(rows), max(map(len, rows)), device=device, dtype=torch.promote_types(dtype, torch.float32))
+    for row, ids in enumerate(rows):
+        t, x = torch.arange(len(ids), device=device), model.embed(torch.tensor([ids], device=device))  # (1, T, C)
+        cos, sin = rope_table(t[None], rope_frequencies(c).to(device, worth.dtype), dtype)
+        ago = t[:, None] - t  # (T, T)
+        hidden = (ago < 0) | (ago >= (c.window or math.inf))
+        for layer, block in enumerate(model.blocks):
+            attn, h = block.attn, block.attn_norm(x)
+            k, v = (part(h).view(-1, c.kv_heads, c.head_dim) for part in (attn.k, attn.v))  # (T, KVH, D)
+            k, v = rotate(attn.k_norm(k), cos[0], sin[0]), v.repeat_interleave(c.heads // c.kv_heads, dim=1)
+            k, q = k.repeat_interleave(c.heads // c.kv_heads, dim=1), attn.queries(h, cos, sin)[0]  # (T, H, D)
+            attention = (torch.einsum("qhd,khd->hqk", q, k) / c.head_dim**0.5).masked_fill(hidden, -math.inf).softmax(-1)
+            got = attention.masked_fill(ago <= filter.recent, 0).sum(1) * v.norm(dim=-1).T  # (H, T)
+            worth[layer, row, : len(ids)] = got.mean(0) / (ago > filter.recent).sum(0).clamp(min=1)
+            x = x + attn.o(torch.einsum("hqk,khd->qhd", attention, v).flatten(1)[None])
+            x = x + block.mlp(block.mlp_norm(x))
+
+    def criterion(k, v, n_new, state, ratio, config):
+        position = state.count[:, None] + torch.arange(k.shape[1], device=device)
+        score = -worth[state.layer].gather(1, position.clamp(max=worth.shape[2] - 1))
+        return rank(score.to(state.history.dtype), n_new, state, ratio, config)
+
+    return criterion
 
 
 STEP = 0.1  # of the adjusted threshold, in units of the scores' spread
@@ -88,20 +131,23 @@ def adjusted_threshold(k, v, n_new, state, ratio, config):
     return above & (position >= max(config.warmup, 1)), score
 
 
-def rivals(p, n_layers, window):
-    """(label, FilterConfig, criterion) of each rival at ratio p. The last have other tokens found redundant: by an adjusted
-    threshold, or by chance, under every preset.
+def rivals(p, n_layers, window, seeds=(0,)):
+    """(label, FilterConfig, criterion) of each rival at ratio p; the oracle's is made for the texts first. The last have tokens
+    found redundant by chance, under every preset, once for each seed.
 
     StreamingLLM has a fixed budget where the others keep a share, so it is there twice: with the same cache at a window's
     end, B = (1-p) W tokens; and with the same read over the window, where the min(t, B) tokens that are seen at t add up to
-    (1-p) of the t that dense sees. KeyDiff ranks among 32 scores only: its scores fall while the mean settles, and among
-    256 it would skip a third where p is half.
+    (1-p) of the t that dense sees. KeyDiff compares keys before rotation: rotated ones drift with their mean, so that fewer
+    are redundant than p asks for.
     """
     yield "no attention in last layers", *last_layers(p, n_layers)
     for label, share in (("held", 1 - p), ("read", 1 - math.sqrt(p))):
         latest = max(1, round(share * window) - SINKS)  # a token itself is one of them
         yield f"StreamingLLM, as much {label}", preset("cache", prune=p, warmup=SINKS, recent=latest - 1), recent_only
-    yield "KeyDiff, online", preset("cache", prune=p, history=32), key_distance
+    yield "KeyDiff, online", preset("cache", prune=p, keys="unrotated"), key_distance
     yield "cache, adjusted threshold", preset("cache", prune=p), adjusted_threshold
+    yield "oracle", preset("cache", prune=p), oracle
     for name in PRESETS:
-        yield f"{name}, random tokens", preset(name, prune=p), by_chance
+        for seed in seeds:
+            label = f"{name}, random tokens" + (f", seed {seed}" if len(seeds) > 1 else "")
+            yield label, preset(name, prune=p), partial(by_chance, seed=seed)

@@ -13,7 +13,7 @@ import eval_ppl
 from eval_ppl import cut, evaluate, main, variations
 from load_weights import load
 from model import rope_frequencies
-from rivals import by_chance, key_distance, recent_only, rivals
+from rivals import by_chance, key_distance, oracle, recent_only, rivals
 from test_filter import drift, is_above, turned
 from test_generate import FILTERS, LONG, PROMPTS, refused
 from test_model import LENGTHS, small, texts
@@ -83,8 +83,9 @@ def test_sliding_windows_equal_a_plain_loop(window, stride, bos, filter):
 # ------------------------------------------------------------------------------------------------------- rivals
 
 
-def plain(model, tokens, visible):
-    """Logits (T, V) of one text, without a cache: visible (L, T, T) says which keys a query sees; one that sees none adds nothing."""
+def plain(model, tokens, visible, attention=None):
+    """Logits (T, V) of one text, without a cache: visible (L, T, T) says which keys a query sees; one that sees none adds nothing.
+    `attention`, if given, gets each layer's weights (H, T, T) and values (T, H, D)."""
     c, x, T = model.config, model.embed(tokens), len(tokens)
     angle = torch.arange(T)[:, None, None] * rope_frequencies(c).double()
     for block, seen in zip(model.blocks, visible):
@@ -93,6 +94,8 @@ def plain(model, tokens, visible):
         k = turned(block.attn.k(h).view(T, c.kv_heads, c.head_dim), angle).repeat_interleave(c.heads // c.kv_heads, 1)
         v = block.attn.v(h).view(T, c.kv_heads, c.head_dim).repeat_interleave(c.heads // c.kv_heads, 1)
         weights = torch.einsum("qhd,khd->hqk", q, k).div(c.head_dim**0.5).masked_fill(~seen, -math.inf).softmax(-1).nan_to_num(0)
+        if attention is not None:
+            attention.append((weights, v))
         x = x + block.attn.o(torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
         x = x + block.mlp(block.mlp_norm(x))
     return model.head(model.norm(x))
@@ -115,12 +118,17 @@ def test_last_layers_and_recent_only_equal_a_plain_forward(sizes):
         assert int(cache.usage()[0, 2]) == held
 
 
-@pytest.mark.parametrize("rival", range(8))
+@pytest.mark.parametrize("rival", range(9))
 def test_rivals_are_chunk_free_and_batch_invariant(rival):
-    model, (_, config, criterion) = small(), list(rivals(0.5, 4, 60))[rival]
-    whole = model(texts(), model.new_cache(3, config, criterion), LENGTHS)
+    model, (label, config, criterion) = small(), list(rivals(0.5, 4, 60))[rival]
+
+    def made(rows):
+        return oracle(model, rows, config) if label == "oracle" else criterion
+
+    rows = [texts()[row, :n].tolist() for row, n in enumerate(LENGTHS)]
+    whole = model(texts(), model.new_cache(3, config, made(rows)), LENGTHS)
     for row, n in enumerate(LENGTHS):
-        cache = model.new_cache(1, config, criterion)
+        cache = model.new_cache(1, config, made(rows[row : row + 1]))
         alone = torch.cat([model(texts()[row : row + 1, t : t + 1], cache)[0] for t in range(n)])
         torch.testing.assert_close(whole[row, :n], alone, rtol=0, atol=1e-9)
 
@@ -163,23 +171,52 @@ def test_rivals_have_the_budget_they_are_named_for(p):
         *_, score = evaluate(model, [window], config, chunk=10, criterion=criterion)
         return tuple(score.shares.values())
 
-    static, at_end, on_average, keydiff, adjusted, *chance = (figures(*rival) for _, *rival in rivals(p, 4, 400))
+    static, at_end, on_average, keydiff, adjusted, knowing, *chance = (figures(*rival) for _, *rival in rivals(p, 4, 400))
     assert static[0] == pytest.approx(round(p * 4) / 4 * (1 - 1 / 400))  # all but the first token
     assert at_end[1] == pytest.approx(1 - p, abs=0.003)
     assert on_average[2] == pytest.approx(1 - p, abs=0.003)
     assert adjusted[0] == pytest.approx(p, abs=0.06)
     assert [shares[0] for shares in (keydiff, *chance)] == pytest.approx([p] * 4, abs=0.05)
+    assert p < knowing[0] < p + 0.2  # where attention is as good as uniform, each token gets less than those before it
 
 
-def test_chance_is_uniform_and_goes_by_layer_and_position_alone():
-    def scores(layer, value_seed):
-        torch.manual_seed(value_seed)
-        state = FilterState(1, 1, 2, FilterConfig(), layer, torch.float64, "cpu")
-        return by_chance(*torch.randn(2, 1, 4000, 1, 2), torch.tensor([4000]), state, 0.5, FilterConfig())[1][0]
+@pytest.mark.parametrize("window", [None, 20])
+def test_the_oracle_equals_a_loop(window):
+    """A token's worth: what each query past its recent window gives it, on average, in a dense forward."""
+    model, ids, config, attention = small(window=window), PROMPTS[1], preset("cache", prune=0.5, recent=5), []
+    t, T = torch.arange(len(ids)), len(ids)
+    visible = (t[:, None] >= t) & (t[:, None] - t < (window or T))
+    plain(model, torch.tensor(ids), [visible] * 4, attention)
+    criterion = oracle(model, [ids[:9], ids], config)
+    for layer, (weights, v) in enumerate(attention):
+        state = FilterState(2, 2, 8, config, layer, torch.float64, "cpu")
+        _, score = criterion(torch.zeros(2, T, 2, 8), None, torch.tensor([9, T]), state, torch.tensor(0.5), config)
+        assert score[0, 9:].isnan().all()
+        for j in range(T):
+            heads = range(len(weights))
+            got = [sum(float(weights[h, q, j] * v[j, h].norm()) for h in heads) / len(heads) for q in range(j + 6, T)]
+            assert -float(score[1, j]) == pytest.approx(np.mean(got) if got else 0, abs=1e-9)
 
-    base, *others = scores(0, 0), scores(1, 0), scores(79, 0)
-    assert torch.equal(base, scores(0, 1)) and ((base >= 0) & (base < 1)).all() and len(base.unique()) > 3960
-    for one in (*others, base.roll(1)):
+
+def test_perplexity_with_the_oracle_is_that_of_its_choice():
+    """The batch's rows are told apart, whatever the chunk, and what it drops is what is worth least."""
+    model, (_, config, _) = small(), list(rivals(0.5, 4, 60))[5]
+    *_, score = evaluate(model, PROMPTS, config, batch=2, chunk=17, criterion=oracle)
+    *_, alone = evaluate(model, PROMPTS, config, batch=1, criterion=oracle)
+    torch.testing.assert_close(score.losses, alone.losses, rtol=0, atol=1e-9)
+    assert score.shares == alone.shares and score.shares["skipped"] > 0.2
+
+
+def test_chance_is_uniform_and_goes_by_seed_layer_position_and_text():
+    def scores(layer=0, seed=0, text=0, **more):
+        torch.manual_seed(text)
+        state = FilterState(1, 2, 16, FilterConfig(), layer, torch.float64, "cpu")
+        return by_chance(*torch.randn(2, 1, 4000, 2, 16), torch.tensor([4000]), state, 0.5, FilterConfig(), seed)[1][0]
+
+    base = scores()
+    assert torch.equal(base, scores()) and ((base >= 0) & (base < 1)).all() and len(base.unique()) > 3960
+    others = scores(layer=1), scores(layer=79), scores(seed=1), scores(seed=2), scores(seed=2**40 + 1), scores(text=1), base.roll(1)
+    for one in others:
         assert abs(np.corrcoef(one, base)[0, 1]) < 0.06
     np.testing.assert_allclose(base.histc(10, 0, 1) / 4000, 0.1, atol=0.02)
 
@@ -191,7 +228,7 @@ def test_variations_change_one_field_each():
         name, value = label.split("=")
         assert str(getattr(config, name)) == value != str(getattr(base, name))
         assert FilterConfig(**{**vars(config), name: getattr(base, name)}) == base
-    assert {"schedule=uniform", "fusion=key", "keys=unrotated", "gamma=0.99", "warmup=0", "history=64",
+    assert {"schedule=uniform", "fusion=key", "keys=unrotated", "gamma=0.99", "warmup=0", "history=128",
             "recent=8"} <= found.keys()  # fmt: skip
 
 
@@ -264,6 +301,17 @@ def test_by_position(checkpoint, capsys, tmp_path, text):
     assert len({*rows[0][-3:]}) == 3
 
 
+def test_random_tokens_have_a_row_for_each_seed(checkpoint, capsys, text):
+    """And rows of a batch draw for themselves: with other neighbours a text has the same figures."""
+    flags = [str(checkpoint), *text, "--max-tokens", "128", "--rivals", "--prune", "0.5", "--seed"]
+    main([*flags, "0", "1", "2"])
+    several = {row[0]: row[2:] for row in table(capsys.readouterr().out)[1:]}
+    drawn = [several[f"cache, random tokens, seed {seed}"] for seed in range(3)]
+    assert len(set(map(tuple, drawn))) == 3
+    main([*flags, "2", "--batch", "1"])
+    assert {row[0]: row[2:] for row in table(capsys.readouterr().out)[1:]}["cache, random tokens"] == drawn[2]
+
+
 def test_rivals_are_a_row_each_at_every_ratio(checkpoint, capsys, text):
     main([str(checkpoint), *text, "--max-tokens", "128", "--rivals", "--preset", "cache", "--prune", "0", "0.2", "0.5"])
     rows = [row[:2] for row in table(capsys.readouterr().out)[1:]]
@@ -282,6 +330,26 @@ def test_ablate_changes_one_thing_a_row(checkpoint, capsys, text):
     main([str(checkpoint), *text, "--max-tokens", "128", "--preset", "cache", "--gamma", "0.5", "--prune", "0.5", "--ablate"])
     rows = {row[0]: row[1:] for row in table(capsys.readouterr().out)[1:]}
     assert "cache, gamma=0.9" in rows and "cache, gamma=0.5" not in rows and "local" not in rows
+
+
+def test_infinite_perplexity_is_null_in_json(checkpoint, capsys, tmp_path, text, monkeypatch):
+    model, tokenizer = load(checkpoint, "cpu")
+    model.head.weight.mul_(1e5)
+    monkeypatch.setattr(eval_ppl, "load", lambda *_, **__: (model, tokenizer))
+    files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "csv", "png")}
+    flags = [str(part) for kind, path in files.items() for part in (f"--{'plot' if kind == 'png' else kind}", path)]
+    main([str(checkpoint), *text, "--prune", "0.5", "--preset", "cache", *flags])
+    assert [row[2] for row in table(capsys.readouterr().out)[1:]] == ["inf"] * 2
+    rows = json.loads(files["json"].read_text())["rows"]
+    assert [(row["perplexity"], row["x dense"]) for row in rows] == [(None, None)] * 2 and rows[1]["skipped"] > 0.2
+    assert "inf" in files["csv"].read_text() and files["png"].read_bytes()[1:4] == b"PNG"
+
+
+def test_texts_without_a_token_are_no_texts():
+    assert list(evaluate(small(), [], None)) == []
+    *_, score = evaluate(small(), [[], PROMPTS[0], []], FILTERS[1], batch=2, chunk=30)
+    *_, alone = evaluate(small(), [PROMPTS[0]], FILTERS[1])
+    assert score.tokens == alone.tokens and score.perplexity == pytest.approx(alone.perplexity, rel=1e-12)
 
 
 def test_ctrl_c_shows_what_was_measured(checkpoint, capsys, tmp_path, text, monkeypatch):
@@ -323,6 +391,9 @@ def test_ctrl_c_shows_what_was_measured(checkpoint, capsys, tmp_path, text, monk
     (b"the fox", ["--ablate", "--prune", "0"], "--ablate takes one --prune"),
     (b"the fox", ["--ablate", "--plot", "x.png"], "draws no --plot"),
     (b"the fox", ["--ablate", "--rivals"], "not allowed with"),
+    (b"the fox", ["--rivals", "--recent", "8"], "leave out --recent"), (b"the fox", ["--rivals", "--warmup", "0"], "leave out --warmup"),
+    (b"the fox", ["--rivals", "--preset", "cache", "--keys", "unrotated"], "leave out --keys"),
+    (b"the fox", ["--seed", "1"], "does nothing without --rivals"), (b"the fox", ["--rivals", "--seed", "1", "-1"], "--seed must be"),
     (b"the fox", ["--plot", "x.jpeg2"], ".png, .svg, .pdf"),
     (b"the fox", ["--csv", "no/such/folder/x.csv"], "no/such/folder/x.csv: cannot be written"),
 ])  # fmt: skip

@@ -4,7 +4,11 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
+import os
+import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -20,7 +24,9 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is an extra: pip instal
 from lm_eval.api.instance import Instance
 
 import eval_tasks
+import report
 import skip_map
+from checkpoint_files import CheckpointError
 from eval_tasks import SUITES, FilteredLM, batches, compare, load_tasks, main, score, summarise
 from generate import generate
 from load_weights import load
@@ -157,10 +163,107 @@ def test_encodes_and_truncates_as_the_harness_own_model(both, monkeypatch):
     assert ours.generate_until(prompts) == theirs.generate_until(prompts)
 
 
-def test_writes_a_conversation_as_the_harness_own_model(both):
-    messages = [{"role": "user", "content": "Which is wet?"}, {"role": "assistant", "content": "The answer is"}]
-    assert both[0].apply_chat_template(messages[:1]) == both[1].apply_chat_template(messages[:1])
-    assert both[0].apply_chat_template(messages, False) == both[1].apply_chat_template(messages, False)
+SAYS = ["\u258142", "<|im_end|>", "<0x0A>", "<|im_start|>", "q", "u", "i"]  # what the model below says after "x"
+PLAIN = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+PLAIN += "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+NO_SYSTEM = """{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('no') }}
+{%- endif %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}{{ m.content | trim + eos_token }}{% endif %}{% endfor %}"""
+
+
+@pytest.fixture(scope="module")
+def llama_like(tmp_path_factory):
+    """A random model with a tokenizer like LLaMA-2's: spaces are part of words, one is put before a text, and bytes are tokens."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+
+    folder = tmp_path_factory.mktemp("llama-like")
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    special = ["<unk>", "<s>", "</s>", "<|im_end|>", "<|im_start|>"]
+    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=[*special, *(f"<0x{i:02X}>" for i in range(256))])
+    tokenizer.train_from_iterator(["x", "is", "42", "the", "quick", "brown", "fox"], trainer)
+    values = json.loads(tokenizer.to_str())
+    values["added_tokens"] = [token for token in values["added_tokens"] if token["content"] in special]
+    tokenizer = Tokenizer.from_str(json.dumps(values))
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    torch.manual_seed(1)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=len(values["model"]["vocab"]), hidden_size=336, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=200, bos_token_id=1, eos_token_id=2,
+    ))  # fmt: skip
+    embedding, head = model.model.embed_tokens.weight.data, model.lm_head.weight.data
+    embedding += torch.eye(336)[: len(embedding)]
+    said = tokenizer.encode("x").ids[-1:] + [tokenizer.token_to_id(token) for token in SAYS]
+    for now, following in itertools.pairwise(said):
+        head[following, now] += 5
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def both_of(llama_like):
+    """Ours, and the harness's own model, of this folder with these settings of its tokenizer."""
+    pytest.importorskip("accelerate", reason="the harness's hf model needs it: pip install -r requirements-extra.txt")
+    from lm_eval.models.huggingface import HFLM
+
+    def make(template=PLAIN, eos="</s>"):
+        settings = {"bos_token": "<s>", "eos_token": eos, "unk_token": "<unk>", "tokenizer_class": "PreTrainedTokenizerFast"}
+        (llama_like / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+        theirs = HFLM(pretrained=str(llama_like), dtype="float32", device="cpu", batch_size=1)
+        return FilteredLM(*load(llama_like, "cpu", "float32")), theirs
+
+    return make
+
+
+def answers(lm, prompts, **options):
+    return lm.generate_until(instances("generate_until", [(prompt, options) for prompt in prompts]), disable_tqdm=True)
+
+
+def test_a_tokenizer_like_llama_s_as_in_the_harness_own_model(both_of):
+    """Scores and answers, which begin without a space; special tokens in contexts; contexts without a word."""
+    ours, theirs = both_of()
+    pairs = [
+        ("the fox", " is"), ("the fox ", "is"), ("", "quick fox"), ("", "<s>is"), (" ", "the fox"), ("\n", "fox"), ("<s>the", " fox"),
+        ("the <|im_end|>\n", " fox"), ("the", "<|im_end|>"),
+    ]  # fmt: skip
+    for kind, arguments in (("loglikelihood", pairs), ("loglikelihood_rolling", [("the fox is",), ("<s>the",), ("",), (" ",)])):
+        mine, his = (getattr(lm, kind)(instances(kind, arguments)) for lm in (ours, theirs))
+        assert torch.tensor(mine).flatten().tolist() == pytest.approx(torch.tensor(his).flatten().tolist(), abs=1e-3)
+    for until in ([], ["<|im_end|>"], ["i"], ["\n", "4"]):
+        mine, his = (answers(lm, ["x", "the x", "the fox", ""], until=until, max_gen_toks=9) for lm in (ours, theirs))
+        assert mine == his and (until or mine[0].startswith("42\nqui"))
+
+
+def test_special_tokens_stop_and_are_not_in_the_answer(both_of):
+    """Also in the middle of a stop string, where the harness cuts its answer too late; and the tokenizer's own EOS."""
+    ours, _ = both_of()
+    for until, answer in (
+        (["<|im_end|>"], "42"), (["<|im_end|>\n"], "42"), (["<|im_start|>qu"], "42\n"), (["u"], "42\nq"), (["i", "\n<|"], "42"),
+        (["2<|"], "4"), (["", None, "<|im_end|>i"], "42\nqui"),
+    ):  # fmt: skip
+        assert answers(ours, ["x", "the x"], until=until, max_gen_toks=7) == [answer] * 2, until
+    assert [answers(lm, ["x"], until=["u"], max_gen_toks=7) for lm in both_of(eos="<|im_end|>")] == [["42"]] * 2
+    lm = both_of(eos="<|im_end|>")[0]
+    assert lm.eot_token_id == lm.tokenizer.encode("<|im_end|>", bos=False, parse_special=True)[-1] not in lm.tokenizer.eos_ids
+
+
+@pytest.mark.parametrize("template", [PLAIN, NO_SYSTEM])
+def test_writes_a_conversation_as_the_harness_own_model(both_of, template):
+    """Without the system message where the template knows none; an answer that is begun, whatever its text, goes on."""
+    system, question = {"role": "system", "content": "Be short."}, {"role": "user", "content": "Which of the two?"}
+    ours, theirs = both_of(template)
+    for history in ([question], [system, question]):
+        assert ours.apply_chat_template(history) == theirs.apply_chat_template(history)
+        for begun in ("The answer is", "```python\n", "\n`` ", " a ", "", "e", "user", "|", "<", "<|im_end|>", "</s>", "[INST]"):
+            messages = [*history, {"role": "assistant", "content": begun}]
+            assert ours.apply_chat_template(messages, False) == theirs.apply_chat_template(messages, add_generation_prompt=False)
+    with pytest.raises(CheckpointError, match="the chat template failed"):
+        both_of("{{ raise_exception('never') }}")[0].apply_chat_template([question])
+    with pytest.raises(ValueError, match="does not show the last message"):
+        both_of("{{ messages[0].content }}")[0].apply_chat_template([question, system], False)
 
 
 # ------------------------------------------------------------------------------------------- against the slow path
@@ -238,6 +341,52 @@ def test_generation_equals_generate(tiny, filter):
     assert texts == [text.split(stop)[0] if stop else text for text, stop in zip(free, stops)]
     assert texts[0] != free[0] and len(lm.used["t"]) == len(prompts)
     assert sum(used[0] // 3 for used in lm.used["t"]) < full - 30  # what has met its stop string is not fed any more
+
+
+def test_without_a_context_or_without_anything(tiny):
+    """White space is no context; nothing to generate is nothing; what cannot be scored is named."""
+    lm = FilteredLM(*tiny, FILTERS[1])
+    for context, continuation in ((" ", "the fox"), ("\n\n", "a"), ("", " the"), ("", "<s>the")):
+        ids = lm.tok_encode(context + continuation)
+        ids = ids if ids[0] == lm.prefix_token_id else [lm.prefix_token_id, *ids]
+        ((logprob, _),) = lm.loglikelihood(instances("loglikelihood", [(context, continuation)]))
+        assert logprob == pytest.approx(one_by_one(lm, ids[:1], ids[1:])[0], abs=1e-9)
+    assert answers(lm, ["the fox", " ", ""], until=["."], max_gen_toks=0) == [""] * 3
+    assert [lm.loglikelihood([]), lm.loglikelihood_rolling([]), lm.generate_until([])] == [[], [], []]
+    assert lm.loglikelihood_rolling(instances("loglikelihood_rolling", [("",)])) == [0]
+    for pair in (("", ""), ("the", "")):
+        with pytest.raises(ValueError, match="a continuation has 0 tokens"):
+            lm.loglikelihood(instances("loglikelihood", [pair]))
+    with pytest.raises(ValueError, match=r"cannot generate with .*-1"):
+        answers(lm, ["the"], until=[], max_gen_toks=-1)
+
+
+def test_the_cache_is_copied_only_when_a_row_leaves(tiny, monkeypatch):
+    kept, select = [], KVCache.select
+    monkeypatch.setattr(KVCache, "select", lambda self, rows: kept.append(len(rows)) or select(self, rows))
+    lm = FilteredLM(*tiny, FILTERS[1])
+    lm.tokenizer = SimpleNamespace(**{name: getattr(lm.tokenizer, name) for name in ("encode", "stream", "bos_id", "_backend")},
+                                   eos_ids=frozenset(), _template_tokens={})  # fmt: skip
+    lm.generate_until(instances("generate_until", [(text, {"max_gen_toks": n}) for text, n in zip(GENERATE, (9, 2, 9, 5))]))
+    assert kept == [3, 2, 0]
+    kept.clear()
+    score(lm.model, [((1, 2), (3, 4)), ((2, 2), (3,) * 30)], lm.filter)
+    assert kept == [1]
+
+
+def test_the_line_on_overflow_is_about_the_whole_text(tiny, monkeypatch):
+    """Of a text that is generated, what was generated belongs to it."""
+    fed, forward = [], Transformer.forward
+
+    def broken(self, tokens, *rest, **more):
+        fed.append(tokens)
+        return forward(self, tokens, *rest, **more) * (1 if len(fed) < 4 else math.nan)
+
+    monkeypatch.setattr(Transformer, "forward", broken)
+    monkeypatch.setattr(eval_tasks, "overflow", lambda model, tokens, filter: str(tokens))
+    with pytest.raises(FloatingPointError) as caught:
+        answers(FilteredLM(*tiny), [FERRY[:40]], until=[], max_gen_toks=9)
+    assert str(caught.value) == str(torch.cat(fed, dim=1)[0].tolist())
 
 
 def test_a_shared_context_is_fed_once(tiny, monkeypatch):
@@ -475,6 +624,66 @@ def test_few_shot_and_generation(checkpoint, local, capsys):
 
     assert longest(2) > 2 * longest(0)
     assert longest(0, "--chat") > longest(0) + 5
+
+
+def test_every_setting_gets_the_same_prompts(checkpoint, local, capsys, monkeypatch):
+    """Solved examples that are drawn at random are the same ones, and so is whatever else a task draws."""
+    asked, loglikelihood = [], FilteredLM.loglikelihood
+
+    def recorded(self, requests, *rest, **more):
+        asked.append(([request.args for request in requests], random.random()))
+        return loglikelihood(self, requests, *rest, **more)
+
+    monkeypatch.setattr(FilteredLM, "loglikelihood", recorded)
+    arguments = [checkpoint, "--tasks", "local_choice", "--include-path", local, "--num-fewshot", 2, "--prune", 0, 0.2, 0.5]
+    run(capsys, *arguments)
+    assert len(asked) == 3 and asked[0] == asked[1] == asked[2] and len({context.rpartition("\n\n")[0] for (context, _) in asked[0][0]}) > 3
+    run(capsys, *arguments, "--fewshot-seed", 5, "--seed", 5)
+    assert asked[3][0] != asked[0][0] and asked[3][1] != asked[0][1]
+
+
+def test_a_loss_without_bound_and_empty_texts(checkpoint, local, capsys, monkeypatch):
+    """One line where the harness has no figure for them, nothing where it has; infinity is null in JSON."""
+    empty = yaml.safe_load((local / "local_rolling.yaml").read_text())
+    for name, metric in (("words", "word_perplexity"), ("bytes", "byte_perplexity")):
+        stand_in(local, f"empty_{name}", [{"text": ""}], {**empty, "metric_list": [{"metric": metric}]})
+    arguments = [str(checkpoint), "--include-path", str(local), "--prune", "0", "--device", "cpu", "--tasks"]
+    (row,) = json.loads(run(capsys, *arguments, "empty_words", "--json"))["results"]
+    assert row["tasks"]["empty_words"]["metrics"] == {"word_perplexity": [1.0, None]} and row["tasks"]["empty_words"]["longest"] == 0
+    model, tokenizer = load(checkpoint, "cpu")
+    model.head.weight.mul_(1e5)
+    monkeypatch.setattr(eval_tasks, "load", lambda *_, **__: (model, tokenizer))
+    for task in ("empty_bytes", "local_rolling"):
+        with pytest.raises(SystemExit) as stopped:
+            main([*arguments, task])
+        (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
+        assert stopped.value.code == 2 and "dense: the harness cannot make figures" in line
+    assert report.finite({"a": [math.inf, (1, math.nan)], "b": "inf"}) == {"a": [None, [1, None]], "b": "inf"}
+
+
+def test_an_empty_context_without_bos_and_eos(checkpoint, local, capsys, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, folder)
+    (folder / "tokenizer_config.json").write_text("{}")
+    for file in ("config.json", "generation_config.json"):
+        values = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**values, "bos_token_id": None, "eos_token_id": None}))
+    with pytest.raises(SystemExit):
+        main([str(folder), "--include-path", str(local), "--tasks", "local_rolling", "--device", "cpu"])
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
+    assert "an empty context has to become a BOS or EOS token" in line
+
+
+def test_a_checkpoint_is_downloaded_and_data_sets_are_not(tmp_path):
+    """Unless HF_HUB_OFFLINE=0 says so. Nobody listens where the hub should be, but it is asked for the checkpoint."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    env |= {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:1"}
+    code = "import eval_tasks, datasets, evaluate; print(datasets.config.HF_HUB_OFFLINE, evaluate.config.HF_EVALUATE_OFFLINE); "
+    code += "eval_tasks.main(['org/small', '--tasks', 'common_sense'])"
+    for more, offline in (({}, "True True"), ({"HF_HUB_OFFLINE": "0"}, "False False")):
+        done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, env=env | more, check=False)
+        assert done.stdout.split("\n")[0] == offline and done.returncode == 2
+        assert re.search("org/small.*does not answer", done.stderr.splitlines()[-1])
 
 
 @pytest.mark.parametrize(
