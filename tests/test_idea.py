@@ -95,10 +95,10 @@ def multiply_adds(C, H, KVH, D, M, S):
     return {"key, value": 2 * C * KVH * D, "query, output": 2 * C * H * D, "attention": 2 * H * D * S, "MLP": 3 * C * M}
 
 
-def layer_bytes(KVH, D, e, filter, filters, window=None):
+def layer_bytes(KVH, D, e, filter, filters):
     """Of a slot; of what a layer keeps for each sequence: its filter's, its counters and flags."""
-    slot, stats, front = 2 * KVH * D * e + (0 if window is None else 8), 8 if e == 8 else 4, max(filter.warmup, 1) + filter.recent + 1
-    return slot, (stats * (2 * KVH * D + 256) + 8) * filters, 3 * 8 + 1 + front * filters
+    slot, stats, front = 2 * KVH * D * e + 8, 8 if e == 8 else 4, max(filter.warmup, 1) + filter.recent + 1
+    return slot, (stats * (2 * KVH * D + 256) + 8) * filters, 3 * 8 + front * filters
 
 
 def test_the_tables_of_what_is_saved():
@@ -131,8 +131,7 @@ def test_multiply_adds_are_what_the_model_does(name, prune, monkeypatch):
     each, kv, qo = c.width * c.vocab_size + 4 * part["MLP"], part["key, value"], part["query, output"]
     cache = model.new_cache(1, filter)
     found, kept = multiply_adds_of(tokens), [40 - int(row.sum()) for row in decisions(cache)[0]]
-    fed = [16 if layer.closed else 40 for layer in cache.layers]
-    assert found == 40 * each + sum(fed) * kv + sum(kept if name == "paper" else fed) * qo
+    assert found == 40 * each + 4 * 40 * kv + (sum(kept) if name == "paper" else 4 * 40) * qo
 
     cache, reads = model.new_cache(1, filter), [0]
     for t, token in enumerate(tokens.T[:, None]):
@@ -154,11 +153,11 @@ def test_bytes_are_what_the_cache_counts(name, window, e, dtype):
     cache = model.new_cache(2, filter)
     model(torch.randint(0, 97, (2, 90)), cache, lengths)
     for layer, redundant in zip(cache.layers, decisions(cache)[0]):
-        slot, *state = layer_bytes(2, 8, e, filter, layer.filters, window)
+        slot, *state = layer_bytes(2, 8, e, filter, layer.filters)
         front = 17 + filter.recent if layer.filters else 0
         held = [n - int(redundant[b, : n - front + 16].sum()) for b, n in enumerate(lengths)]  # who has left the ring and is gone
         live += sum(held) * slot + 2 * sum(state)
-        allocated += 2 * (max(max(held) + 1, 33) * slot + sum(state))  # 33 at the start
+        allocated += 2 * ((max(held) + (1 if layer.closed else 33)) * slot + sum(state))  # room to grow, where it can
     assert (cache.live_bytes(), cache.nbytes()) == (live, allocated)
 
 
