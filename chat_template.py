@@ -1,5 +1,6 @@
 """Chat templates: the programs, in Jinja, that make one text of a conversation; and which part of the text is whose."""
 
+import itertools
 import json
 import os
 import re
@@ -101,8 +102,8 @@ def own_tokens(text: str, messages: list[dict], special: re.Pattern[str], render
     other letters in them (rendered gives None if the template fails): a token that is still there is the template's own.
     """
     spans = [found.span() for found in special.finditer(text)]
-    verdicts = {(a, b): True for a, b in spans if not any(map(str.isalnum, text[a:b]))}  # the same in all letters
-    for table in disguises(text, "".join(text[a:b] for a, b in spans)):
+    verdicts: dict[tuple[int, int], bool] = {}
+    for number, table in enumerate(disguises(text, "".join(text[a:b] for a, b in spans))):
 
         def whole(said, table=table):
             return said.translate(table)
@@ -110,8 +111,8 @@ def own_tokens(text: str, messages: list[dict], special: re.Pattern[str], render
         def tokens(said, whole=whole):
             return special.sub(lambda found: whole(found[0]), said)
 
-        if len(verdicts) == len(spans):
-            break
+        if number == 1 and len(verdicts) == len(spans):
+            break  # other letters all at once have told everything
         other = rendered(changed(messages, whole, tokens)) or ""
         looks = {(a, b): (other[a:b] == text[a:b], other[a:b] == whole(text[a:b])) for a, b in spans}
         if len(other) == len(text) and all(map(any, looks.values())):  # otherwise the template went by what a message says
@@ -124,12 +125,11 @@ def own_tokens(text: str, messages: list[dict], special: re.Pattern[str], render
 
 
 def disguises(text: str, tokens: str) -> Iterator[dict[int, int]]:
-    """Tables for str.translate: all letters and digits, then one letter of the tokens at a time, for one that is not in the text."""
+    """Tables for str.translate: all letters and digits, then one character of the tokens at a time, for one that is not in the text."""
     letters, capitals, digits = "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
     halves = ((each[len(each) // 2 :] + each[: len(each) // 2]) for each in (letters, capitals, digits))
     yield str.maketrans(letters + capitals + digits, "".join(halves))
-    armenian = map(chr, range(0x561, 0x587))  # letters that are in use where all of ours are
-    unused = [letter for letter in [*letters, *capitals, *digits, *armenian] if letter not in text]
-    for letter in sorted(set(filter(str.isalnum, tokens))):
-        for other in unused[:2]:
-            yield str.maketrans(letter + other, other + letter)
+    everything = itertools.chain(letters, capitals, digits, map(chr, range(0x400, 0xA000)))  # Cyrillic to Chinese: some letter is free
+    unused = itertools.islice((each for each in everything if each.isalnum() and each not in text), 2)
+    for other, letter in itertools.product([*unused], sorted(set(tokens))):
+        yield str.maketrans(letter + other, other + letter)

@@ -112,7 +112,7 @@ class JsonObject:
 
     def __init__(self, path: Path, values: Any, prefix: str = "", aliases: dict[str, str] | None = None):
         if not isinstance(values, dict):
-            raise CheckpointError(path, f"{prefix or 'the file '}is not a JSON object")
+            raise CheckpointError(path, f"{prefix.rstrip('.') or 'the file'} is not a JSON object")
         self.path, self.values, self.prefix, self.aliases = path, values, prefix, aliases or {}
 
     @classmethod

@@ -34,6 +34,8 @@ def _tokenizing(path: Path, doing: str) -> Iterator[None]:
     """`tokenizers` raises bare Exceptions, and where a file makes no sense its Rust code may panic."""
     try:
         yield
+    except CheckpointError:
+        raise
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise CheckpointError(path, f"cannot {doing} ({error})") from None
@@ -154,7 +156,7 @@ class _SentencePiece:
         ids = list[int]()
         for number, part in enumerate(self._cut.split(text)):
             spaced = (first or self._legacy) and not number
-            part = " " + part if spaced and self._space and part and not part.startswith(" ") else part
+            part = " " + part if spaced and self._space and part else part
             bare = 0 if spaced and self._space is None else len(self.model.encode(MARK))
             ids += self.model.encode(MARK * bool(bare) + part)[bare:]
         return ids
