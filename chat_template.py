@@ -1,12 +1,17 @@
 """Chat templates: the programs, in Jinja, that make one text of a conversation; and which part of the text is whose."""
 
+import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from pathlib import Path
 
 import jinja2.ext
 import jinja2.sandbox
+
+from checkpoint_files import CheckpointError, JsonObject, read_file
 
 
 class GenerationBlock(jinja2.ext.Extension):
@@ -17,6 +22,23 @@ class GenerationBlock(jinja2.ext.Extension):
     def parse(self, parser):
         line = next(parser.stream).lineno
         return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def read_templates(folder: Path, config: JsonObject) -> dict[str, tuple[Path, str]]:
+    """Name -> (its file, the template), of tokenizer_config.json and of files beside it, which go first. Raises CheckpointError."""
+    template = config.values.get("chat_template")
+    listed = [{"name": "default", "template": template}] if isinstance(template, str) else template or []
+    try:
+        found = {each["name"]: (config.path, "" + each["template"]) for each in listed}
+    except (KeyError, TypeError):
+        raise config.error("chat_template", "is neither a string nor a list of named templates") from None
+    for path in (folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja"))):
+        if os.path.lexists(path):
+            try:
+                found["default" if path.parent == folder else path.stem] = path, read_file(path).decode("utf-8")
+            except ValueError as error:
+                raise CheckpointError(path, f"cannot be read ({error})") from None
+    return found
 
 
 def render(source: str, messages: list[dict], known: dict) -> str:
@@ -37,18 +59,38 @@ def render(source: str, messages: list[dict], known: dict) -> str:
     )
     sandbox.filters["tojson"] = tojson
     sandbox.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    messages = [named_reasoning(message) for message in changed(messages, str.__str__)]
     return sandbox.from_string(source).render(known, messages=messages, tools=None, documents=None)
 
 
-def changed(value, change, change_role=None):
-    """The same with all its strings changed; a message's role, and the type of a part of it, in a way of their own."""
+def named_reasoning(message: dict) -> dict:
+    """A message without what is None, and with its reasoning under the names that templates know."""
+    message = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((message[key] for key in ("reasoning_content", "thinking", "reasoning") if key in message), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def changed(value, change, change_name=None):
+    """The same with all its strings changed; keys, a message's role, and the type of a part of it, in a way of their own."""
+    change_name = change_name or change
     if isinstance(value, dict):
-        ways = {key: change_role or change if key in ("role", "type") else change for key in value}
-        return {key: changed(part, ways[key], change_role) for key, part in value.items()}
+        ways = {key: change_name if key in ("role", "type") else change for key in value}
+        return {changed(key, change_name): changed(part, ways[key], change_name) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [changed(part, change, change_role) for part in value]
+        parts = [changed(part, change, change_name) for part in value]
+        return tuple(parts) if isinstance(value, tuple) else parts
     return change(value) if isinstance(value, str) else value
+
+
+def texts(value) -> Iterator[str]:
+    """All strings in it."""
+    if isinstance(value, dict):
+        yield from texts([*value, *value.values()])
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from texts(part)
+    elif isinstance(value, str):
+        yield value
 
 
 def own_tokens(text: str, messages: list[dict], special: re.Pattern[str], rendered: Callable) -> list[tuple[int, int]] | None:
@@ -60,8 +102,8 @@ def own_tokens(text: str, messages: list[dict], special: re.Pattern[str], render
     other letters in them (rendered gives None if the template fails): a token that is still there is the template's own.
     """
     spans = [found.span() for found in special.finditer(text)]
-    verdicts = {(a, b): True for a, b in spans if not any(map(str.isalnum, text[a:b]))}  # the same in all letters
-    for table in disguises(text, "".join(text[a:b] for a, b in spans)):
+    verdicts: dict[tuple[int, int], bool] = {}
+    for number, table in enumerate(disguises(text, "".join(text[a:b] for a, b in spans))):
 
         def whole(said, table=table):
             return said.translate(table)
@@ -69,23 +111,25 @@ def own_tokens(text: str, messages: list[dict], special: re.Pattern[str], render
         def tokens(said, whole=whole):
             return special.sub(lambda found: whole(found[0]), said)
 
-        if len(verdicts) == len(spans):
-            break
+        if number == 1 and len(verdicts) == len(spans):
+            break  # other letters all at once have told everything
         other = rendered(changed(messages, whole, tokens)) or ""
         looks = {(a, b): (other[a:b] == text[a:b], other[a:b] == whole(text[a:b])) for a, b in spans}
         if len(other) == len(text) and all(map(any, looks.values())):  # otherwise the template went by what a message says
             for span, (same, disguised) in looks.items():
                 if not (same and disguised):
                     verdicts[span] = same and verdicts.get(span, True)
+    if not any(map(special.search, texts(messages))):  # then whatever could not be told is the template's
+        verdicts = dict.fromkeys(spans, True) | verdicts
     return [span for span in spans if verdicts[span]] if len(verdicts) == len(spans) else None
 
 
 def disguises(text: str, tokens: str) -> Iterator[dict[int, int]]:
-    """Tables for str.translate: all letters and digits, then one letter of the tokens at a time, for one that is not in the text."""
+    """Tables for str.translate: all letters and digits, then one character of the tokens at a time, for one that is not in the text."""
     letters, capitals, digits = "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
     halves = ((each[len(each) // 2 :] + each[: len(each) // 2]) for each in (letters, capitals, digits))
     yield str.maketrans(letters + capitals + digits, "".join(halves))
-    unused = [letter for letter in letters + capitals + digits if letter not in text]
-    for letter in sorted(set(filter(str.isalnum, tokens))):
-        for other in unused[:2]:
-            yield str.maketrans(letter + other, other + letter)
+    everything = itertools.chain(letters, capitals, digits, map(chr, range(0x400, 0xA000)))  # Cyrillic to Chinese: some letter is free
+    unused = itertools.islice((each for each in everything if each.isalnum() and each not in text), 2)
+    for other, letter in itertools.product([*unused], sorted(set(tokens))):
+        yield str.maketrans(letter + other, other + letter)

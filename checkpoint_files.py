@@ -15,7 +15,14 @@ class CheckpointError(Exception):
     """A checkpoint cannot be used. The message is one line: the file, the tensor or key, what is wrong."""
 
     def __init__(self, where: Path | str, problem: object):
-        super().__init__(" ".join(f"{where}: {problem}".split()))
+        super().__init__(one_line(f"{where}: {problem}"))
+
+
+def one_line(message: object) -> str:
+    """What other people wrote (names, keys, a template's complaint) goes into messages through this: no line breaks, and nothing that
+    a terminal obeys."""
+    text = " ".join(str(message).split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def checkpoint_folder(checkpoint: str | Path) -> Path:
@@ -117,7 +124,7 @@ class JsonObject:
 
     def __init__(self, path: Path, values: Any, prefix: str = "", aliases: dict[str, str] | None = None):
         if not isinstance(values, dict):
-            raise CheckpointError(path, f"{prefix or 'the file '}is not a JSON object")
+            raise CheckpointError(path, f"{prefix.rstrip('.') or 'the file'} is not a JSON object")
         self.path, self.values, self.prefix, self.aliases = path, values, prefix, aliases or {}
 
     @classmethod
@@ -159,3 +166,38 @@ class JsonObject:
 
     def error(self, key: str, problem: str) -> CheckpointError:
         return CheckpointError(self.path, f"{self.prefix}{self.aliases.get(key, key)} {problem}")
+
+
+def token_name(token: Any) -> Any:
+    """A token as files name it: by a string, or by an object that has the string as its content."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def special_tokens(config: JsonObject) -> tuple[dict[str, str], set[str]]:
+    """The tokens that tokenizer_config.json gives a name, {"bos_token": "<s>"}, and these together with those that it lists as special."""
+    extra = config.values.get("extra_special_tokens") or config.values.get("additional_special_tokens")
+    values = {key: value for key, value in config.values.items() if key.endswith("_token")} | (extra if isinstance(extra, dict) else {})
+    named = {key: token for key, token in zip(values, map(token_name, values.values())) if isinstance(token, str)}
+    listed = {token for token in map(token_name, extra if isinstance(extra, list) else []) if isinstance(token, str)}
+    return named, {*named.values(), *listed} - {""}
+
+
+def added_tokens(config: JsonObject) -> dict[str, tuple[int, dict[str, bool]]]:
+    """Tokens -> (id, flags), of added_tokens.json, which has no flags, and of tokenizer_config.json's added_tokens_decoder; whose ids
+    must agree. Raises CheckpointError."""
+    added: dict[str, tuple[int, dict[str, bool]]] = {}
+    old = JsonObject.read(config.path.with_name("added_tokens.json"), optional=True)
+    try:
+        listed: list[tuple[str, int, dict[str, bool]]] = [(name, int(i), {}) for name, i in old.values.items()]
+        for i, values in config.get("added_tokens_decoder", dict, {}).items():
+            entry = JsonObject(config.path, values, f"added_tokens_decoder.{i}.")
+            flags = {key: entry.get(key, bool, False) for key in ("special", "lstrip", "rstrip", "single_word")}
+            flags["normalized"] = entry.get("normalized", bool, not flags["special"])
+            listed.append((entry.get("content", str), int(i), flags))
+    except (TypeError, ValueError, OverflowError):
+        raise CheckpointError(config.path, "or added_tokens.json: not a table of added tokens") from None
+    for name, i, flags in listed:
+        if not name or i < 0 or added.get(name, (i,))[0] != i:
+            raise CheckpointError(config.path, f"or added_tokens.json: the added token {name!r:.80} has two ids, or a bad one")
+        added[name] = i, flags
+    return added

@@ -14,6 +14,7 @@ if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:  # for
 
 import torch
 
+from checkpoint_files import one_line
 from token_filter import CHOICES, PRESETS, FilterConfig, preset
 
 DEMO = Path(__file__).resolve().parent / "checkpoints" / "smollm2-135m"
@@ -28,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 
 def fail(message) -> NoReturn:
     """One line on stderr, exit code 2."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     raise SystemExit(2)
 
 

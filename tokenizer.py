@@ -22,9 +22,10 @@ from pathlib import Path
 
 import sentencepiece
 import tokenizers
+from tokenizers import AddedToken, decoders
 
-from chat_template import changed, own_tokens, render
-from checkpoint_files import CheckpointError, JsonObject, read_file
+from chat_template import changed, own_tokens, read_templates, render
+from checkpoint_files import CheckpointError, JsonObject, added_tokens, read_file, special_tokens, token_name
 
 MARK = "\ufdd0"  # one of the characters that Unicode sets aside for a program's own use, never to be part of a text
 
@@ -33,77 +34,79 @@ def _tokenizing(path: Path, doing: str) -> Iterator[None]:
     """`tokenizers` raises bare Exceptions, and where a file makes no sense its Rust code may panic."""
     try:
         yield
+    except CheckpointError:
+        raise
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise CheckpointError(path, f"cannot {doing} ({error})") from None
         raise
 
 
-def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Matches any of these tokens, as a group: the longest one where several begin."""
-    return re.compile(f"({'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True))) or '(?!)'})")  # (?!): nothing
+def any_of(tokens: dict[str, AddedToken], mark: str = "") -> re.Pattern[str]:
+    """Matches any of these tokens behind `mark`, as a group: the longest one where several begin."""
+    names = sorted(tokens, key=len, reverse=True)
+    words = [rf"(?<!\w){re.escape(name)}(?!\w)" if tokens[name].single_word else re.escape(name) for name in names]
+    return re.compile(f"{mark}({'|'.join(words) or '(?!)'})")  # (?!): nothing
 
 
-def _added_tokens(config: JsonObject) -> dict[str, tuple[int, bool]]:
-    """Tokens -> (id, special), of tokenizer_config.json's added_tokens_decoder and of added_tokens.json; whose ids must agree."""
-    added: dict[str, tuple[int, bool]] = {}
-    old = JsonObject.read(config.path.with_name("added_tokens.json"), optional=True)
-    try:
-        listed = [(token, int(i), False) for token, i in old.values.items()]
-        listed += [(d["content"], int(i), bool(d.get("special"))) for i, d in config.get("added_tokens_decoder", dict, {}).items()]
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
-        raise CheckpointError(config.path, "or added_tokens.json: not a table of added tokens") from None
-    for token, i, special in listed:
-        if not isinstance(token, str) or i < 0 or added.get(token, (i,))[0] != i:
-            raise CheckpointError(config.path, f"or added_tokens.json: the added token {token!r:.80} has two ids, or a bad one")
-        added[token] = i, special
-    return added
+def _heed_add_prefix_space(values: dict, config: JsonObject, family: str) -> None:
+    """Whether a text gets a space in front, changed in a tokenizer.json as the tokenizer's class in transformers does: those of Mistral
+    and Phi-3, and those without a class of their own, leave the file as it is."""
+    kind = config.get("tokenizer_class", str, "Qwen2Tokenizer" if family.startswith("qwen") else "")
+    wish, steps = config.get("add_prefix_space", bool, None), values.get("pre_tokenizer") or {}
+    bytes_step = [step for step in steps.get("pretokenizers", [steps]) if step.get("type") == "ByteLevel"]
+    if wish is None or family in ("mistral", "phi3"):
+        return
+    if bytes_step and kind.startswith(("Qwen2Tokenizer", "GPT2Tokenizer")):
+        bytes_step[0]["add_prefix_space"] = wish
+    elif not bytes_step and kind.startswith(("LlamaTokenizer", "CodeLlamaTokenizer")):
+        scheme = "never" if not wish else "always" if config.get("legacy", bool, False) else "first"
+        space, strip = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}, decoders.Strip(" ", 1, 0)
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *[strip] * wish]
+        values |= {"normalizer": None, "pre_tokenizer": space, "decoder": json.loads(decoders.Sequence(steps).__getstate__())}
 
 
 class _TokenizerJson:
-    """tokenizer.json, through the `tokenizers` package.
+    """tokenizer.json, through the `tokenizers` package."""
 
-    encode_marked, here and below: special tokens are parsed where MARK stands in front of them and nowhere else.
-    """
-
-    def __init__(self, path: Path, config: JsonObject):
+    def __init__(self, path: Path, config: JsonObject, special: set[str], family: str):
         values = JsonObject.read(path).values
         values |= {"truncation": None, "padding": None}  # some files carry their training's
         post = values.get("post_processor") or {}
         with _tokenizing(path, "be read as a tokenizer"):
+            _heed_add_prefix_space(values, config, family)
             self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(values))
-            for token, (i, special) in sorted(_added_tokens(config).items(), key=lambda item: item[1]):
-                if self.tokenizer.token_to_id(token) is None:
-                    self.tokenizer.add_tokens([tokenizers.AddedToken(token, special=special, normalized=False)])
-                if self.tokenizer.token_to_id(token) != i:
-                    raise config.error("added_tokens_decoder", f"or added_tokens.json gives {token!r:.80} the id {i}, unlike {path.name}")
+            known = {token.content: token for token in self.tokenizer.get_added_tokens_decoder().values()}
+            vocab = self.tokenizer.get_vocab()
+            added = {name: (vocab[name], dict[str, bool]()) for name in special if name in vocab} | added_tokens(config)
+            for name, (i, flags) in sorted(added.items(), key=lambda item: item[1][0]):
+                token = AddedToken(name, **flags) if flags or name not in known else known[name]
+                token.special |= name in special
+                self.tokenizer.add_tokens([token])
+                if self.tokenizer.token_to_id(name) != i:
+                    raise config.error("added_tokens_decoder", f"or added_tokens.json gives {name!r:.80} the id {i}, unlike {path.name}")
             self.plain_size = max(self.tokenizer.get_vocab(with_added_tokens=False).values(), default=-1) + 1
             self.vocab: dict[str, int] = self.tokenizer.get_vocab(with_added_tokens=True)
             templates = [p["single"] for p in post.get("processors", [post]) if p.get("type") == "TemplateProcessing"]
             first = [template[0]["SpecialToken"]["id"] for template in templates if "SpecialToken" in template[0]]
             self.bos = {self.vocab[token] for token in first}
-        self.adds_bos, self.eos = bool(self.bos), set[int]()
-        added = self.tokenizer.get_added_tokens_decoder()
-        self.special = {token.content: i for i, token in added.items() if token.special}
+        self.adds_bos = bool(self.bos)
+        self.special = {token.content: token for token in self.tokenizer.get_added_tokens_decoder().values() if token.special}
 
-    def encode(self, text: str, parse_special: bool) -> list[int]:
-        self.tokenizer.encode_special_tokens = not parse_special
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def encode_marked(self, text: str) -> list[int]:
-        tokenizer, ids = self._marked
+    def encode(self, text: str, mark: str | None) -> list[int]:
+        """Here and below: special tokens are parsed where `mark`, "" or MARK, stands in front of them and nowhere else."""
+        tokenizer, ids = self._marked if mark else (self.tokenizer, dict[int, int]())
+        tokenizer.encode_special_tokens = mark != ""  # in a marked text the special ones are text, the new ones are not
         return [ids.get(i, i) for i in tokenizer.encode(text, add_special_tokens=False).ids]
 
     @cached_property
     def _marked(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
         """A copy with new tokens that are the special ones, each with MARK in front, and their ids -> the special ids."""
-        copy, added = tokenizers.Tokenizer.from_str(self.tokenizer.to_str()), self.tokenizer.get_added_tokens_decoder()
-        copy.encode_special_tokens = True  # the special ones are text, the new ones are not
-        for i in self.special.values():
-            options = {"lstrip": added[i].lstrip, "rstrip": added[i].rstrip, "normalized": False}
-            copy.add_tokens([tokenizers.AddedToken(MARK + added[i].content, **options)])
+        copy = tokenizers.Tokenizer.from_str(self.tokenizer.to_str())
+        for name, token in self.special.items():
+            copy.add_tokens([AddedToken(MARK + name, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False)])
         vocab = copy.get_vocab()
-        return copy, {vocab[MARK + token]: i for token, i in self.special.items()}
+        return copy, {vocab[MARK + name]: self.vocab[name] for name in self.special}
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
@@ -114,42 +117,54 @@ class _SentencePiece:
 
     adds_bos = True
 
-    def __init__(self, path: Path, config: JsonObject):
+    def __init__(self, path: Path, config: JsonObject, special: set[str], family: str):
         try:
             proto = read_file(path) or b"empty"  # no bytes at all would pass for a model
-            self.model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+            model = self.model = sentencepiece.SentencePieceProcessor(model_proto=proto)
         except RuntimeError as error:
             raise CheckpointError(path, f"cannot be read as a SentencePiece model ({error})") from None
-        size = self.model.get_piece_size()
-        self.vocab = {self.model.id_to_piece(i): i for i in range(size)}
-        self.bos, self.eos = {self.model.bos_id()} - {-1}, {self.model.eos_id()} - {-1}
-        self.special = {t: i for t, i in self.vocab.items() if self.model.is_control(i) or self.model.is_unknown(i)}
-        for token, (i, _) in _added_tokens(config).items():
-            if self.vocab.get(token, i) != i:
-                raise config.error("added_tokens_decoder", f"or added_tokens.json gives {token!r:.80} the id {i}, unlike {path.name}")
-            if i >= size or token not in self.vocab:  # new, or another name for a piece
-                self.special[token] = i
-        self.plain_size, self.legacy = size, config.get("legacy", bool, True)
-        self.vocab |= self.special
+        self.plain_size, self.bos = model.get_piece_size(), {model.bos_id()} - {-1}
+        self.vocab = {model.id_to_piece(i): i for i in range(self.plain_size)}
+        for key, i in (("bos_token", model.bos_id()), ("eos_token", model.eos_id()), ("unk_token", model.unk_id())):
+            config.values |= {key: config.values.get(key, model.id_to_piece(i))} if i >= 0 else {}
+        control = {name for name, i in self.vocab.items() if model.is_control(i) or model.is_unknown(i)}
+        added = added_tokens(config)
+        said = {name for name in self.vocab if name in special or added.get(name, (0, {}))[1].get("special")}
+        new = added.keys() - self.vocab.keys()  # of a new id, or another name for a piece
+        for name, (i, _) in added.items():
+            if self.vocab.setdefault(name, i) != i:
+                raise config.error("added_tokens_decoder", f"or added_tokens.json gives {name!r:.80} the id {i}, unlike {path.name}")
+        self.special = {name: AddedToken(name, **added.get(name, (0, {}))[1]) for name in control | said | new}
+        # the model itself parses these, so a text is cut within them
+        self._cut = re.compile("|".join(f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in said - control) or "(?!)")
+        self._space = config.get("add_prefix_space", bool, None)
+        self._legacy = config.get("legacy", bool, self._space is None)
 
-    def encode(self, text: str, parse_special: bool) -> list[int]:
-        return self._encode(text, self.special) if parse_special else self.model.encode(text)
-
-    def encode_marked(self, text: str) -> list[int]:
-        return self._encode(text, {MARK + token: i for token, i in self.special.items()})
-
-    def _encode(self, text: str, special: dict[str, int]) -> list[int]:
-        ids: list[int] = []
-        for number, part in enumerate(any_of(special).split(text)):
-            ids += [special[part]] if part in special else self._after(part) if number and not self.legacy else self.model.encode(part)
+    def encode(self, text: str, mark: str | None) -> list[int]:
+        parts = [text] if mark is None else any_of(self.special, mark).split(text)
+        texts, names, ids = parts[::2], parts[1::2], list[int]()
+        for number, name in enumerate(names):
+            texts[number] = texts[number].rstrip() if self.special[name].lstrip else texts[number]
+            texts[number + 1] = texts[number + 1].lstrip() if self.special[name].rstrip else texts[number + 1]
+        for number, part in enumerate(texts):
+            ids += [self.vocab[name] for name in names[:number][-1:]] + self._plain(part, first=not number)
         return ids
 
-    def _after(self, text: str) -> list[int]:
-        """Text that is not the first: where tokenizer_config.json has legacy: false, it gets no space in front."""
-        return self.model.encode(MARK + text)[len(self.model.encode(MARK)) :] if text else []
+    def _plain(self, text: str, first: bool) -> list[int]:
+        """Text alone. It gets a space in front as add_prefix_space says, or else the model; where tokenizer_config.json has
+        legacy: false, only if it is the first."""
+        ids = list[int]()
+        for number, part in enumerate(self._cut.split(text)):
+            spaced = (first or self._legacy) and not number
+            part = " " + part if spaced and self._space and part else part
+            bare = 0 if spaced and self._space is None else len(self.model.encode(MARK))
+            ids += self.model.encode(MARK * bool(bare) + part)[bare:]
+        return ids
 
     def decode(self, ids: list[int]) -> str:
-        return self.model.decode(ids)
+        space = [] if self._space is None else [self.model.piece_to_id("▁")]  # whose space the model drops, not the text's own
+        text = self.model.decode(space + ids)[len(self.model.decode(space)) :]
+        return text.removeprefix(" ") if self._space else text
 
 
 class Tokenizer:
@@ -164,56 +179,32 @@ class Tokenizer:
         folder = Path(folder)
         files = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
         config, older, generation, model = (JsonObject.read(folder / name, optional=True) for name in files)
-        config.values = older.values | config.values
-        self.path = folder / "tokenizer.json"
-        if os.path.lexists(self.path):
-            self._backend: _TokenizerJson | _SentencePiece = _TokenizerJson(self.path, config)
-        else:
-            paths = [folder / name for name in ("tokenizer.model", "tokenizer.model.v3")]  # v3: as Mistral names it
-            found = [path for path in paths if os.path.lexists(path)]
-            if not found:
-                raise CheckpointError(folder, "has no tokenizer.json and no tokenizer.model")
-            self.path = found[0]
-            self._backend = _SentencePiece(self.path, config)
+        if config.raw("added_tokens_decoder") is None:  # as transformers does
+            config.values |= older.values
+        names = ("tokenizer.json", "tokenizer.model", "tokenizer.model.v3")  # v3: as Mistral names it
+        found = [folder / name for name in names if os.path.lexists(folder / name)]
+        if not found:
+            raise CheckpointError(folder, "has no tokenizer.json and no tokenizer.model")
+        self.path, backend = found[0], _TokenizerJson if found[0].suffix == ".json" else _SentencePiece
+        self._backend: _TokenizerJson | _SentencePiece
+        self._backend = backend(self.path, config, special_tokens(config)[1], model.get("model_type", str, ""))
         tokens = {i: token for token, i in self._backend.vocab.items()}
-        special = set(self._backend.special.values())
         self.vocab_size, self.plain_size = max(tokens, default=-1) + 1, self._backend.plain_size
-        self._shown = {i: token for i, token in tokens.items() if i not in special}  # what decode() does not drop
+        self._shown = {i: token for i, token in tokens.items() if token not in self._backend.special}  # what decode() keeps
 
         # EOS: the first that names any. BOS: generation_config.json says nothing about it.
-        named = self._named(config, "eos_token")
         numbered = self._numbered(generation, "eos_token_id") or self._numbered(model, "eos_token_id")
-        self.eos_ids = numbered or named or self._backend.eos
+        self.eos_ids = numbered or self._named(config, "eos_token")
         bos = self._named(config, "bos_token") or self._numbered(model, "bos_token_id") or self._backend.bos
         self.bos_id = min(bos, default=None)
         self._add_bos = config.get("add_bos_token", bool, self._backend.adds_bos)
         if self._add_bos and self.bos_id is None:
             raise CheckpointError(self.path, "BOS is to be added to a text, but no file says which token it is")
-
-        # what a chat template may name
-        self._template_tokens, ids = {}, {"bos_token": bos, "eos_token": named or self.eos_ids}
-        for name in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
-            token = config.values.get(name)
-            token = token.get("content") if isinstance(token, dict) else token
-            if token := token or tokens.get(min(ids.get(name, ()), default=-1)):
-                self._template_tokens[name] = str(token)
-        template = config.values.get("chat_template")
-        listed = [{"name": "default", "template": template}] if isinstance(template, str) else template or []
-        try:
-            self._templates = {t["name"]: (config.path, "" + t["template"]) for t in listed}
-        except (KeyError, TypeError):
-            raise config.error("chat_template", "is neither a string nor a list of named templates") from None
-        for path in (folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja"))):
-            if os.path.lexists(path):
-                try:
-                    self._templates["default" if path.parent == folder else path.stem] = path, read_file(path).decode("utf-8")
-                except ValueError as error:
-                    raise CheckpointError(path, f"cannot be read ({error})") from None
+        self._template_tokens, self._templates = special_tokens(config)[0], read_templates(folder, config)
 
     def _named(self, config: JsonObject, key: str) -> set[int]:
         """The id of a token that a file names: a string, or an object with the string as its content."""
-        token = config.values.get(key)
-        token = token.get("content") if isinstance(token, dict) else token
+        token = token_name(config.values.get(key))
         if not token:
             return set()
         if not isinstance(token, str) or token not in self._backend.vocab:
@@ -237,7 +228,7 @@ class Tokenizer:
         if bos and self.bos_id is None:
             raise CheckpointError(self.path, "there is no BOS token to add")
         with _tokenizing(self.path, "encode the text"):
-            ids = self._backend.encode(text, parse_special)
+            ids = self._backend.encode(text, "" if parse_special else None)
         return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -290,7 +281,7 @@ class Tokenizer:
         for a, _ in reversed(own):
             text = text[:a] + MARK + text[a:]
         with _tokenizing(self.path, "encode the conversation"):
-            return self._backend.encode_marked(text)
+            return self._backend.encode(text, MARK)
 
 
 class Stream:

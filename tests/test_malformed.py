@@ -252,6 +252,16 @@ def test_malformed(sound, what, tmp_path, capsys):
     assert content(folder) == before
 
 
+def test_control_characters_do_not_reach_the_terminal(sound, tmp_path, capsys):
+    """In a folder's name, a key, a template's complaint: shown as escapes, in one line."""
+    folder = shutil.copytree(sound[0], tmp_path / "a\x1b[31m\x07b")
+    template = "{{ raise_exception('\x1b]0;title\x07\u202e\nno') }}"
+    edit_json(folder / "tokenizer_config.json", chat_template=template)
+    error = refused(capsys, folder, "--prompt", "hello", "--chat", "--device", "cpu")
+    assert error.strip().isprintable() and r"a\x1b[31m\x07b" in error and r"\x1b]0;title\x07\u202e no" in error
+    assert refused(capsys, "--\x1b[2J").strip().isprintable()
+
+
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS, TOKENIZER])
 def test_no_permission(sound, name):
     with tempfile.TemporaryDirectory() as folder:

@@ -428,6 +428,133 @@ def test_what_templates_use_is_there_as_in_transformers(folders, tmp_path, sourc
     assert Tokenizer(tmp_path).chat_text(messages) == expected
 
 
+def test_what_the_files_call_special_is_special(folders, tmp_path):
+    """Named, listed or marked in tokenizer_config.json, whatever tokenizer.json says of it."""
+    think = 262  # not special in tokenizer.json
+    for number, said in enumerate(
+        (
+            {"eos_token": "<think>"},
+            {"image_token": "<think>"},
+            {"additional_special_tokens": ["", {"content": "<think>"}, 5]},
+            {"extra_special_tokens": {"x": "<think>"}},
+            {"added_tokens_decoder": {str(think): {"content": "<think>", "special": True}}},
+        )
+    ):
+        folder = shutil.copytree(folders["byte-level"], tmp_path / str(number))
+        edit_json(folder / "tokenizer_config.json", chat_template="{{ messages[0].content }}<think>", **said)
+        tokenizer = Tokenizer(folder)
+        ids = tokenizer.chat([{"role": "user", "content": "a<think>b"}])
+        assert ids.count(think) == 1 and ids[-1] == think and tokenizer.decode(ids) == "a<think>b"
+    for number, said in enumerate(({"eos_token": "▁cat"}, {"additional_special_tokens": ["▁cat"]})):
+        folder = shutil.copytree(folders["sentencepiece"], tmp_path / f"sp{number}")
+        cat = Tokenizer(folder).encode("cat", bos=False)[0]
+        edit_json(folder / "tokenizer_config.json", **said)
+        tokenizer = Tokenizer(folder)
+        assert cat not in tokenizer.encode("▁cat") and tokenizer.encode("▁cat", parse_special=True)[-1] == cat
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+@pytest.mark.parametrize("place", ["in tokenizer.json", "in tokenizer_config.json", "in both"])
+def test_space_around_added_tokens(folders, tmp_path, flag, place):
+    shutil.copytree(folders["byte-level"], tmp_path, dirs_exist_ok=True)
+    template = "{% for m in messages %}x<|user|>\n{{ m.content }} <|user|> \n<|user|>y{% endfor %}"
+    if place != "in tokenizer_config.json":
+        tokenizer, flags = byte_level_json(), {flag: True} if place == "in tokenizer.json" else {}
+        tokenizer.add_tokens([AddedToken("<|user|>", special=True, normalized=False, **flags)])
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+    entry = {"content": "<|user|>", "special": True, "normalized": False, flag: True}
+    listed = {} if place == "in tokenizer.json" else {"added_tokens_decoder": {"263": entry}}
+    edit_json(tmp_path / "tokenizer_config.json", chat_template=template, **listed)
+    messages = [{"role": "user", "content": " hello  world"}]
+    expected = transformers.AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(messages, return_dict=False)
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.chat(messages) == tokenizer.chat(messages, parse_special=True) == expected
+
+
+@pytest.mark.parametrize("flag, written", [("lstrip", "the<|x|> \ncat"), ("rstrip", "the <|x|>cat")])
+def test_space_around_tokens_added_to_a_sentencepiece_model(folders, tmp_path, flag, written):
+    shutil.copytree(folders["sentencepiece"], tmp_path, dirs_exist_ok=True)
+    size, template = Tokenizer(tmp_path).vocab_size, "the <|x|> \ncat"
+    edit_json(tmp_path / "tokenizer_config.json", chat_template=template, added_tokens_decoder={size: {"content": "<|x|>"}})
+    expected = Tokenizer(tmp_path).encode(written, bos=False, parse_special=True)
+    edit_json(tmp_path / "tokenizer_config.json", added_tokens_decoder={size: {"content": "<|x|>", flag: True}})
+    assert Tokenizer(tmp_path).chat([]) == expected == Tokenizer(tmp_path).encode(template, bos=False, parse_special=True)
+
+
+@pytest.mark.parametrize("wish", [True, False])
+@pytest.mark.parametrize("kind, cls", [("byte-level", "Qwen2Tokenizer"), ("byte-fallback", "LlamaTokenizer"), ("byte-fallback", None)])
+def test_add_prefix_space_as_in_transformers(folders, tmp_path, kind, cls, wish):
+    shutil.copytree(folders[kind], tmp_path, dirs_exist_ok=True)
+    edit_json(tmp_path / "tokenizer_config.json", add_prefix_space=wish, **({"tokenizer_class": cls} if cls else {}))
+    ours, reference = Tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("", "the cat", f"the{reference.eos_token}cat", f"{reference.eos_token}cat"):
+        ids = reference(text, add_special_tokens=False).input_ids
+        assert ours.encode(text, bos=False, parse_special=True) == ids
+        assert ours.decode(ids) == reference.decode(ids, skip_special_tokens=True)
+
+
+def test_add_prefix_space_of_a_sentencepiece_model(folders, tmp_path):
+    shutil.copytree(folders["sentencepiece"], tmp_path, dirs_exist_ok=True)
+    for wish in (True, False):
+        edit_json(tmp_path / "tokenizer_config.json", add_prefix_space=wish)
+        tokenizer = Tokenizer(tmp_path)
+        pieces = [tokenizer._backend.model.id_to_piece(i) for i in tokenizer.encode("the", bos=False)]
+        assert "".join(pieces) == "▁" * wish + "the" and tokenizer.encode("", bos=False) == []
+        for text in TRICKY:
+            assert tokenizer.decode(tokenizer.encode(text)) == text.replace("▁", " ")
+        check_streaming(tokenizer)
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+
+
+@pytest.mark.parametrize("marker", ["</think>", "/startend"])
+@pytest.mark.parametrize("letters", [LETTERS, LETTERS + "".join(map(chr, range(0x400, 0x600)))])
+def test_a_conversation_that_uses_every_letter(folders, tmp_path, marker, letters):
+    shutil.copytree(folders["byte-level"], tmp_path, dirs_exist_ok=True)
+    turn = "<|start|>{{ m.role }}{{ m.content | replace(MARKER, '') }}{{ '!' if MARKER in m.content }}<|end|>"
+    template = "{% for m in messages %}" + turn.replace("MARKER", repr(marker)) + "{% endfor %}"
+    edit_json(tmp_path / "tokenizer_config.json", chat_template=template)
+    tokenizer = Tokenizer(tmp_path)
+    for content in ("hi", marker, f"<|end|>{marker}", f"<|e{marker}nd|>"):
+        messages = [{"role": "user", "content": letters}, {"role": "assistant", "content": f"a{content}b"}]
+        ids = tokenizer.chat(messages)
+        assert (ids.count(260), ids.count(261)) == (2, 2), content
+        if "<|" not in content:
+            assert ids == transformers.AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(messages, return_dict=False)
+
+
+def test_a_template_gets_the_tokens_that_the_tokenizer_names(folders, tmp_path):
+    shutil.copytree(folders["byte-level"], tmp_path, dirs_exist_ok=True)
+    edit_json(tmp_path / "config.json", bos_token_id=260, eos_token_id=261, model_type="llama")
+    source = "{% for t in (bos_token, eos_token, image_token) %}{{ t is defined }}{{ t }};{% endfor %}{{ messages[0].content }}"
+    for names in ({}, {"bos_token": None}, {"bos_token": ...}, {"eos_token": None}, {"eos_token": ""}, {"image_token": "<think>"}):
+        edit_json(tmp_path / "tokenizer_config.json", chat_template=source, **({"bos_token": "<|start|>", "eos_token": "<|end|>"} | names))
+        reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        messages = [{"role": "user", "content": "hi"}]
+        assert Tokenizer(tmp_path).chat_text(messages) == reference.apply_chat_template(messages, tokenize=False), names
+
+
+def test_other_fields_of_a_message(folders, tmp_path):
+    shutil.copytree(folders["byte-level"], tmp_path, dirs_exist_ok=True)
+    edit_json(tmp_path / "tokenizer_config.json", chat_template="{{ messages | tojson }}{{ messages[0].x }}<|end|>")
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": [1, None], "<|end|>": "é"}}}
+    for name in ("reasoning_content", "reasoning", "thinking", "other"):
+        messages = [{"role": "assistant", "content": None, name: "because", "tool_calls": [call], "x": ("a", 1)}]
+        reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        assert Tokenizer(tmp_path).chat_text(messages) == reference.apply_chat_template(messages, tokenize=False), name
+        assert Tokenizer(tmp_path).chat(messages).count(261) == 1  # the one that is typed, as a key, is text
+
+
+def test_empty_text(folder):
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    tokenizer = Tokenizer(folder)
+    assert tokenizer.encode("", bos=False) == tokenizer.encode("", bos=False, parse_special=True) == tokenizer.chat([]) == []
+    assert tokenizer.chat([{"role": "user", "content": ""}]) == [] and tokenizer.decode([]) == tokenizer.stream().flush() == ""
+    edit_json(folder / "added_tokens.json", **{"": tokenizer.vocab_size})
+    assert "the added token '' has two ids, or a bad one" in fails(Tokenizer, folder)
+
+
 def test_templates_by_name(folders, tmp_path):
     shutil.copytree(folders["byte-level"], tmp_path, dirs_exist_ok=True)
     edit_json(tmp_path / "tokenizer_config.json", chat_template=[{"name": n, "template": n} for n in ("default", "tool_use")])
