@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from generate import sample
+from generate import sample_rows
 from load_weights import CheckpointError, Tokenizer, load
 from model import Transformer
 from rivals import by_chance, last_layers
@@ -242,11 +242,17 @@ class FilteredLM(TemplateLM):
                 logits = self.model.prefill([prompts[i] for i in rows], cache)
                 while rows:
                     stay, tokens, usage, made = [], [], cache.usage().tolist(), made + 1
+                    together: dict[tuple[float, int, float], list[int]] = defaultdict(list)  # rows that are sampled alike
+                    drawn: dict[int, int] = {}  # each row's token
+                    for b, i in enumerate(rows):
+                        together[options[i]["temperature"], options[i]["top_k"], options[i]["top_p"]].append(b)
+                    for sampling, some in together.items():
+                        drawn |= zip(some, sample_rows(logits[some], *sampling, [rngs[rows[b]] for b in some]).tolist())
                     for b, i in enumerate(rows):
                         option = options[i]
                         if not logits[b].isfinite().all():
                             raise FloatingPointError(overflow(self.model, prompts[i], self.filter))
-                        token = sample(logits[b], option["temperature"], option["top_k"], option["top_p"], rngs[i])
+                        token = drawn[b]
                         texts[i] += streams[i].push(token)
                         ended = token in self.tokenizer.eos_ids or made == option["max_gen_toks"]
                         if ended or any(stop in texts[i] for stop in option["until"] if stop):

@@ -240,6 +240,14 @@ def test_generation_equals_generate(tiny, filter):
     assert sum(used[0] // 3 for used in lm.used["t"]) < full - 30  # what has met its stop string is not fed any more
 
 
+def test_texts_side_by_side_are_each_sampled_as_asked(tiny):
+    ways = [{"top_k": 3}, {"top_p": 0.5}, {}, {"temperature": 0.0, "do_sample": False}]
+    options = [{"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 0.8} | way for way in ways]
+    requests = [(prompt, option) for prompt in GENERATE[:2] for option in options]
+    together, alone = (FilteredLM(*tiny, batch=n, seed=5).generate_until(instances("generate_until", requests)) for n in (8, 1))
+    assert together == alone and len(set(together)) > 5
+
+
 def test_a_shared_context_is_fed_once(tiny, monkeypatch):
     fed, forward = [], Transformer.forward
     monkeypatch.setattr(Transformer, "forward", lambda self, *a, **k: fed.append(a) or forward(self, *a, **k))

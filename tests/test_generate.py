@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import generate as generate_module
-from generate import Stats, generate, main, sample
+from generate import Stats, generate, main, sample, sample_rows
 from load_weights import load
 from skip_map import BOLD, Decisions, decisions, paint, paint_legend, token_pieces
 from test_model import LENGTHS, small, texts
@@ -218,6 +218,29 @@ def test_sampling():
     torch.testing.assert_close(drawn, (logits / 0.5).softmax(0), atol=0.03, rtol=0)
     assert {sample(logits, 2.0, top_k=2, rng=rng) for _ in range(200)} == {0, 2}
     assert {sample(logits, 1.0, top_p=0.7, rng=rng) for _ in range(200)} == {0, 2}  # 0.64 alone is not enough
+
+
+def sorted_sample(logits, temperature, top_k, top_p, rng):
+    """The rule of sample_rows for one row, as plainly as it can be said."""
+    logits, order = ((logits.double() - logits.max()) / temperature).sort(descending=True, stable=True)
+    probabilities = logits[: top_k or None].softmax(0)
+    probabilities[probabilities.cumsum(0) - probabilities >= top_p] = 0  # the likeliest always stays
+    noise = torch.empty(len(logits), dtype=torch.float64).exponential_(generator=rng)
+    return int(order[(probabilities / noise[order[: len(probabilities)]]).argmax()])
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 5.0, 5e-324])
+@pytest.mark.parametrize("top_k", [0, 1, 3, 40, 2000])
+@pytest.mark.parametrize("top_p", [0.1, 0.3, 0.5, 0.8, 0.9, 1.0])
+def test_rows_are_sampled_together_as_one_by_one(temperature, top_k, top_p):
+    """Peaked, flat, with many ties, all alike; where rounding alone decides whether a token is within top_p, too."""
+    for logits in (torch.zeros(40, 10), torch.zeros(40, 50), 3 * torch.randn(20, 3000), torch.randn(40, 300).bfloat16(),
+                   torch.randn(40, 100).round(), torch.tensor([0.05, 0.5, 0.15, 0.3, 0.0]).log().expand(40, 5)):  # fmt: skip
+        seeds = [[torch.Generator().manual_seed(row) for row in range(len(logits))] for _ in range(2)]
+        found = sample_rows(logits, temperature, top_k, top_p, seeds[0])
+        assert found.dtype == torch.int64
+        assert found.tolist() == [sorted_sample(row, temperature, top_k, top_p, rng) for row, rng in zip(logits, seeds[1])]
+        assert all(a.get_state().equal(b.get_state()) for a, b in zip(*seeds))  # and so it goes on
 
 
 @pytest.mark.parametrize("prompts, new, message", [
