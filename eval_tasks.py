@@ -13,13 +13,59 @@ import math
 import os
 import random
 import statistics
+import sys
 from collections import defaultdict
 from dataclasses import asdict
 from functools import partial
 from itertools import groupby, takewhile
 from pathlib import Path
 
-from command_line import Parser, add_filter_arguments, add_model_arguments, as_process, fail, filter_from, overflow, print_json
+from command_line import PRUNE, Parser, add_filter_arguments, add_model_arguments, as_process, check_filter, fail
+
+SUITES = {
+    "commonsense": ["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"],
+    "mmlu": ["mmlu"],
+    "wikitext": ["wikitext"],
+}
+
+
+def read_arguments(argv=None):
+    """The command's arguments, checked as far as they can be without the model."""
+    parser = Parser(description="Tasks of the lm-evaluation-harness, dense against filtered.")
+    add_model_arguments(parser)
+    parser.add_argument("--suite", choices=SUITES, help="the benchmarks that the paper reports")
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="tasks of the harness, of tasks/ or of --include-path")
+    parser.add_argument("--include-path", action="append", metavar="FOLDER", help="more task files, beside tasks/ (repeatable)")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="solved examples before each question (default: the task's)")
+    parser.add_argument("--fewshot-seed", type=int, default=1234, metavar="N", help="which examples (default: the harness's, %(default)s)")
+    parser.add_argument("--chat", action="store_true", help="ask through the checkpoint's chat template")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
+    parser.add_argument("--prune", type=PRUNE, nargs="+", default=[0.0, 0.2, 0.5], metavar="P",
+                        help="shares of (token, layer) pairs to skip (default: 0 0.2 0.5)")  # fmt: skip
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="continuations at a time (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N",
+                        help="of what tasks draw at random (default: 0)")  # fmt: skip
+    parser.add_argument("--rivals", action="store_true", help="also presets with tokens by chance, and last layers without attention")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    add_filter_arguments(parser, several=True)
+    args = parser.parse_args(argv)
+
+    args.tasks = SUITES.get(args.suite, []) + args.tasks
+    if not args.tasks:
+        fail("no task: give --suite or --tasks")
+    if args.batch < 1 or args.seed < 0 or (args.limit is not None and args.limit < 1) or (args.num_fewshot or 0) < 0:
+        fail("--batch and --limit must be at least 1, --seed and --num-fewshot at least 0")
+    check_filter(args)
+    for folder in args.include_path or []:
+        if not os.path.isdir(folder):
+            fail(f"--include-path {folder}: no such folder")
+    return args
+
+
+if __name__ == "__main__":
+    given = as_process(read_arguments)  # before torch is imported, which takes seconds
+
+from command_line import filters_from, overflow
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +74,7 @@ from tqdm import tqdm
 from generate import sample_rows
 from load_weights import CheckpointError, Tokenizer, load
 from model import Transformer
+from report import print_json
 from rivals import by_chance, last_layers
 from token_filter import FilterConfig, token_filter
 
@@ -44,11 +91,6 @@ except ModuleNotFoundError as e:
         raise
     fail(f"{e}: the harness is an extra, pip install -r requirements-extra.txt")
 
-SUITES = {
-    "commonsense": ["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"],
-    "mmlu": ["mmlu"],
-    "wikitext": ["wikitext"],
-}
 SHARED = 128  # tokens that contexts have in common, such as solved examples, from which on they are fed once
 AVERAGED = ("acc", "acc_norm", "exact_match")  # metrics that mean the same on every task
 GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}  # what generate_until understands
@@ -371,48 +413,14 @@ def print_table(title, table, width, head=False):
             print(f"{title:<{width}}  {name:<{name_width}}  {metric:<13}", *cells, flush=True)
 
 
-def read_arguments(argv):
-    """The command's arguments, and the settings to run, {title: (FilterConfig or None, criterion)}."""
-    parser = Parser(description="Tasks of the lm-evaluation-harness, dense against filtered.")
-    add_model_arguments(parser)
-    parser.add_argument("--suite", choices=SUITES, help="the benchmarks that the paper reports")
-    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="tasks of the harness, of tasks/ or of --include-path")
-    parser.add_argument("--include-path", action="append", metavar="FOLDER", help="more task files, beside tasks/ (repeatable)")
-    parser.add_argument("--num-fewshot", type=int, metavar="N", help="solved examples before each question (default: the task's)")
-    parser.add_argument("--fewshot-seed", type=int, default=1234, metavar="N", help="which examples (default: the harness's, %(default)s)")
-    parser.add_argument("--chat", action="store_true", help="ask through the checkpoint's chat template")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
-    parser.add_argument("--prune", type=float, nargs="+", default=[0.0, 0.2, 0.5], metavar="P",
-                        help="shares of (token, layer) pairs to skip (default: 0 0.2 0.5)")  # fmt: skip
-    parser.add_argument("--batch", type=int, default=8, metavar="N", help="continuations at a time (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N",
-                        help="of what tasks draw at random (default: 0)")  # fmt: skip
-    parser.add_argument("--rivals", action="store_true", help="also presets with tokens by chance, and last layers without attention")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    add_filter_arguments(parser, several=True)
-    args = parser.parse_args(argv)
-
-    args.tasks = SUITES.get(args.suite, []) + args.tasks
-    if not args.tasks:
-        fail("no task: give --suite or --tasks")
-    if args.batch < 1 or args.seed < 0 or (args.limit is not None and args.limit < 1) or (args.num_fewshot or 0) < 0:
-        fail("--batch and --limit must be at least 1, --seed and --num-fewshot at least 0")
-    settings = {}  # dense once, then every preset at every ratio
-    for name in args.preset or ["paper"]:
-        for prune in sorted(args.prune):
-            config = filter_from(args, name, prune)
-            settings[f"{name} {prune:g}" if config else "dense"] = config, token_filter
-            if config and args.rivals:
-                settings[f"{name} {prune:g}, random"] = config, by_chance
-
-    for folder in args.include_path or []:
-        if not os.path.isdir(folder):
-            fail(f"--include-path {folder}: no such folder")
-    return args, settings
-
-
-def main(argv=None):
-    args, settings = read_arguments(argv)
+def main(argv=None, given=None):
+    args = given or read_arguments(argv)
+    settings = {} if all(args.prune) else {"dense": (None, token_filter)}
+    for name, config in filters_from(args, args.preset or ["paper"], sorted(args.prune)):
+        title = f"{name} {config.prune:g}"
+        settings[title] = config, token_filter
+        if args.rivals:
+            settings[f"{title}, random"] = config, by_chance
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # one bar for each task, and MMLU has 57: ours are enough
@@ -424,7 +432,7 @@ def main(argv=None):
             task.set_config("num_fewshot", args.num_fewshot or 0)  # a 0 in a task's own file stays, as in the harness
         task.set_fewshot_seed(args.fewshot_seed)
     try:
-        model, tokenizer = load(args.checkpoint, args.device, args.dtype, progress=True)
+        model, tokenizer = load(args.checkpoint, args.device, args.dtype, progress=sys.stderr.isatty())
     except CheckpointError as e:
         fail(e)
 
@@ -451,4 +459,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    as_process(main)
+    as_process(main, None, given)
