@@ -343,7 +343,7 @@ def read_model(args, longest):
 def main(argv=None, given=None):
     args = given or read_arguments(argv)
     names, longest = args.preset or list(PRESETS), max(args.context) + args.new_tokens + 4
-    filters = [(f"{label} {config.prune:g}", config) for label, config in filters_from(args, names, args.prune)]
+    filters = filters_from(args, names, args.prune, with_ratio=True)
     model, stream = read_model(args, longest)
     device, dtype = model.embed.weight.device, model.embed.weight.dtype
     compiled = args.compile and compile_decode(model)

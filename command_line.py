@@ -139,17 +139,17 @@ def check_filter(args, *others) -> list[str]:
     return given
 
 
-def filters_from(args, names, ratios) -> list:
-    """(label, FilterConfig) of each named preset with the KNOBS that were given, at each ratio above 0. A label names the preset and
-    what differs from it. Those that come out equal are there once, and a note says so."""
+def filters_from(args, names, ratios, with_ratio=False) -> list:
+    """(label, FilterConfig) of each named preset with the KNOBS that were given, at each ratio above 0; what comes out equal only once,
+    with a note. A label names the preset and what differs from it."""
     from token_filter import preset
-
     given, found = {knob: getattr(args, knob) for knob in KNOBS if getattr(args, knob) is not None}, dict[Any, str]()
     for name in names:
-        label = ", ".join([name, *(f"{knob} {value}" for knob, value in given.items() if value != getattr(preset(name), knob))])
+        differs = "".join(f", {knob} {value}" for knob, value in given.items() if value != getattr(preset(name), knob))
         for config in (preset(name, prune=prune, **given) for prune in dict.fromkeys(ratios) if prune > 0):
+            label = f"{name} {config.prune:g}{differs}" if with_ratio else f"{name}{differs}"
             if found.setdefault(config, label) != label:
-                print(f"note: {label} at {config.prune:g} is the same as {found[config]}, and not run again", file=sys.stderr)
+                print(f"note: at --prune {config.prune:g}, {label} is {found[config]} again, and run once", file=sys.stderr)
     return [(label, config) for config, label in found.items()]
 
 

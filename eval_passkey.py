@@ -152,7 +152,7 @@ def main(argv=None, given=None):
         fail(f"--lengths {max(args.lengths)} is longer than the model's context of {context}")
     form = "question in the chat template" if args.chat else 'plain text to be continued after "The pass key is"'
     protocol = f"pass key of five digits, {args.trials} for each length and depth, {form}; greedy decoding; {dtype}\n{COLUMNS}"
-    report = Report(args, protocol, draw, 10)
+    report = Report(args, protocol, draw, max(10, 2 + max(len(label) for label, _ in settings)))
     try:
         for label, config in settings:
             for length in args.lengths:

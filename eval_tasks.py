@@ -416,8 +416,7 @@ def print_table(title, table, width, head=False):
 def main(argv=None, given=None):
     args = given or read_arguments(argv)
     settings = {} if all(args.prune) else {"dense": (None, token_filter)}
-    for name, config in filters_from(args, args.preset or ["paper"], sorted(args.prune)):
-        title = f"{name} {config.prune:g}"
+    for title, config in filters_from(args, args.preset or ["paper"], sorted(args.prune), with_ratio=True):
         settings[title] = config, token_filter
         if args.rivals:
             settings[f"{title}, random"] = config, by_chance

@@ -447,7 +447,7 @@ def test_what_comes_out_equal_is_run_once(checkpoint, capsys, tmp_path):
     out, err = capsys.readouterr()
     rows = [line for line in out.splitlines() if line.startswith(("dense", "paper", "local", "cache"))]
     assert [row.rsplit(maxsplit=6)[0].split("  ")[0] for row in rows] == ["dense", *["paper, mode local, recent 32, schedule uniform"] * 2]
-    assert "note: local at 0.5 is the same as paper, mode local, " in err and err.count("not run again") == 4
+    assert "note: at --prune 0.5, local is paper, mode local, " in err and err.count("note: ") == 4
 
 
 @pytest.mark.parametrize("kind", ["page", "picture"])
