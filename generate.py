@@ -335,8 +335,8 @@ def main(argv=None, given=None):
         decisions = Decisions(len(prompts), model.config.n_layers)
         watch = decisions.watch if coloured or args.skip_map else None
         try:
-            if compiled:  # in the first steps, which are left out of the speed
-                list(islice(generate(model, prompts, args.max_new_tokens, filter), 3 * len(prompts)))
+            for n in sorted({len(prompts), len(prompts) - 1, 1} - {0}, reverse=True) if compiled else ():  # also when rows have left
+                list(islice(generate(model, prompts[:n], args.max_new_tokens, filter), 40 * n))  # until the cache has grown
             answers, stats, stopped = run(model, tokenizer, prompts, args, filter, echo, watch)
         except (ValueError, FloatingPointError) as e:
             fail(e)
