@@ -8,11 +8,7 @@ Every (context, continuation) is scored as if alone, from an empty cache: what b
 changes nothing, because filtering is causal, chunk-free and batch-invariant.
 """
 
-import logging
-import math
 import os
-import random
-import statistics
 import sys
 from collections import defaultdict
 from dataclasses import asdict
@@ -64,6 +60,11 @@ def read_arguments(argv=None):
 
 if __name__ == "__main__":
     given = as_process(read_arguments)  # before torch is imported, which takes seconds
+
+import logging
+import math
+import random
+import statistics
 
 from command_line import filters_from, overflow
 
