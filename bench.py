@@ -19,7 +19,59 @@ import sys
 import time
 from pathlib import Path
 
-from command_line import Parser, add_filter_arguments, add_model_arguments, as_process, compile_decode, fail, filter_from, read_text
+from command_line import PRESETS, PRUNE, Parser, add_filter_arguments, add_model_arguments, as_process, check_filter, fail
+
+from report import read_text
+
+#               vocab     C   L   H KVH    D    MLP     theta   eps  context  tied window
+SIZES: dict[str, tuple] = {  # of published models, as ModelConfig takes them
+    "llama-2-7b": (32000, 4096, 32, 32, 32, 128, 11008, 10000.0, 1e-5, 4096, False),
+    "llama-2-13b": (32000, 5120, 40, 40, 40, 128, 13824, 10000.0, 1e-5, 4096, False),
+    "llama-3-8b": (128256, 4096, 32, 32, 8, 128, 14336, 500000.0, 1e-5, 8192, False),
+    "mistral-7b": (32000, 4096, 32, 32, 8, 128, 14336, 10000.0, 1e-5, 32768, False, 4096),
+    "phi-4": (100352, 5120, 40, 40, 10, 128, 17920, 250000.0, 1e-5, 16384, False),
+}
+
+
+def read_arguments(argv=None):
+    parser = Parser(description="Time and memory of dense and filtered generation, side by side.")
+    add_model_arguments(parser)
+    parser.add_argument("--shape", choices=SIZES, help="random weights of this shape in place of a checkpoint")
+    parser.add_argument("--text", metavar="FILE", help="UTF-8 text to feed (default: this project's own files; random with --shape)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="N", help="sequences side by side (default: 1 8)")
+    parser.add_argument("--context", type=int, nargs="+", default=[512], metavar="N",
+                        help="tokens in the cache when decoding starts (default: 512)")  # fmt: skip
+    parser.add_argument("--new-tokens", type=int, default=16, metavar="N", help="decode steps that are measured (default: %(default)s)")
+    parser.add_argument("--prune", type=PRUNE, nargs="+", default=[0.5], metavar="P",
+                        help="shares of (token, layer) pairs to skip (default: 0.5); dense is always measured too")  # fmt: skip
+    parser.add_argument("--nothing-skipped", action="store_true", help="add a filter that skips nothing after all: its own cost")
+    parser.add_argument(
+        "--compile", action="store_true", help="run decode through torch.compile, dense too; the filter's own share is then not measured"
+    )
+    parser.add_argument("--vs", choices=["transformers"], help="add Hugging Face's model of the same checkpoint")
+    parser.add_argument("--distinct", type=int, metavar="N",
+                        help="prefill N rows only and copy them to fill the batch: quicker; the prefill column is then theirs")  # fmt: skip
+    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of each setting (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N",
+                        help="of random weights and tokens (default: 0)")  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", help="write all figures, after each batch and context")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw time and cache against batch or context (needs matplotlib)")
+    add_filter_arguments(parser, several=True, default="all of them")
+    args = parser.parse_args(argv)
+
+    numbers = [*args.batch, *args.context, args.new_tokens, args.repeat, args.distinct or 1]
+    if min(numbers) < 1:
+        fail("--batch, --context, --new-tokens, --repeat and --distinct must be at least 1")
+    check_filter(args)
+    if args.vs and args.shape:
+        fail("--vs transformers needs a checkpoint, not --shape")
+    return args
+
+
+if __name__ == "__main__":
+    given = as_process(read_arguments)  # before torch is imported, which takes seconds
+
+from command_line import compile_decode, filters_from
 
 import torch
 from tqdm import tqdm
@@ -27,16 +79,9 @@ from tqdm import tqdm
 from checkpoint_files import checkpoint_folder
 from load_weights import CheckpointError, load
 from model import BLOCK, ModelConfig, Transformer
-from token_filter import PRESETS, FilterConfig, token_filter
+from token_filter import FilterConfig, token_filter
 
-#                               vocab     C   L   H KVH    D    MLP     theta   eps  context
-SHAPES = {
-    "llama-2-7b": ModelConfig(32000, 4096, 32, 32, 32, 128, 11008, 10000.0, 1e-5, 4096, tied=False),
-    "llama-2-13b": ModelConfig(32000, 5120, 40, 40, 40, 128, 13824, 10000.0, 1e-5, 4096, tied=False),
-    "llama-3-8b": ModelConfig(128256, 4096, 32, 32, 8, 128, 14336, 500000.0, 1e-5, 8192, tied=False),
-    "mistral-7b": ModelConfig(32000, 4096, 32, 32, 8, 128, 14336, 10000.0, 1e-5, 32768, tied=False, window=4096),
-    "phi-4": ModelConfig(100352, 5120, 40, 40, 10, 128, 17920, 250000.0, 1e-5, 16384, tied=False),
-}
+SHAPES = {name: ModelConfig(*sizes) for name, sizes in SIZES.items()}
 
 
 def random_model(shape, device, dtype) -> Transformer:
@@ -272,40 +317,6 @@ def plot(rows, path):
     figure.savefig(path, dpi=120)
 
 
-def read_arguments(argv):
-    parser = Parser(description="Time and memory of dense and filtered generation, side by side.")
-    add_model_arguments(parser)
-    parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape in place of a checkpoint")
-    parser.add_argument("--text", metavar="FILE", help="UTF-8 text to feed (default: this project's own files; random with --shape)")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="N", help="sequences side by side (default: 1 8)")
-    parser.add_argument("--context", type=int, nargs="+", default=[512], metavar="N",
-                        help="tokens in the cache when decoding starts (default: 512)")  # fmt: skip
-    parser.add_argument("--new-tokens", type=int, default=16, metavar="N", help="decode steps that are measured (default: %(default)s)")
-    parser.add_argument("--prune", type=float, nargs="+", default=[0.5], metavar="P",
-                        help="shares of (token, layer) pairs to skip (default: 0.5); dense is always measured too")  # fmt: skip
-    parser.add_argument("--nothing-skipped", action="store_true", help="add a filter that skips nothing after all: its own cost")
-    parser.add_argument(
-        "--compile", action="store_true", help="run decode through torch.compile, dense too; the filter's own share is then not measured"
-    )
-    parser.add_argument("--vs", choices=["transformers"], help="add Hugging Face's model of the same checkpoint")
-    parser.add_argument("--distinct", type=int, metavar="N",
-                        help="prefill N rows only and copy them to fill the batch: quicker; the prefill column is then theirs")  # fmt: skip
-    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of each setting (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N",
-                        help="of random weights and tokens (default: 0)")  # fmt: skip
-    parser.add_argument("--json", metavar="FILE", help="write all figures, after each batch and context")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw time and cache against batch or context (needs matplotlib)")
-    add_filter_arguments(parser, several=True, default="all of them")
-    args = parser.parse_args(argv)
-
-    numbers = [*args.batch, *args.context, args.new_tokens, args.repeat, args.distinct or 1]
-    if min(numbers) < 1:
-        fail("--batch, --context, --new-tokens, --repeat and --distinct must be at least 1")
-    if args.vs and args.shape:
-        fail("--vs transformers needs a checkpoint, not --shape")
-    return args
-
-
 def read_model(args, longest):
     """The model, and a stream of tokens for it of at least `longest`."""
     torch.manual_seed(args.seed)
@@ -316,7 +327,7 @@ def read_model(args, longest):
             model = random_model(args.shape, device, dtype)
             stream = torch.randint(0, model.config.vocab_size, (2 * longest + 997 * max(args.batch),))
         else:
-            model, tokenizer = load(args.checkpoint, args.device, args.dtype, progress=True)
+            model, tokenizer = load(args.checkpoint, args.device, args.dtype, progress=sys.stderr.isatty())
             here = Path(__file__).resolve().parent
             files = [args.text] if args.text else [here / "README.md", *sorted(here.glob("*.py"))]
             stream = torch.tensor(tokenizer.encode("\n".join(map(read_text, files)), bos=False))
@@ -329,10 +340,10 @@ def read_model(args, longest):
     return model, stream
 
 
-def main(argv=None):
-    args = read_arguments(argv)
+def main(argv=None, given=None):
+    args = given or read_arguments(argv)
     names, longest = args.preset or list(PRESETS), max(args.context) + args.new_tokens + 4
-    filters = [(f"{name} {prune:g}", filter_from(args, name, prune)) for name in names for prune in args.prune if prune != 0]
+    filters = filters_from(args, names, args.prune, with_ratio=True)
     model, stream = read_model(args, longest)
     device, dtype = model.embed.weight.device, model.embed.weight.dtype
     compiled = args.compile and compile_decode(model)
@@ -376,4 +387,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    as_process(main)
+    as_process(main, None, given)

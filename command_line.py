@@ -1,21 +1,17 @@
-"""What the commands share: flags for the model and the filter, files that are read and written, errors in one line."""
+"""What the commands share: flags and errors, each answered in a line at once, so torch, which takes seconds, is imported late."""
 
 import argparse
-import importlib.util
-import json
+import math
 import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:  # for Ctrl-C while a command still imports torch
     sys.excepthook = lambda kind, *error: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *error)
 
-import torch
-
 from checkpoint_files import one_line
-from token_filter import CHOICES, PRESETS, FilterConfig, preset
 
 DEMO = Path(__file__).resolve().parent / "checkpoints" / "smollm2-135m"
 
@@ -51,16 +47,19 @@ class Forgiving:
             self.stream.flush()
 
 
-def as_process(main):
-    """Call main(). Ctrl-C, a reader that has enough (head, say), a full disk or a closed stream end the process without a traceback,
-    and a letter that the terminal's encoding lacks becomes "?"."""
+def as_process(function, *arguments):
+    """What the function returns. Ctrl-C, a reader that has enough (head, say), a full disk or a closed stream end the process without a
+    traceback, a letter that the terminal's encoding lacks becomes "?", and only a terminal sees progress bars."""
     sys.stderr = Forgiving(sys.stderr or open(os.devnull, "w"))  # noqa: SIM115
+    if not sys.stderr.isatty():
+        os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # read when these are imported
     if sys.stdout is None:
         fail("stdout is closed, so there is nowhere to print to")
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
-        main()
+        result = function(*arguments)
         sys.stdout.flush()
+        return result
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except OSError as error:
@@ -69,13 +68,10 @@ def as_process(main):
             fail(f"cannot write or read{f' {error.filename}' if error.filename else ''}: {error.strerror}")
 
 
-def print_json(value):
-    """One JSON object on stdout, in ASCII where its encoding may lack a letter."""
-    print(json.dumps(value, ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf"), indent=1, allow_nan=False))
+def overflow(model, tokens: list[int], config) -> str:
+    """Where the logits of a text stop being finite, in a line; config: a FilterConfig or None."""
+    import torch
 
-
-def overflow(model, tokens: list[int], config: FilterConfig | None) -> str:
-    """Where the logits of a text stop being finite, in a line."""
     cache, dtype, where = model.new_cache(1, config), str(model.embed.weight.dtype)[6:], "the output"
     with torch.inference_mode():
         x = model.embed(torch.tensor(tokens, device=cache.position.device))
@@ -96,45 +92,73 @@ def add_model_arguments(parser):
                         help="of weights and cache (default: auto, the checkpoint's own on cuda, float32 on cpu)")  # fmt: skip
 
 
-KNOBS = {  # the fields of FilterConfig that have a flag of their name, and what --help says of them
-    "mode": "what a redundant token loses in a layer: its attention (skip), attention to all but the first and the latest tokens "
-            "(local), or nothing (cache); in none of them is it cached for long",
-    "recent": "a token and so many before it can be seen by any token that attends, redundant or not",
-    "schedule": "how the ratio is spread over the layers: growing from the first to the last (tail), falling (head), the same in "
-                "all (uniform), or the last ones alone (last)",
-    "gamma": "decay of the running averages, 0 <= X < 1",
-    "warmup": "how many tokens at the start of a text are always kept",
-    "history": "how many past scores a new one is ranked among",
-    "fusion": "how key and value similarity become one score: the side whose heads agree counts more (variance), both alike "
-              "(equal), or one alone (key, value)",
-    "keys": "whether keys are compared after RoPE (rotated) or before it (unrotated)",
+def number(least, below=None):
+    """An argparse type: a whole number of at least `least`, or any in [least, below)."""
+
+    def read(text):
+        with suppress(ValueError):
+            if least <= (value := int(text) if below is None else float(text)) < (below or math.inf):
+                return value
+        kind = f"whole number of at least {least}" if below is None else f"number in [{least}, {below})"
+        raise argparse.ArgumentTypeError(f"{text} is not a {kind}")
+
+    return read
+
+
+PRUNE = number(0, 1)
+PRESETS = ("paper", "local", "cache")  # as in token_filter.py, like what follows
+KNOBS = {  # the fields of FilterConfig with a flag of their name: what preset paper has, what is allowed, what --help says
+    "mode": ("skip", ("skip", "local", "cache"), "what a redundant token loses in a layer: its attention (skip), attention to all but "
+             "the first and the latest tokens (local), or nothing (cache); in none of them is it cached for long"),
+    "recent": (0, number(0), "a token and so many before it can be seen by any token that attends, redundant or not"),
+    "schedule": ("tail", ("tail", "uniform", "head", "last"), "how the ratio is spread over the layers: growing from the first to the "
+                 "last (tail), falling (head), the same in all (uniform), or the last ones alone (last)"),
+    "gamma": (0.9, PRUNE, "decay of the running averages, 0 <= X < 1"),
+    "warmup": (16, number(0), "how many tokens at the start of a text are always kept"),
+    "history": (256, number(1), "how many past scores a new one is ranked among"),
+    "fusion": ("variance", ("variance", "equal", "key", "value"), "how key and value similarity become one score: the side whose heads "
+               "agree counts more (variance), both alike (equal), or one alone (key, value)"),
+    "keys": ("rotated", ("rotated", "unrotated"), "whether keys are compared after RoPE (rotated) or before it (unrotated)"),
 }  # fmt: skip
 
 
 def add_filter_arguments(parser, several=False, default="paper"):
     """--preset (one name, or several) and the KNOBS."""
-    about = "What is not given is as the preset has it; in [brackets] is what preset paper has."
+    about = "None does anything without --prune above 0. What is not given is as the preset has it; in [brackets] is what paper has."
     group = parser.add_argument_group("token filtering", about)
     group.add_argument("--preset", choices=PRESETS, nargs="+" if several else None,
                        help=f"the paper's setting, or ones of ours that README compares (default: {default})")  # fmt: skip
-    for name, text in KNOBS.items():
-        value = getattr(FilterConfig, name)
-        metavar = {int: "N", float: "X"}.get(type(value))
-        group.add_argument(f"--{name}", type=type(value), choices=CHOICES.get(name), metavar=metavar, help=f"{text} [{value}]")
+    for name, (value, allowed, text) in KNOBS.items():
+        kind = {"choices": allowed} if isinstance(value, str) else {"type": allowed, "metavar": "N" if isinstance(value, int) else "X"}
+        group.add_argument(f"--{name}", help=f"{text} [{value}]", **kind)
 
 
-def filter_from(args, name, prune) -> FilterConfig | None:
-    """The named preset with the KNOBS that were given, or None for prune 0. Exits with one line if that makes no sense."""
-    overrides = {knob: getattr(args, knob) for knob in KNOBS if getattr(args, knob) is not None}
-    try:
-        config = preset(name, prune=prune, **overrides)
-    except ValueError as e:
-        fail(e)
-    return config if prune > 0 else None
+def check_filter(args, *others) -> list[str]:
+    """The flags that were given of the filter's, and of others. Exits with one line if --prune, one ratio or several, is 0 for them."""
+    given = [f"--{name.replace('_', '-')}" for name in ("preset", *KNOBS, *others) if getattr(args, name) not in (None, False)]
+    if given and not any(args.prune if isinstance(args.prune, list) else [args.prune]):
+        fail(f"{given[0]} does nothing without --prune above 0")
+    return given
+
+
+def filters_from(args, names, ratios, with_ratio=False) -> list:
+    """(label, FilterConfig) of each named preset with the KNOBS that were given, at each ratio above 0; what comes out equal only once,
+    with a note. A label names the preset and what differs from it."""
+    from token_filter import preset
+    given, found = {knob: getattr(args, knob) for knob in KNOBS if getattr(args, knob) is not None}, dict[Any, str]()
+    for name in names:
+        differs = "".join(f", {knob} {value}" for knob, value in given.items() if value != getattr(preset(name), knob))
+        for config in (preset(name, prune=prune, **given) for prune in dict.fromkeys(ratios) if prune > 0):
+            label = f"{name} {config.prune:g}{differs}" if with_ratio else f"{name}{differs}"
+            if found.setdefault(config, label) != label:
+                print(f"note: at --prune {config.prune:g}, {label} is {found[config]} again, and run once", file=sys.stderr)
+    return [(label, config) for config, label in found.items()]
 
 
 def compile_decode(model) -> bool:
     """Have the model decode through torch.compile: True, or False after one line on stderr where that cannot work."""
+    import torch
+
     try:
         torch.compile(torch.sin)(torch.zeros(2, device=model.embed.weight.device))
     except Exception as e:  # noqa: BLE001 (compilers fail in many ways)
@@ -143,26 +167,3 @@ def compile_decode(model) -> bool:
         return False
     model.compile_decode()
     return True
-
-
-def read_text(path) -> str:
-    """A file's text, without the byte order mark that some editors put first. Exits with one line if there is none."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        fail(f"{path}: cannot be read as UTF-8 text: {e}")
-
-
-def check_output(flag, path, endings=()):
-    """Find out before the work what would keep a file from being written; a picture's name has one of the endings."""
-    if endings and importlib.util.find_spec("matplotlib") is None:
-        fail(f"{flag} needs matplotlib: pip install -r requirements-dev.txt")
-    if endings and not path.lower().endswith(endings):
-        fail(f"{flag} {path}: the name must end in {', '.join(endings)}")
-    try:
-        existed = os.path.exists(path)
-        open(path, "ab").close()
-        if not existed:
-            os.remove(path)
-    except OSError as e:
-        fail(f"{flag} {path}: cannot be written: {e.strerror}")

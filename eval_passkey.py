@@ -5,16 +5,49 @@
 
 import math
 import random
+import sys
 
-from command_line import Parser, add_filter_arguments, add_model_arguments, as_process, fail, filter_from
+from command_line import PRESETS, PRUNE, Parser, add_filter_arguments, add_model_arguments, as_process, check_filter, fail
+
+from report import COLUMNS, Report, add_report_arguments, check_report_arguments
+
+
+def read_arguments(argv=None):
+    """The command's arguments, checked as far as they can be without the model."""
+    parser = Parser(description="Find a pass key hidden in filler text, dense against filtered.")
+    add_model_arguments(parser)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048], metavar="N",
+                        help="tokens of prompt and answer together (default: 1024 2048)")  # fmt: skip
+    parser.add_argument("--depths", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1], metavar="X",
+                        help="where the key is, from 0, the start, to 1 (default: 0 0.25 0.5 0.75 1)")  # fmt: skip
+    parser.add_argument("--trials", type=int, default=1, metavar="N", help="keys for each length and depth (default: 1)")
+    parser.add_argument("--chat", action="store_true", help="ask in the chat template")
+    parser.add_argument("--prune", type=PRUNE, nargs="+", default=[0.3], metavar="P",
+                        help="shares of (token, layer) pairs to skip (default: 0.3); dense is always measured first")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the pass keys (default: 0)")
+    add_report_arguments(parser)
+    add_filter_arguments(parser, several=True, default="all of them")
+    args = parser.parse_args(argv)
+
+    if min(args.trials, *args.lengths) < 1:
+        fail("--trials and --lengths must be at least 1")
+    if not all(0 <= depth <= 1 for depth in args.depths):
+        fail("--depths must lie between 0 and 1")
+    check_filter(args)
+    check_report_arguments(args)
+    return args
+
+
+if __name__ == "__main__":
+    given = as_process(read_arguments)  # before torch is imported, which takes seconds
+
+from command_line import filters_from
 
 import torch
 from tqdm import tqdm
 
 from generate import Stats, generate
 from load_weights import CheckpointError, Tokenizer, load
-from report import COLUMNS, Report, add_report_arguments, check_report_arguments
-from token_filter import PRESETS
 
 FILLER = (
     "The tide comes in and the tide goes out.",
@@ -106,31 +139,11 @@ def draw(rows):
     return figure
 
 
-def main(argv=None):
-    parser = Parser(description="Find a pass key hidden in filler text, dense against filtered.")
-    add_model_arguments(parser)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048], metavar="N",
-                        help="tokens of prompt and answer together (default: 1024 2048)")  # fmt: skip
-    parser.add_argument("--depths", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1], metavar="X",
-                        help="where the key is, from 0, the start, to 1 (default: 0 0.25 0.5 0.75 1)")  # fmt: skip
-    parser.add_argument("--trials", type=int, default=1, metavar="N", help="keys for each length and depth (default: 1)")
-    parser.add_argument("--chat", action="store_true", help="ask in the chat template")
-    parser.add_argument("--prune", type=float, nargs="+", default=[0.3], metavar="P",
-                        help="shares of (token, layer) pairs to skip (default: 0.3); dense is always measured first")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the pass keys (default: 0)")
-    add_report_arguments(parser)
-    add_filter_arguments(parser, several=True, default="all of them")
-    args = parser.parse_args(argv)
-
-    if min(args.trials, *args.lengths) < 1:
-        fail("--trials and --lengths must be at least 1")
-    if not all(0 <= depth <= 1 for depth in args.depths):
-        fail("--depths must lie between 0 and 1")
-    names = args.preset or list(PRESETS)
-    settings = [("dense", None), *((name, config) for name in names for p in args.prune if (config := filter_from(args, name, p)))]
-    check_report_arguments(args)
+def main(argv=None, given=None):
+    args = given or read_arguments(argv)
+    settings = [("dense", None), *filters_from(args, args.preset or PRESETS, args.prune)]
     try:
-        model, tokenizer = load(args.checkpoint, args.device, args.dtype, progress=True)
+        model, tokenizer = load(args.checkpoint, args.device, args.dtype, progress=sys.stderr.isatty())
         passkey_prompt(tokenizer, "00000", min(args.lengths), 0, args.chat)
     except (CheckpointError, ValueError) as e:  # no chat template; too short
         fail(e)
@@ -139,7 +152,7 @@ def main(argv=None):
         fail(f"--lengths {max(args.lengths)} is longer than the model's context of {context}")
     form = "question in the chat template" if args.chat else 'plain text to be continued after "The pass key is"'
     protocol = f"pass key of five digits, {args.trials} for each length and depth, {form}; greedy decoding; {dtype}\n{COLUMNS}"
-    report = Report(args, protocol, draw, 10)
+    report = Report(args, protocol, draw, max(10, 2 + max(len(label) for label, _ in settings)))
     try:
         for label, config in settings:
             for length in args.lengths:
@@ -150,4 +163,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    as_process(main)
+    as_process(main, None, given)

@@ -15,7 +15,62 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from command_line import KNOBS, Parser, add_filter_arguments, add_model_arguments, as_process, fail, filter_from, overflow, read_text
+from command_line import KNOBS, PRESETS, PRUNE, Parser, add_filter_arguments, add_model_arguments, as_process, check_filter, fail
+
+from report import COLUMNS, Report, add_report_arguments, check_report_arguments, read_text
+
+
+def read_arguments(argv=None):
+    """The command's arguments, checked as far as they can be without the model, and the text."""
+    parser = Parser(description="What filtering costs: perplexity of a text, ablations, rival methods.")
+    add_model_arguments(parser)
+    parser.add_argument("--text", metavar="FILE", help="UTF-8 text, tokenised whole")
+    parser.add_argument("--window", type=int, default=768, metavar="N", help="tokens scored together (default: %(default)s)")
+    parser.add_argument("--stride", type=int, metavar="N", help="tokens from a window to the next (default: end to end); where "
+                        "windows overlap, a token is scored in the first of them only")  # fmt: skip
+    parser.add_argument("--offsets", type=int, nargs="+", metavar="N", help="instead, windows that start at these tokens")
+    parser.add_argument("--bos", action="store_true", help="begin every window with the BOS token, as one of its N")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="use only the text's first N tokens")
+    parser.add_argument("--prune", type=PRUNE, nargs="+", metavar="P", help="shares of (token, layer) pairs to skip (default: 0.1 0.2 "
+                        "0.3 0.5; with --ablate 0.3); dense is always measured first")  # fmt: skip
+    parser.add_argument("--batch", type=int, default=4, metavar="N", help="windows at a time (default: %(default)s)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--ablate", action="store_true", help="change one thing at a time from each --preset at one ratio")
+    what.add_argument("--rivals", action="store_true", help="also what else one could do with the same budget, at each ratio, beside "
+                      "presets as they are")  # fmt: skip
+    what.add_argument("--by-position", action="store_true", help="also perplexity by position in the window")
+    parser.add_argument("--seed", type=int, nargs="+", metavar="N", help="of the rivals that draw tokens at random; several: each in turn "
+                        "(default: 0)")  # fmt: skip
+    add_report_arguments(parser)
+    add_filter_arguments(parser, several=True, default="all of them; with --ablate local cache")
+    args = parser.parse_args(argv)
+
+    if min(args.window, args.max_tokens or 2) < 2 or args.max_tokens == 0 or args.batch < 1:
+        fail("--window and --max-tokens must be at least 2, --batch at least 1")
+    if args.stride is not None and (args.offsets or not 1 <= args.stride <= args.window - args.bos):
+        fail("--stride must be at least 1 and not more than --window (less the BOS token), and goes without --offsets")
+    check_filter(args)
+    args.preset = args.preset or (["local", "cache"] if args.ablate else list(PRESETS))
+    args.prune = args.prune or ([0.3] if args.ablate else [0.1, 0.2, 0.3, 0.5])
+    if args.ablate and (len(args.prune) > 1 or args.prune == [0] or args.plot):
+        fail("--ablate takes one --prune above 0, and draws no --plot")
+    if args.rivals and (given := [name for name in KNOBS if getattr(args, name) is not None]):
+        fail(f"--rivals are compared with the presets as they are: leave out --{given[0]}")
+    if args.seed and (not args.rivals or min(args.seed) < 0):
+        fail("--seed must be at least 0, and does nothing without --rivals")
+    if not args.text:
+        fail("no text: give --text FILE")
+    text = read_text(args.text)
+    if not text.strip() or "\0" in text:
+        fail(f"{args.text}: {'is a binary file, not text' if text.strip() else 'the text is empty'}")
+    check_report_arguments(args)
+    return args, text
+
+
+if __name__ == "__main__":
+    given = as_process(read_arguments)  # before torch is imported, which takes seconds
+
+from command_line import filters_from, overflow
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +78,8 @@ from tqdm import tqdm
 
 from load_weights import CheckpointError, load
 from model import Transformer
-from report import COLUMNS, Report, add_report_arguments, check_report_arguments
 from rivals import oracle, rivals
-from token_filter import CHOICES, PRESETS, FilterConfig, token_filter
+from token_filter import CHOICES, FilterConfig, token_filter
 
 # ------------------------------------------------------------------------------------------------- perplexity
 
@@ -210,48 +264,6 @@ def sweep(model, windows, overlap, settings: list[Setting], losses, args, report
         report.add(row)
 
 
-def read_arguments(argv):
-    """The command's arguments, checked as far as they can be without the model."""
-    parser = Parser(description="What filtering costs: perplexity of a text, ablations, rival methods.")
-    add_model_arguments(parser)
-    parser.add_argument("--text", metavar="FILE", help="UTF-8 text, tokenised whole")
-    parser.add_argument("--window", type=int, default=768, metavar="N", help="tokens scored together (default: %(default)s)")
-    parser.add_argument("--stride", type=int, metavar="N", help="tokens from a window to the next (default: end to end); where "
-                        "windows overlap, a token is scored in the first of them only")  # fmt: skip
-    parser.add_argument("--offsets", type=int, nargs="+", metavar="N", help="instead, windows that start at these tokens")
-    parser.add_argument("--bos", action="store_true", help="begin every window with the BOS token, as one of its N")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="use only the text's first N tokens")
-    parser.add_argument("--prune", type=float, nargs="+", metavar="P", help="shares of (token, layer) pairs to skip (default: 0.1 0.2 "
-                        "0.3 0.5; with --ablate 0.3); dense is always measured first")  # fmt: skip
-    parser.add_argument("--batch", type=int, default=4, metavar="N", help="windows at a time (default: %(default)s)")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--ablate", action="store_true", help="change one thing at a time from each --preset at one ratio")
-    what.add_argument("--rivals", action="store_true", help="also what else one could do with the same budget, at each ratio, beside "
-                      "presets as they are")  # fmt: skip
-    what.add_argument("--by-position", action="store_true", help="also perplexity by position in the window")
-    parser.add_argument("--seed", type=int, nargs="+", metavar="N", help="of the rivals that draw tokens at random; several: each in turn "
-                        "(default: 0)")  # fmt: skip
-    add_report_arguments(parser)
-    add_filter_arguments(parser, several=True, default="all of them; with --ablate local cache")
-    args = parser.parse_args(argv)
-
-    if min(args.window, args.max_tokens or 2) < 2 or args.max_tokens == 0 or args.batch < 1:
-        fail("--window and --max-tokens must be at least 2, --batch at least 1")
-    if args.stride is not None and (args.offsets or not 1 <= args.stride <= args.window - args.bos):
-        fail("--stride must be at least 1 and not more than --window (less the BOS token), and goes without --offsets")
-    args.preset = args.preset or (["local", "cache"] if args.ablate else list(PRESETS))
-    args.prune = args.prune or ([0.3] if args.ablate else [0.1, 0.2, 0.3, 0.5])
-    if args.ablate and (len(args.prune) > 1 or args.prune == [0] or args.plot):
-        fail("--ablate takes one --prune above 0, and draws no --plot")
-    if args.rivals and (given := [name for name in KNOBS if getattr(args, name) is not None]):
-        fail(f"--rivals are compared with the presets as they are: leave out --{given[0]}")
-    if args.seed and (not args.rivals or min(args.seed) < 0):
-        fail("--seed must be at least 0, and does nothing without --rivals")
-    if not args.text:
-        fail("no text: give --text FILE")
-    return args
-
-
 def read_windows(args, ids, bos) -> tuple[list[list[int]], int, str]:
     """The windows, how many tokens they overlap by, and how they lie, in words."""
     windows, overlap = cut(ids, args.window, args.stride, bos)
@@ -263,17 +275,13 @@ def read_windows(args, ids, bos) -> tuple[list[list[int]], int, str]:
     return windows, overlap, f"at tokens {', '.join(map(str, args.offsets))}"
 
 
-def main(argv=None):
-    args = read_arguments(argv)
-    filters = [(name, config) for name in args.preset for p in args.prune if (config := filter_from(args, name, p))]  # 0: dense
+def main(argv=None, given=None):
+    args, text = given or read_arguments(argv)
+    filters = filters_from(args, args.preset, args.prune)
     settings: list[Setting] = [("dense", None, token_filter), *((name, config, token_filter) for name, config in filters)]
-    text = read_text(args.text)
-    if not text.strip() or "\0" in text:
-        fail(f"{args.text}: {'is a binary file, not text' if text.strip() else 'the text is empty'}")
-    check_report_arguments(args)
 
     try:
-        model, tokenizer = load(args.checkpoint, args.device, args.dtype, progress=True)
+        model, tokenizer = load(args.checkpoint, args.device, args.dtype, progress=sys.stderr.isatty())
         ids = tokenizer.encode(text, bos=False)[: args.max_tokens]
     except CheckpointError as e:
         fail(e)
@@ -306,4 +314,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    as_process(main)
+    as_process(main, None, given)

@@ -8,27 +8,74 @@ Every (context, continuation) is scored as if alone, from an empty cache: what b
 changes nothing, because filtering is causal, chunk-free and batch-invariant.
 """
 
-import logging
-import math
 import os
-import random
-import statistics
+import sys
 from collections import defaultdict
 from dataclasses import asdict
 from functools import partial
 from itertools import groupby, takewhile
 from pathlib import Path
 
-from command_line import Parser, add_filter_arguments, add_model_arguments, as_process, fail, filter_from, overflow, print_json
+from command_line import PRUNE, Parser, add_filter_arguments, add_model_arguments, as_process, check_filter, fail
+
+SUITES = {
+    "commonsense": ["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"],
+    "mmlu": ["mmlu"],
+    "wikitext": ["wikitext"],
+}
+
+
+def read_arguments(argv=None):
+    """The command's arguments, checked as far as they can be without the model."""
+    parser = Parser(description="Tasks of the lm-evaluation-harness, dense against filtered.")
+    add_model_arguments(parser)
+    parser.add_argument("--suite", choices=SUITES, help="the benchmarks that the paper reports")
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="tasks of the harness, of tasks/ or of --include-path")
+    parser.add_argument("--include-path", action="append", metavar="FOLDER", help="more task files, beside tasks/ (repeatable)")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="solved examples before each question (default: the task's)")
+    parser.add_argument("--fewshot-seed", type=int, default=1234, metavar="N", help="which examples (default: the harness's, %(default)s)")
+    parser.add_argument("--chat", action="store_true", help="ask through the checkpoint's chat template")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
+    parser.add_argument("--prune", type=PRUNE, nargs="+", default=[0.0, 0.2, 0.5], metavar="P",
+                        help="shares of (token, layer) pairs to skip (default: 0 0.2 0.5)")  # fmt: skip
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="continuations at a time (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what tasks and --rivals draw at random (default: 0)")
+    parser.add_argument("--rivals", action="store_true", help="also presets with tokens by chance, and last layers without attention, "
+                        "to which the filter's flags mean nothing")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    add_filter_arguments(parser, several=True)
+    args = parser.parse_args(argv)
+
+    args.tasks = SUITES.get(args.suite, []) + args.tasks
+    if not args.tasks:
+        fail("no task: give --suite or --tasks")
+    if args.batch < 1 or args.seed < 0 or (args.limit is not None and args.limit < 1) or (args.num_fewshot or 0) < 0:
+        fail("--batch and --limit must be at least 1, --seed and --num-fewshot at least 0")
+    check_filter(args)
+    for folder in args.include_path or []:
+        if not os.path.isdir(folder):
+            fail(f"--include-path {folder}: no such folder")
+    return args
+
+
+if __name__ == "__main__":
+    given = as_process(read_arguments)  # before torch is imported, which takes seconds
+
+import logging
+import math
+import random
+import statistics
+
+from command_line import filters_from, overflow
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from generate import sample
+from generate import sample_rows
 from load_weights import CheckpointError, Tokenizer, load
 from model import Transformer
-from report import finite
+from report import finite, print_json
 from rivals import by_chance, last_layers
 from token_filter import FilterConfig, token_filter
 from tokenizer import MARK
@@ -47,11 +94,6 @@ except ModuleNotFoundError as e:
         raise
     fail(f"{e}: the harness is an extra, pip install -r requirements-extra.txt")
 
-SUITES = {
-    "commonsense": ["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"],
-    "mmlu": ["mmlu"],
-    "wikitext": ["wikitext"],
-}
 SHARED = 128  # tokens that contexts have in common, such as solved examples, from which on they are fed once
 AVERAGED = ("acc", "acc_norm", "exact_match")  # metrics that mean the same on every task
 GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}  # what generate_until understands
@@ -306,15 +348,20 @@ class FilteredLM(TemplateLM):
                 cache = self.model.new_cache(len(rows), self.filter, self.criterion)
                 logits = self.model.prefill([prompts[i] for i in rows], cache)
                 while rows:
-                    stay = []
+                    stay: list[int] = []
+                    together: dict[tuple[float, int, float], list[int]] = defaultdict(list)  # rows that are sampled alike
+                    drawn: dict[int, int] = {}  # each row's token
+                    for b, i in enumerate(rows):
+                        together[options[i]["temperature"], options[i]["top_k"], options[i]["top_p"]].append(b)
+                    for sampling, some in together.items():
+                        drawn |= zip(some, sample_rows(logits[some], *sampling, [rngs[rows[b]] for b in some]).tolist())
                     for b, i in enumerate(rows):
                         answer, option = answers[i], options[i]
                         if not logits[b].isfinite().all():
                             raise FloatingPointError(overflow(self.model, prompts[i] + answer.ids, self.filter))
-                        if len(answer.ids) < option["max_gen_toks"]:
-                            token = sample(logits[b], option["temperature"], option["top_k"], option["top_p"], rngs[i])
-                            if not answer.push(token) and len(answer.ids) < option["max_gen_toks"]:
-                                stay.append(b)
+                        most = option["max_gen_toks"]
+                        if len(answer.ids) < most and not answer.push(drawn[b]) and len(answer.ids) < most:
+                            stay.append(b)
                     if len(stay) < len(rows):
                         usage = cache.usage().tolist()
                         for b in set(range(len(rows))) - set(stay):
@@ -426,48 +473,13 @@ def print_table(title, table, width, head=False):
             print(f"{title:<{width}}  {name:<{name_width}}  {metric:<13}", *cells, flush=True)
 
 
-def read_arguments(argv):
-    """The command's arguments, and the settings to run, {title: (FilterConfig or None, criterion)}."""
-    parser = Parser(description="Tasks of the lm-evaluation-harness, dense against filtered.")
-    add_model_arguments(parser)
-    parser.add_argument("--suite", choices=SUITES, help="the benchmarks that the paper reports")
-    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="tasks of the harness, of tasks/ or of --include-path")
-    parser.add_argument("--include-path", action="append", metavar="FOLDER", help="more task files, beside tasks/ (repeatable)")
-    parser.add_argument("--num-fewshot", type=int, metavar="N", help="solved examples before each question (default: the task's)")
-    parser.add_argument("--fewshot-seed", type=int, default=1234, metavar="N", help="which examples (default: the harness's, %(default)s)")
-    parser.add_argument("--chat", action="store_true", help="ask through the checkpoint's chat template")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
-    parser.add_argument("--prune", type=float, nargs="+", default=[0.0, 0.2, 0.5], metavar="P",
-                        help="shares of (token, layer) pairs to skip (default: 0 0.2 0.5)")  # fmt: skip
-    parser.add_argument("--batch", type=int, default=8, metavar="N", help="continuations at a time (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what tasks and --rivals draw at random (default: 0)")
-    parser.add_argument("--rivals", action="store_true", help="also presets with tokens by chance, and last layers without attention, "
-                        "to which the filter's flags mean nothing")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    add_filter_arguments(parser, several=True)
-    args = parser.parse_args(argv)
-
-    args.tasks = SUITES.get(args.suite, []) + args.tasks
-    if not args.tasks:
-        fail("no task: give --suite or --tasks")
-    if args.batch < 1 or args.seed < 0 or (args.limit is not None and args.limit < 1) or (args.num_fewshot or 0) < 0:
-        fail("--batch and --limit must be at least 1, --seed and --num-fewshot at least 0")
-    settings = {}  # dense once, then every preset at every ratio
-    for name in args.preset or ["paper"]:
-        for prune in sorted(args.prune):
-            config = filter_from(args, name, prune)
-            settings[f"{name} {prune:g}" if config else "dense"] = config, token_filter
-            if config and args.rivals:
-                settings[f"{name} {prune:g}, random"] = config, partial(by_chance, seed=args.seed)
-
-    for folder in args.include_path or []:
-        if not os.path.isdir(folder):
-            fail(f"--include-path {folder}: no such folder")
-    return args, settings
-
-
-def main(argv=None):
-    args, settings = read_arguments(argv)
+def main(argv=None, given=None):
+    args = given or read_arguments(argv)
+    settings = {} if all(args.prune) else {"dense": (None, token_filter)}
+    for title, config in filters_from(args, args.preset or ["paper"], sorted(args.prune), with_ratio=True):
+        settings[title] = config, token_filter
+        if args.rivals:
+            settings[f"{title}, random"] = config, partial(by_chance, seed=args.seed)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # one bar for each task, and MMLU has 57: ours are enough
@@ -478,7 +490,7 @@ def main(argv=None):
         if task.get_config("num_fewshot") is None or (args.num_fewshot is not None and task.get_config("num_fewshot") > 0):
             task.set_config("num_fewshot", args.num_fewshot or 0)  # a 0 in a task's own file stays, as in the harness
     try:
-        model, tokenizer = load(args.checkpoint, args.device, args.dtype, progress=True)
+        model, tokenizer = load(args.checkpoint, args.device, args.dtype, progress=sys.stderr.isatty())
     except CheckpointError as e:
         fail(e)
 
@@ -510,4 +522,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    as_process(main)
+    as_process(main, None, given)

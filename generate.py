@@ -8,35 +8,93 @@ From Python: `for row, token in generate(model, prompts, filter=preset("cache", 
 """
 
 import math
+import operator
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import islice
+from numbers import Integral, Real
 
-from command_line import (
-    KNOBS,
-    Parser,
-    add_filter_arguments,
-    add_model_arguments,
-    as_process,
-    check_output,
-    compile_decode,
-    fail,
-    filter_from,
-    overflow,
-    print_json,
-    read_text,
-)
+from command_line import PRESETS, PRUNE, Parser, add_filter_arguments, add_model_arguments, as_process, check_filter, fail
+
+from report import check_output, print_json, read_prompts, whole
+
+
+def check_settings(max_new_tokens=1, temperature=0.0, top_k=0, top_p=1.0, seed=0, chunk=1):
+    """Raises ValueError for a value that makes no sense, naming it."""
+    for name, value, kind, low, high, words in (
+        ("max_new_tokens", max_new_tokens, Integral, 1, math.inf, "a whole number of at least 1"),
+        ("temperature", temperature, Real, 0, sys.float_info.max, "a finite number of at least 0"),
+        ("top_k", top_k, Integral, 0, math.inf, "a whole number of at least 0"),
+        ("top_p", top_p, Real, math.ulp(0), 1, "a number above 0 and at most 1"),
+        ("seed", seed, Integral, 0, 2**63 - 1, "a whole number of at least 0 and below 2**63"),
+        ("chunk", chunk, Integral, 1, math.inf, "a whole number of at least 1"),
+    ):
+        if not issubclass(type(value), kind) or not low <= value <= high:
+            raise ValueError(f"{name} is {value!r}, not {words}")
+
+
+def read_arguments(argv=None):
+    """The command's arguments, and the texts of the prompts. Exits with one line where they make no sense, alone or together."""
+    parser = Parser(description="Generate text with token filtering.")
+    add_model_arguments(parser)
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; given many times, they are one batch")
+    parser.add_argument("--prompts-file", metavar="FILE", help="more prompts, one a line")
+    parser.add_argument("--chat", action="store_true", help="send each prompt as a user's message in the chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="length of an answer (default: %(default)s)")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-text token")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="of sampling (default: 0, always the likeliest)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="N", help="sample from the N likeliest tokens (default: 0, all)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="and from the likeliest that together make up P (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
+    parser.add_argument("--prune", type=PRUNE, metavar="P", help="share of (token, layer) pairs to skip (default: 0, dense)")
+    parser.add_argument("--compile", action="store_true", help="decode through torch.compile: faster, after a minute or so for compiling")
+    parser.add_argument("--compare", action="store_true", help="dense, then every preset, at --prune (default then: 0.3)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument("--show-skips", action="store_true", help="colour each token by the share of layers that found it redundant")
+    parser.add_argument("--skip-map", metavar="FILE", help="each layer's decision on each token, and its score: FILE.html, a page to take "
+                        "apart in a browser, or FILE.png, a picture (needs matplotlib)")  # fmt: skip
+    add_filter_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        check_settings(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
+    except ValueError as e:
+        name, _, problem = str(e).partition(" ")
+        fail(f"--{name.replace('_', '-')} {problem}")
+    for flag, unused in (("--top-k", args.top_k == 0), ("--top-p", args.top_p == 1)):
+        if args.temperature == 0 and not unused:
+            fail(f"{flag} does nothing without --temperature")
+    if args.compare and args.prune is None:
+        args.prune = 0.3
+    given = check_filter(args, "compare", "show_skips", "skip_map")
+    if args.compare and given[0] != "--compare":
+        fail(f"--compare runs every preset as it is: it cannot be combined with {given[0]}")
+    if args.show_skips and args.json:
+        fail("--show-skips colours text: it cannot be combined with --json")
+    texts = read_prompts(args)
+    if args.skip_map is not None:
+        if args.compare or len(texts) > 1:
+            fail("--skip-map draws one prompt with one setting: leave out --compare and all prompts but one")
+        check_output("--skip-map", args.skip_map, (".html", ".png"))
+    return args, texts
+
+
+if __name__ == "__main__":
+    given = as_process(read_arguments)  # before torch is imported, which takes seconds
+
+from command_line import compile_decode, filters_from, overflow
 
 import torch
 from tqdm import tqdm
 
-from load_weights import CheckpointError, Tokenizer, load
+from checkpoint_files import checkpoint_folder
+from load_weights import CheckpointError, Tokenizer, load, read_config
 from model import KVCache, Transformer
 from skip_map import Decisions, draw_skip_map, paint, paint_legend, token_pieces, write_skip_page
-from token_filter import PRESETS, FilterConfig
+from token_filter import FilterConfig
 
 # ---------------------------------------------------------------------------------------------- from Python
 
@@ -84,50 +142,52 @@ class Stats:
 
 
 def sample(logits, temperature=0.0, top_k=0, top_p=1.0, rng=None) -> int:
-    """One token from logits (vocab,): greedy at temperature 0; else from the top_k likeliest (0: all), of which the
-    smallest set with probability top_p stays. Of equals, the lower id comes first.
+    """sample_rows for one row, logits (vocab,)."""
+    return int(sample_rows(logits[None], temperature, top_k, top_p, [rng]))
 
-    Each id has a random number of its own, e ~ Exp(1), and the largest p / e wins: id i with probability p_i, as it should be. So
-    where rounding moves the logits a little, the draw is another one only as often as the probabilities moved.
+
+def sample_rows(logits, temperature, top_k, top_p, rngs) -> torch.Tensor:
+    """A token for each row of logits (B, vocab), (B,) int64 on their device: greedy at temperature 0; else from the top_k likeliest
+    (0: all), of which the smallest set with probability top_p stays. Of equals, the lower id comes first.
+
+    Each id has a random number of its own, e ~ Exp(1), from its row's generator, one of the CPU's whatever the device. The largest
+    p / e of those that stay wins: id i with probability p_i, and where rounding moves the logits a little, the draw is another one
+    only as often as they moved. Nothing is sorted: what comes before a winner says whether it stays; if not, those before it run again.
     """
     if temperature == 0:
-        return int(logits.argmax())
-    logits = logits.double().cpu()
-    logits, order = ((logits - logits.max()) / temperature).sort(descending=True, stable=True)
-    probabilities = logits[: top_k or None].softmax(0)
-    probabilities[probabilities.cumsum(0) - probabilities >= top_p] = 0  # the likeliest always stays
-    noise = torch.empty(len(logits), dtype=torch.float64).exponential_(generator=rng)
-    return int(order[(probabilities / noise[order[: len(probabilities)]]).argmax()])
-
-
-def check_settings(max_new_tokens=1, temperature=0.0, top_k=0, top_p=1.0, seed=0, chunk=1):
-    """Raises ValueError for a value that makes no sense, naming it."""
-    for name, value, fine, kind in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-        ("temperature", temperature, 0 <= temperature < math.inf, "a finite number of at least 0"),
-        ("top_k", top_k, top_k >= 0, "at least 0"),
-        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-        ("seed", seed, 0 <= seed < 2**63, "at least 0 and below 2**63"),
-        ("chunk", chunk, chunk >= 1, "at least 1"),
-    ):
-        if not fine:
-            raise ValueError(f"{name} is {value}, not {kind}")
+        return logits.argmax(1)
+    if logits.device.type == "cpu" and len(logits) > 16:  # at a time, so that it stays in the processor's cache
+        parts = [slice(i, i + 16) for i in range(0, len(logits), 16)]
+        return torch.cat([sample_rows(logits[part], temperature, top_k, top_p, rngs[part]) for part in parts])
+    noise = torch.empty(logits.shape, dtype=torch.float64)
+    for row, rng in zip(noise, rngs):
+        row.exponential_(generator=rng)
+    logits, ids = logits.double(), torch.arange(logits.shape[1], device=logits.device)
+    logits = (logits - logits.amax(1, keepdim=True)).div_(temperature)
+    most = logits.topk(min(top_k, len(ids))).values if top_k else logits
+    p = logits.exp() / most.exp().sum(1, keepdim=True)
+    race = p / noise.to(p.device)
+    if top_k:
+        race.masked_fill_(logits < most[:, -1:], 0)
+    tokens, left = race.argmax(1), torch.arange(len(p), device=p.device)
+    while len(left) and (top_k or top_p < 1):
+        token = tokens[left, None]
+        own = logits.gather(1, token)
+        before = (logits > own) | ((logits == own) & (ids < token))
+        mass = p.masked_fill(~before, 0).sum(1)
+        for i in ((mass - top_p).abs() < 1e-9).nonzero()[:, 0]:  # rounding decides: summed as in a sorted row
+            mass[i] = torch.cat((p[i][before[i]].sort(descending=True).values, p[i, token[i]])).cumsum(0)[-1] - p[i, token[i]]
+        out = (mass >= top_p) | (before.count_nonzero(1) >= top_k) if top_k else mass >= top_p
+        left, logits, p, race = left[out], logits[out], p[out], race[out] * before[out]
+        tokens[left] = race.argmax(1)
+    return tokens
 
 
 def generate(
-    model: Transformer,
-    prompts: list[list[int]],
-    max_new_tokens: int = 128,
-    filter: FilterConfig | None = None,
-    eos_ids=frozenset(),
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    chunk: int = 512,
-    stats: Stats | None = None,
+    model: Transformer, prompts: list[list[int]], max_new_tokens: int = 128, filter: FilterConfig | None = None, eos_ids=frozenset(),
+    temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0, chunk: int = 512, stats: Stats | None = None,
     watch: Callable[[list[int], KVCache], None] | None = None,
-) -> Iterator[tuple[int, int]]:
+) -> Iterator[tuple[int, int]]:  # fmt: skip
     """Continue token prompts of any lengths as one batch, yielding (row, token) as each token is found.
 
     A row ends at a token of eos_ids, which is not yielded, or after max_new_tokens, and leaves the batch. Each row has
@@ -136,23 +196,29 @@ def generate(
     or not. Prompts are prefilled `chunk` tokens at a time. `stats`, if given, is complete once the iterator is exhausted.
     `watch(rows, cache)`, if given, is called after each forward with the numbers of the rows in the cache, whose layers hold
     their latest decisions; prompts are then prefilled in one go.
-    Raises ValueError for an empty prompt, one that does not fit the model's context with its new tokens or has a token that the
-    model does not know, and for settings that make no sense; FloatingPointError where logits are not finite.
+    Raises ValueError for a prompt that is no list of token ids, is empty, does not fit the model's context with its new tokens or
+    has a token that the model does not know, and for settings that make no sense; FloatingPointError where logits are not finite.
     """
     check_settings(max_new_tokens, temperature, top_k, top_p, seed, chunk)
+    if filter is not None and not isinstance(filter, FilterConfig):
+        raise ValueError(f"filter is {filter!r}, not None or a FilterConfig, as token_filter.preset(name) makes it")
+    try:
+        prompts = [[operator.index(token) for token in prompt] for prompt in prompts]
+    except TypeError:
+        raise ValueError("prompts is not a list of lists of token ids, as tokenizer.encode(text) makes one") from None
     if not prompts:
         raise ValueError("there is no prompt")
+    context, vocab = model.config.max_positions, model.config.vocab_size
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {row + 1} is empty")
-        if len(prompt) + max_new_tokens > model.config.max_positions:
-            raise ValueError(
-                f"prompt {row + 1} has {len(prompt)} tokens: with {max_new_tokens} new ones it is longer than "
-                f"the model's context of {model.config.max_positions}"
-            )
+        if len(prompt) + max_new_tokens > context:
+            beyond = f"with {max_new_tokens} new ones it is longer than the model's context of {context}"
+            raise ValueError(f"prompt {row + 1} has {len(prompt)} tokens: {beyond}")
+        if unknown := [token for token in prompt if not 0 <= token < vocab]:
+            raise ValueError(f"prompt {row + 1} has the token {unknown[0]}: the model knows those from 0 to {vocab - 1}")
 
-    sampling = (temperature, top_k, top_p)
-    chunk = chunk if watch is None else max(map(len, prompts))
+    sampling, chunk = (temperature, top_k, top_p), chunk if watch is None else max(map(len, prompts))
     return _steps(model, prompts, max_new_tokens, filter, eos_ids, sampling, seed, chunk, Stats() if stats is None else stats, watch)
 
 
@@ -172,12 +238,9 @@ def _steps(model, prompts, max_new_tokens, filter, eos_ids, sampling: tuple[floa
             row = rows[finite.index(0)]
             raise FloatingPointError(overflow(model, prompts[row] + said[row], filter))
         if sampling[0] > 0:
-            tokens = [sample(row_logits, *sampling, rngs[row]) for row, row_logits in zip(rows, logits.cpu())]
-        seconds = time.perf_counter() - started
-        if made == 0:
-            figures.prefill_seconds += seconds
-        else:
-            figures.decode_seconds += seconds
+            tokens = sample_rows(logits, *sampling, [rngs[row] for row in rows]).tolist()
+        phase = "decode_seconds" if made else "prefill_seconds"
+        setattr(figures, phase, getattr(figures, phase) + time.perf_counter() - started)
         made, figures.new_tokens = made + 1, figures.new_tokens + len(rows)
         if watch is not None:
             watch(rows, cache)
@@ -203,29 +266,17 @@ def _steps(model, prompts, max_new_tokens, filter, eos_ids, sampling: tuple[floa
 # ----------------------------------------------------------------------------------------- the command line
 
 
-def read_prompts(args) -> list[str]:
-    """The texts of --prompt and --prompts-file."""
-    texts = list(args.prompt or [])
-    if args.prompts_file:
-        texts += [line for line in read_text(args.prompts_file).split("\n") if line.strip()]
-    if not texts or "" in texts:
-        fail(f"prompt {texts.index('') + 1} is empty" if texts else "no prompt: give --prompt TEXT or --prompts-file FILE")
-    if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):  # what Python makes of other bytes
-        fail("--prompt is not UTF-8 text: is the terminal set to another encoding?")
-    return texts
-
-
 def run(model, tokenizer: Tokenizer, prompts, args, filter, echo=None, watch=None) -> tuple[list[list[str]], Stats, bool]:
     """Generate for all prompts: each answer as the text of each of its tokens; and whether Ctrl-C stopped it.
 
     `echo`, if given, is called with the text of a single prompt as it comes; `watch` is generate's.
     """
-    stats, streams = Stats(), [tokenizer.stream() for _ in prompts]
-    answers, stopped = [list[str]() for _ in prompts], False
+    stats, streams, stopped = Stats(), [tokenizer.stream() for _ in prompts], False
+    answers = [list[str]() for _ in prompts]
     eos_ids = frozenset() if args.ignore_eos else tokenizer.eos_ids
     sampling = (args.temperature, args.top_k, args.top_p, args.seed)
     steps = generate(model, prompts, args.max_new_tokens, filter, eos_ids, *sampling, stats=stats, watch=watch)
-    bar = tqdm(steps, desc="tokens", unit="", total=len(prompts) * args.max_new_tokens, disable=echo is not None, leave=False)
+    bar = tqdm(steps, desc="tokens", unit="", total=len(prompts) * args.max_new_tokens, disable=echo is not None or None, leave=False)
     try:
         for row, token in bar:
             answers[row].append(streams[row].push(token))
@@ -242,99 +293,39 @@ def run(model, tokenizer: Tokenizer, prompts, args, filter, echo=None, watch=Non
     return answers, stats, stopped
 
 
-def read_arguments(argv):
-    """The command's arguments; the settings to run, (name, FilterConfig or None) each; and the prompts."""
-    parser = Parser(description="Generate text with token filtering.")
-    add_model_arguments(parser)
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; given many times, they are one batch")
-    parser.add_argument("--prompts-file", metavar="FILE", help="more prompts, one a line")
-    parser.add_argument("--chat", action="store_true", help="send each prompt as a user's message in the chat template")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="length of an answer (default: %(default)s)")
-    parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-text token")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="of sampling (default: 0, always the likeliest)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="N", help="sample from the N likeliest tokens (default: 0, all)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="and from the likeliest that together make up P (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
-    parser.add_argument("--prune", type=float, metavar="P", help="share of (token, layer) pairs to skip (default: 0, dense)")
-    parser.add_argument("--compile", action="store_true", help="decode through torch.compile: faster, after a minute or so for compiling")
-    parser.add_argument("--compare", action="store_true", help="dense, then every preset, at --prune (default: 0.3)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.add_argument("--show-skips", action="store_true", help="colour each token by the share of layers that found it redundant")
-    parser.add_argument("--skip-map", metavar="FILE", help="each layer's decision on each token, and its score: FILE.html, a page to take "
-                        "apart in a browser, or FILE.png, a picture (needs matplotlib)")  # fmt: skip
-    add_filter_arguments(parser)
-    args = parser.parse_args(argv)
-    settings, texts = choose_settings(args), read_prompts(args)
-    if args.skip_map is not None:
-        if args.compare or len(texts) > 1:
-            fail("--skip-map draws one prompt with one setting: leave out --compare and all prompts but one")
-        check_output("--skip-map", args.skip_map, () if args.skip_map.endswith(".html") else (".png",))
-    return args, settings, texts
-
-
-def choose_settings(args) -> list[tuple[str, FilterConfig | None]]:
-    """What to run. Exits with one line where arguments make no sense, alone or together."""
-    try:
-        check_settings(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
-    except ValueError as e:
-        name, _, problem = str(e).partition(" ")
-        fail(f"--{name.replace('_', '-')} {problem}")
-    for flag, unused in (("--top-k", args.top_k == 0), ("--top-p", args.top_p == 1)):
-        if args.temperature == 0 and not unused:
-            fail(f"{flag} does nothing without --temperature")
-    given = [f"--{name}" for name in ("preset", *KNOBS) if getattr(args, name) is not None]
-    if args.compare:
-        if given:
-            fail(f"--compare runs every preset as it is: it cannot be combined with {given[0]}")
-        args.prune = 0.3 if args.prune is None else args.prune
-        settings = [("dense", None)] + [(name, filter_from(args, name, args.prune)) for name in PRESETS]
-    else:
-        if args.prune is None and given:
-            fail(f"{given[0]} does nothing without --prune")
-        filter = filter_from(args, args.preset or "paper", args.prune or 0.0)
-        settings = [(args.preset or "paper" if filter else "dense", filter)]
-    for flag, wanted in (("--show-skips", args.show_skips), ("--skip-map", args.skip_map is not None)):
-        if wanted and not args.prune:
-            fail(f"{flag} needs --prune above 0: otherwise nothing is skipped")
-    if args.show_skips and args.json:
-        fail("--show-skips colours text: it cannot be combined with --json")
-    return settings
-
-
 def warn(model, settings, longest):
     """Notes on stderr of what will be of no use: filtering texts of up to `longest` tokens, or so small a model."""
     warmup = max([filter.warmup for _, filter in settings if filter], default=0)
     if longest <= warmup:
         print(f"note: the first {warmup} tokens of a text (the warm-up) are not filtered, and no text here is longer", file=sys.stderr)
     elif [filter.mode for _, filter in settings if filter] == ["skip"] and sum(p.numel() for p in model.parameters()) < 1e9:
-        print(
-            "note: models below a billion parameters rarely survive having attention skipped; "
-            "try --preset cache, or --compare to see dense and all presets one after another",
-            file=sys.stderr,
-        )
+        print("note: models below a billion parameters rarely survive having attention skipped; try --preset cache, or --compare to see "
+              "dense and all presets one after another", file=sys.stderr)  # fmt: skip
 
 
-def main(argv=None):
-    args, settings, texts_in = read_arguments(argv)
+def main(argv=None, given=None):
+    args, texts_in = given or read_arguments(argv)
+    settings: list[tuple[str, FilterConfig | None]] = [("dense", None)] * (args.compare or not args.prune)
+    settings += filters_from(args, PRESETS if args.compare else [args.preset or "paper"], [args.prune or 0])
     coloured = args.show_skips and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     if args.show_skips and not coloured:
         print("note: --show-skips has no effect where stdout is not a terminal, or NO_COLOR is set", file=sys.stderr)
 
     try:
-        model, tokenizer = load(args.checkpoint, args.device, args.dtype, progress=True)
-        if args.chat:
-            prompts = [tokenizer.chat([{"role": "user", "content": text}]) for text in texts_in]
-        else:
-            prompts = [tokenizer.encode(text) for text in texts_in]
+        folder = checkpoint_folder(args.checkpoint)
+        if args.max_new_tokens >= (context := read_config(folder).max_positions):
+            fail(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in the model's context of {context}")
+        model, tokenizer = load(folder, args.device, args.dtype, progress=sys.stderr.isatty())
+        prompts = [tokenizer.chat([{"role": "user", "content": text}]) if args.chat else tokenizer.encode(text) for text in texts_in]
     except CheckpointError as e:
         fail(e)
-    if args.compile:
-        compile_decode(model)
+    if compiled := args.compile and compile_decode(model):
+        print("compiling ...", file=sys.stderr, flush=True)
 
     warn(model, settings, max(map(len, prompts)) + args.max_new_tokens)
     stream = len(prompts) == 1 and not args.json and not coloured
     echo = partial(print, end="", flush=True) if stream else None
-    results = []
+    results, unwritten = [], f"{args.skip_map} was not written" if args.skip_map else ""
     if coloured:
         print(paint_legend())
     for name, filter in settings:
@@ -344,6 +335,8 @@ def main(argv=None):
         decisions = Decisions(len(prompts), model.config.n_layers)
         watch = decisions.watch if coloured or args.skip_map else None
         try:
+            for n in sorted({len(prompts), len(prompts) - 1, 1} - {0}, reverse=True) if compiled else ():  # also when rows have left
+                list(islice(generate(model, prompts[:n], args.max_new_tokens, filter), 40 * n))  # until the cache has grown
             answers, stats, stopped = run(model, tokenizer, prompts, args, filter, echo, watch)
         except (ValueError, FloatingPointError) as e:
             fail(e)
@@ -361,20 +354,27 @@ def main(argv=None):
                 print(f"[{i + 1}] {texts_in[i]}\n{text}\n")
         if stopped:
             break
-        if args.skip_map and filter:
-            what = args.skip_map, title, token_pieces(tokenizer, prompts[0]) + answers[0], len(prompts[0])
-            if args.skip_map.endswith(".html"):
-                write_skip_page(*what, decisions, filter, model.config.window)
-            else:
-                draw_skip_map(*what, decisions.redundant[0], decisions.score[0], filter.warmup)
         if not args.json:  # a comparison's figures belong to its texts; otherwise stdout is for the text alone
             print(f"{title}: {stats.line()}", file=sys.stdout if args.compare else sys.stderr, flush=True)
+        if args.skip_map and filter:
+            what = title, token_pieces(tokenizer, prompts[0]) + answers[0], len(prompts[0])
+            try:
+                with whole(args.skip_map) as part:
+                    if args.skip_map.lower().endswith(".html"):
+                        write_skip_page(part, *what, decisions, filter, model.config.window)
+                    else:
+                        draw_skip_map(part, *what, decisions.redundant[0], decisions.score[0], filter.warmup)
+                print(f"{args.skip_map}: written", file=sys.stderr)
+                unwritten = ""
+            except KeyboardInterrupt:
+                break
     if args.json:
         print_json({"prompts": texts_in, "results": results})
-    if stopped:
-        print("interrupted: what was generated until then is above, figures are not complete", file=sys.stderr)
+    if stopped or unwritten:
+        known = "what was generated until then is above, figures are not complete; " if stopped else ""
+        print(f"interrupted: {known}{unwritten}".removesuffix("; "), file=sys.stderr)
         raise SystemExit(130)
 
 
 if __name__ == "__main__":
-    as_process(main)
+    as_process(main, None, given)

@@ -1,13 +1,70 @@
-"""The tables that the evaluations print: grown row by row, written as JSON, CSV and a picture at once."""
+"""What the commands read and write: texts, JSON, and the tables of the evaluations, grown row by row."""
 
 import csv
+import importlib.util
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from command_line import check_output
+from command_line import fail
+
+
+def read_text(path) -> str:
+    """A file's text, without the byte order mark that some editors put first. Exits with one line if there is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        fail(f"{path}: cannot be read as UTF-8 text ({e.reason} at byte {e.start})")
+    except OSError as e:
+        fail(f"{path}: cannot be read: {e.strerror}")
+
+
+def read_prompts(args) -> list[str]:
+    """generate.py's texts, of --prompt and --prompts-file."""
+    texts = list(args.prompt or [])
+    if args.prompts_file:
+        texts += [line for line in read_text(args.prompts_file).split("\n") if line.strip()]
+    if not texts or "" in texts:
+        fail(f"prompt {texts.index('') + 1} is empty" if texts else "no prompt: give --prompt TEXT or --prompts-file FILE")
+    if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):  # what Python makes of other bytes
+        fail("--prompt is not UTF-8 text: is the terminal set to another encoding?")
+    return texts
+
+
+def check_output(flag, path, endings=()):
+    """Find out before the work what would keep a file from being written; its name has one of the endings: .html, or a picture's."""
+    if endings and not path.lower().endswith(endings):
+        fail(f"{flag} {path}: the name must end in {', '.join(endings)}")
+    if endings and not path.lower().endswith(".html") and importlib.util.find_spec("matplotlib") is None:
+        fail(f"{flag} needs matplotlib: pip install -r requirements-dev.txt")
+    try:
+        existed = os.path.exists(path)
+        open(path, "ab").close()
+        if not existed:
+            os.remove(path)
+    except OSError as e:
+        fail(f"{flag} {path}: cannot be written: {e.strerror}")
+
+
+@contextmanager
+def whole(path):
+    """The name of a file to write, which then becomes `path`, whole or not at all."""
+    try:
+        yield f"{path}.part"
+        os.replace(f"{path}.part", path)
+    finally:
+        with suppress(OSError):
+            os.remove(f"{path}.part")
+
+
+def print_json(value):
+    """One JSON object on stdout, in ASCII where its encoding may lack a letter."""
+    print(json.dumps(value, ensure_ascii=not (sys.stdout.encoding or "").lower().startswith("utf"), indent=1, allow_nan=False))
+
 
 COLUMNS = """\
 skipped  redundant (token, layer) pairs over all pairs

@@ -45,7 +45,7 @@ def test_figures(checkpoint, capsys, tmp_path):
 @pytest.mark.parametrize("flags, message", [
     (["--context", "199"], "more than the model's context of 200"), (["--batch", "0"], "--batch"),
     (["--shape", "llama-2-7b", "--vs", "transformers"], "--vs transformers needs a checkpoint"),
-    (["--text", "no/such/file"], "no/such/file"), (["--prune", "1"], "prune=1.0"), (["--shape", "gpt-2"], "--shape"),
+    (["--text", "no/such/file"], "no/such/file"), (["--prune", "1"], "--prune: 1"), (["--shape", "gpt-2"], "--shape"),
 ])  # fmt: skip
 def test_bad_flags(checkpoint, capsys, flags, message):
     assert message in refused(capsys, checkpoint, *flags, command=main)

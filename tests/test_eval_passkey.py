@@ -73,7 +73,7 @@ def test_passkey_command(checkpoint, capsys, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (["--lengths", "201"], "context of 200"), (["--lengths", "20"], "more than 20 tokens"), (["--depths", "1.5"], "--depths"),
-    (["--trials", "0"], "--trials"), (["--prune", "2"], "prune=2.0"), (["--plot", "x.jpeg2"], ".png, .svg, .pdf"),
+    (["--trials", "0"], "--trials"), (["--prune", "2"], "--prune: 2"), (["--plot", "x.jpeg2"], ".png, .svg, .pdf"),
 ])  # fmt: skip
 def test_bad_input(checkpoint, capsys, flags, message):
     assert message in refused(capsys, checkpoint, "--device", "cpu", *flags, command=main)

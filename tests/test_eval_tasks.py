@@ -389,6 +389,14 @@ def test_the_line_on_overflow_is_about_the_whole_text(tiny, monkeypatch):
     assert str(caught.value) == str(torch.cat(fed, dim=1)[0].tolist())
 
 
+def test_texts_side_by_side_are_each_sampled_as_asked(tiny):
+    ways = [{"top_k": 3}, {"top_p": 0.5}, {}, {"temperature": 0.0, "do_sample": False}]
+    options = [{"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 0.8} | way for way in ways]
+    requests = [(prompt, option) for prompt in GENERATE[:2] for option in options]
+    together, alone = (FilteredLM(*tiny, batch=n, seed=5).generate_until(instances("generate_until", requests)) for n in (8, 1))
+    assert together == alone and len(set(together)) > 5
+
+
 def test_a_shared_context_is_fed_once(tiny, monkeypatch):
     fed, forward = [], Transformer.forward
     monkeypatch.setattr(Transformer, "forward", lambda self, *a, **k: fed.append(a) or forward(self, *a, **k))
@@ -553,7 +561,7 @@ def test_the_table_of_a_suite(checkpoint, stand_ins, capsys):
     arguments += ["--preset", "cache", "--prune", 0.5, 0, "--warmup", 25]
     shown = run(capsys, *arguments).splitlines()
     results = json.loads(run(capsys, *arguments, "--json"))["results"]
-    assert [row["setting"] for row in results] == ["dense", "cache 0.5"] and results[1]["filter"]["warmup"] == 25
+    assert [row["setting"] for row in results] == ["dense", "cache 0.5, warmup 25"] and results[1]["filter"]["warmup"] == 25
 
     dense, filtered = (row["tasks"] for row in results)
     names = [*SUITES["commonsense"], "mmlu_astronomy", "average"]
@@ -576,17 +584,18 @@ def test_the_table_of_a_suite(checkpoint, stand_ins, capsys):
                 assert error == pytest.approx(statistics.stdev(a - b for a, b in pairs) / 2**0.5)
     assert len(filtered["average"]["- dense"]) == 2 and not any("- dense" in row for row in dense.values())
 
-    (line,) = (line for line in shown if line.startswith("cache 0.5  mmlu_astronomy "))
+    (line,) = (line for line in shown if line.startswith("cache 0.5, warmup 25  mmlu_astronomy "))
     row = filtered["mmlu_astronomy"]
     expected = *row["metrics"]["acc"], *row["- dense"]["acc"], row["skip_ratio"], row["kv_held"], row["kv_read"]
-    assert [float(figure) for figure in line.split()[4:-1]] == pytest.approx(expected, abs=1e-4) and line.split()[-1] == "0%"
-    assert any(line.startswith("cache 0.5  openbookqa") and line.endswith(" 100%") for line in shown)
+    assert [float(figure) for figure in line.split()[6:-1]] == pytest.approx(expected, abs=1e-4) and line.split()[-1] == "0%"
+    assert any(line.startswith("cache 0.5, warmup 25  openbookqa") and line.endswith(" 100%") for line in shown)
 
 
 def test_rivals_skip_as_much_and_other_tokens(checkpoint, local, capsys):
     arguments = ["--tasks", "local_choice", "--include-path", local, "--prune", 0, 0.5, "--recent", 0, "--warmup", 2, "--json"]
     shown = json.loads(run(capsys, checkpoint, *arguments, "--preset", "paper", "cache", "--rivals"))["results"]
-    names = ["dense", "paper 0.5", "paper 0.5, random", "cache 0.5", "cache 0.5, random", "last layers 0.5"]
+    names = ["dense", "paper 0.5, warmup 2", "paper 0.5, warmup 2, random"]
+    names += ["cache 0.5, recent 0, warmup 2", "cache 0.5, recent 0, warmup 2, random", "last layers 0.5"]
     assert [row["setting"] for row in shown] == names
     rows = [row["tasks"]["local_choice"] for row in shown[1:]]
     assert all(0.3 < row["skip_ratio"] < 0.7 for row in rows) and len({row["skip_ratio"] for row in rows}) == 5
@@ -722,5 +731,5 @@ def test_one_line_says_what_is_wrong(arguments, named, checkpoint, local, capsys
 
 def test_without_the_harness_it_says_what_to_install():
     code = "import runpy, sys; sys.modules['lm_eval'] = None; runpy.run_path('eval_tasks.py', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code, "--tasks", "any"], cwd=HERE, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "requirements-extra.txt" in done.stderr

@@ -1,18 +1,26 @@
 """Generation equals re-scoring, rows do not disturb each other, the command says what went wrong in one line."""
 
+import argparse
+import dataclasses
 import functools
 import importlib
 import json
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+
+import command_line
 
 import pytest
 import torch
 
+import eval_ppl
 import generate as generate_module
-from generate import Stats, generate, main, sample
+import token_filter
+from generate import Stats, generate, main, sample, sample_rows
 from load_weights import load
 from skip_map import BOLD, Decisions, decisions, paint, paint_legend, token_pieces
 from test_model import LENGTHS, small, texts
@@ -130,8 +138,6 @@ def test_settings_that_make_no_sense_are_named(wrong, checkpoint, capsys):
 def test_values_that_are_not_finite_end_in_a_line_that_names_the_layer(checkpoint, tmp_path, capsys):
     from safetensors.torch import load_file, save_file
 
-    import eval_ppl
-
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     (shard,) = (file for file in tmp_path.glob("*.safetensors") if "model.layers.1.mlp.up_proj.weight" in load_file(file))
     weights = load_file(shard)
@@ -220,12 +226,44 @@ def test_sampling():
     assert {sample(logits, 1.0, top_p=0.7, rng=rng) for _ in range(200)} == {0, 2}  # 0.64 alone is not enough
 
 
+def sorted_sample(logits, temperature, top_k, top_p, rng):
+    """The rule of sample_rows for one row, as plainly as it can be said."""
+    logits, order = ((logits.double() - logits.max()) / temperature).sort(descending=True, stable=True)
+    probabilities = logits[: top_k or None].softmax(0)
+    probabilities[probabilities.cumsum(0) - probabilities >= top_p] = 0  # the likeliest always stays
+    noise = torch.empty(len(logits), dtype=torch.float64).exponential_(generator=rng)
+    return int(order[(probabilities / noise[order[: len(probabilities)]]).argmax()])
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 5.0, 5e-324])
+@pytest.mark.parametrize("top_k", [0, 1, 3, 40, 2000])
+@pytest.mark.parametrize("top_p", [0.1, 0.3, 0.5, 0.8, 0.9, 1.0])
+def test_rows_are_sampled_together_as_one_by_one(temperature, top_k, top_p):
+    """Peaked, flat, with many ties, all alike; where rounding alone decides whether a token is within top_p, too."""
+    for logits in (torch.zeros(40, 10), torch.zeros(40, 50), 3 * torch.randn(20, 3000), torch.randn(40, 300).bfloat16(),
+                   torch.randn(40, 100).round(), torch.tensor([0.05, 0.5, 0.15, 0.3, 0.0]).log().expand(40, 5)):  # fmt: skip
+        seeds = [[torch.Generator().manual_seed(row) for row in range(len(logits))] for _ in range(2)]
+        found = sample_rows(logits, temperature, top_k, top_p, seeds[0])
+        assert found.dtype == torch.int64
+        assert found.tolist() == [sorted_sample(row, temperature, top_k, top_p, rng) for row, rng in zip(logits, seeds[1])]
+        assert all(a.get_state().equal(b.get_state()) for a, b in zip(*seeds))  # and so it goes on
+
+
 @pytest.mark.parametrize("prompts, new, message", [
     ([], 5, "no prompt"), ([[1], []], 5, "prompt 2 is empty"), ([[1] * 500], 13, "longer than the model's context of 512"),
+    ([[1], [2, -1]], 5, "prompt 2 has the token -1"), ([[-100, 5]], 5, "prompt 1 has the token -100"), ([[1, 10**6]], 5, "token 1000000"),
+    (["text"], 5, "token ids"), ("text", 5, "token ids"), ([1, 2], 5, "token ids"), ([[1.0]], 5, "token ids"), (None, 5, "token ids"),
+    ([[1]], "5", "max_new_tokens is '5'"), ([[1]], 2.5, "max_new_tokens is 2.5"),
 ])  # fmt: skip
 def test_bad_prompts_are_refused_at_once(prompts, new, message):
     with pytest.raises(ValueError, match=message):
         generate(small(), prompts, new)
+
+
+def test_a_preset_s_name_is_no_filter():
+    with pytest.raises(ValueError, match=r"filter is 'cache', not None or a FilterConfig"):
+        generate(small(), PROMPTS, 5, "cache")
+    assert collect(1, generate(small(), torch.tensor([PROMPTS[0]]), 5)) == collect(1, generate(small(), PROMPTS[:1], 5))
 
 
 # ---------------------------------------------------------------------------------------------- what was skipped
@@ -351,6 +389,121 @@ def test_help_says_something_of_every_argument(command, monkeypatch):
     assert all(texts) and len(set(texts)) == len(texts)  # of each its own
 
 
+COMMANDS = ["generate", "eval_ppl", "eval_passkey", "eval_tasks", "bench"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("flags, code", [(["--help"], 0), (["--nope"], 2), (["--prune", "50"], 2), (["--prune", "0", "--gamma", "0.5"], 2)])
+def test_what_is_wrong_with_flags_is_said_before_torch_is_imported(command, flags, code):
+    """That alone takes seconds."""
+    file = generate_module.__file__.replace("generate.py", f"{command}.py")
+    program = f"import atexit, runpy, sys; atexit.register(lambda: print(*sys.modules)); runpy.run_path({file!r}, run_name='__main__')"
+    run = [sys.executable, "-c", f"import sys; sys.path.insert(0, {file.rpartition('/')[0]!r}); {program}", *flags]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    loaded = done.stdout.splitlines()[-1].split()
+    assert done.returncode == code and not {"torch", "numpy", "tqdm"} & set(loaded) and "command_line" in loaded
+    assert ("usage: " in done.stdout) == (code == 0) and len(done.stderr.splitlines()) == (code == 2)
+
+
+def test_flags_are_those_of_the_filter():
+    """What command_line says of them, so that torch need not be imported, is what token_filter says."""
+    assert tuple(token_filter.PRESETS) == command_line.PRESETS
+    assert [field.name for field in dataclasses.fields(token_filter.FilterConfig)] == ["prune", *command_line.KNOBS]
+    for name, (value, allowed, _) in command_line.KNOBS.items():
+        assert value == getattr(token_filter.FilterConfig, name) and type(value) is type(getattr(token_filter.FilterConfig, name))
+        assert token_filter.CHOICES.get(name) == (allowed if isinstance(value, str) else None)
+    checks = {"prune": command_line.PRUNE} | {name: knob[1] for name, knob in command_line.KNOBS.items() if callable(knob[1])}
+    for name, allowed in checks.items():
+        for text in ("-1", "-0.001", "0", "0.5", "0.999", "1", "2", "300", "NaN", "Infinity", "x"):
+            outcomes = []
+            for read in (allowed, lambda text, name=name: preset("paper", **{name: json.loads(text)})):
+                try:
+                    outcomes.append(read(text) is not None)
+                except (ValueError, argparse.ArgumentTypeError):
+                    outcomes.append(False)
+            assert outcomes[0] == outcomes[1], (name, text)
+
+
+@pytest.mark.parametrize("flags, title", [
+    ("--mode local --recent 32 --schedule uniform", "paper, mode local, recent 32, schedule uniform, prune 0.5"),
+    ("--preset cache --recent 0 --gamma 0.99", "cache, recent 0, gamma 0.99, prune 0.5"),
+    ("--preset local --recent 32", "local, prune 0.5"), ("", "paper, prune 0.5"),
+])  # fmt: skip
+def test_a_title_says_what_was_run(checkpoint, capsys, tmp_path, flags, title):
+    page = ["--skip-map", str(tmp_path / "skips.HTML")]
+    main([str(checkpoint), "--prompt", LONG, "--prune", "0.5", *flags.split(), *page, *RUN])
+    err = capsys.readouterr().err
+    assert f"\n{title}: prefill" in f"\n{err}" and f"{page[1]}: written\n" in err
+    assert f'"title":"{title}"' in (tmp_path / "skips.HTML").read_text()
+    main([str(checkpoint), "--prompt", LONG, "--prune", "0.5", *flags.split(), "--json", *RUN])
+    assert json.loads(capsys.readouterr().out)["results"][0]["setting"] == title.removesuffix(", prune 0.5")
+
+
+def test_what_comes_out_equal_is_run_once(checkpoint, capsys, tmp_path):
+    (tmp_path / "text").write_text(LONG * 3)
+    flags = "--mode local --recent 32 --schedule uniform --prune 0.5 0.5 0.3 0 --window 64 --device cpu"
+    eval_ppl.main([str(checkpoint), "--text", str(tmp_path / "text"), *flags.split()])
+    out, err = capsys.readouterr()
+    rows = [line for line in out.splitlines() if line.startswith(("dense", "paper", "local", "cache"))]
+    assert [row.rsplit(maxsplit=6)[0].split("  ")[0] for row in rows] == ["dense", *["paper, mode local, recent 32, schedule uniform"] * 2]
+    assert "note: at --prune 0.5, local is paper, mode local, " in err and err.count("note: ") == 4
+
+
+@pytest.mark.parametrize("kind", ["page", "picture"])
+def test_ctrl_c_while_skips_are_drawn_leaves_no_file_and_says_so(checkpoint, capsys, tmp_path, monkeypatch, kind):
+    path = tmp_path / {"page": "skips.html", "picture": "skips.png"}[kind]
+    path.write_text("of before")
+
+    def never(*_):
+        raise KeyboardInterrupt
+
+    name = {"page": "write_skip_page", "picture": "draw_skip_map"}[kind]
+    flags = [str(checkpoint), "--prompt", LONG, "--skip-map", str(path), *SKIPS, "--json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(generate_module, name, lambda part, *_: (Path(part).write_text("half"), never()))
+        with pytest.raises(SystemExit) as end:
+            main(flags)
+    out, err = capsys.readouterr()
+    assert end.value.code == 130 and err.splitlines()[-1] == f"interrupted: {path} was not written"
+    assert json.loads(out)["results"][0]["texts"] and path.read_text() == "of before" and len(list(tmp_path.iterdir())) == 1
+    plain = generate_module.generate
+    monkeypatch.setattr(generate_module, "generate", lambda *a, **k: (never() if i == 3 else step for i, step in enumerate(plain(*a, **k))))
+    with pytest.raises(SystemExit):
+        main(flags)
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"figures are not complete; {path} was not written")
+
+
+def test_progress_is_for_a_terminal(checkpoint):
+    run = [sys.executable, generate_module.__file__, checkpoint, "--prompt", "a", "--prompt", "b", "--ignore-eos", "--max-new-tokens", "60"]
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"dense: prefill .*\n", done.stderr)
+
+
+def test_compiling_is_said_and_left_out_of_the_speed(checkpoint, capsys, monkeypatch):
+    """Also what a cache that grows and rows that leave need compiled."""
+    compiled, late, run = [], [], generate_module.run
+
+    def timed(*arguments):
+        before = len(compiled)
+        result = run(*arguments)
+        late.append(len(compiled) - before)
+        return result
+
+    monkeypatch.setattr(generate_module, "run", timed)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=lambda graph, _: compiled.append(graph) or graph))
+    torch.compiler.reset()
+    prompts = ["--prompt", LONG, "--prompt", "fox", "--prompt", "the dog"]
+    main([str(checkpoint), *prompts, "--compare", "--prune", "0.5", "--compile", "--max-new-tokens", "60", "--device", "cpu"])
+    assert capsys.readouterr().err.count("compiling ...\n") == 1
+    assert late == [0] * 4 and len(compiled) > 4
+
+
+def test_no_room_for_new_tokens_is_said_before_weights_are_read(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(generate_module, "load", lambda *_, **__: pytest.fail("too late"))
+    for many in (200, 10**9):
+        assert f"--max-new-tokens {many} leaves no room" in refused(capsys, checkpoint, "--prompt", "a", "--max-new-tokens", many)
+
+
 SKIPS = ["--prune", "0.5", "--preset", "cache", "--dtype", "float64", *RUN]
 
 
@@ -413,29 +566,35 @@ def refused(capsys, *flags, command=main):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--prompt", "a", "--prune", "1.5"], "prune=1.5 is not a number in [0, 1)"),
-    (["--prompt", "a", "--prune", "nan"], "prune=nan is not a number in [0, 1)"),
-    (["--prompt", "a", "--prune", "half"], "--prune: invalid float value: 'half'"),
-    (["--prompt", "a", "--prune", "0.5", "--gamma", "1"], "gamma=1.0 is not a number in [0, 1)"),
-    (["--prompt", "a", "--prune", "0.5", "--recent", "-1"], "recent=-1 is not a whole number of at least 0"),
+    (["--prompt", "a", "--prune", "1.5"], "--prune: 1.5 is not a number in [0, 1)"),
+    (["--prompt", "a", "--prune", "nan"], "--prune: nan is not a number in [0, 1)"),
+    (["--prompt", "a", "--prune", "half"], "--prune: half is not a number in [0, 1)"),
+    (["--prompt", "a", "--prune", "0.5", "--gamma", "1"], "--gamma: 1 is not a number in [0, 1)"),
+    (["--prompt", "a", "--prune", "0.5", "--recent", "-1"], "--recent: -1 is not a whole number of at least 0"),
     (["--prompt", "a", "--prune", "0.5", "--mode", "attention"], "--mode: invalid choice: 'attention'"),
     (["--prompt", "a", "--preset", "cache"], "--preset does nothing without --prune"),
     (["--prompt", "a", "--recent", "3"], "--recent does nothing without --prune"),
     (["--prompt", "a", "--compare", "--recent", "3"], "cannot be combined with --recent"),
     (["--prompt", ""], "prompt 1 is empty"),
     ([], "no prompt"),
-    (["--prompts-file", "no/such/file"], "no/such/file: cannot be read"),
-    (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0, not at least 1"),
-    (["--prompt", "a", "--top-p", "0"], "--top-p is 0.0, not above 0 and at most 1"),
+    (["--prompts-file", "no/such/file"], "error: no/such/file: cannot be read: No such file or directory"),
+    (["--prompts-file", __file__ + "c"], "c: cannot be read: No such file or directory"),
+    (["--prompt", "a", "--compare", "--prune", "0"], "--compare does nothing without --prune above 0"),
+    (["--prompt", "a", "--preset", "cache", "--prune", "0"], "--preset does nothing without --prune above 0"),
+    (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0, not a whole number of at least 1"),
+    (["--prompt", "a", "--top-p", "0"], "--top-p is 0.0, not a number above 0 and at most 1"),
     (["--prompt", "a", "--temperature", "nan"], "--temperature"),
     (["--prompt", LONG, "--max-new-tokens", "190"], "longer than the model's context of 200"),
     (["--prompt", "a", "--device", "abacus"], "abacus"),
-    (["--prompt", "a", "--show-skips"], "--show-skips needs --prune above 0"),
-    (["--prompt", "a", "--skip-map", "x.png", "--prune", "0"], "--skip-map needs --prune above 0"),
+    (["--prompt", "a", "--show-skips"], "--show-skips does nothing without --prune above 0"),
+    (["--prompt", "a", "--skip-map", "x.png", "--prune", "0"], "--skip-map does nothing without --prune above 0"),
     (["--prompt", "a", "--show-skips", "--prune", "0.5", "--json"], "cannot be combined with --json"),
     (["--prompt", "a", "--skip-map", "x.png", "--compare"], "draws one prompt with one setting"),
     (["--prompt", "a", "--prompt", "b", "--skip-map", "x.png", "--prune", "0.5"], "draws one prompt with one setting"),
-    (["--prompt", "a", "--skip-map", "x.jpg", "--prune", "0.5"], "--skip-map x.jpg: the name must end in .png"),
+    (["--prompt", "a", "--skip-map", "x.jpg", "--prune", "0.5"], "--skip-map x.jpg: the name must end in .html, .png"),
+    (["--prompt", "a", "--skip-map", "x.HTM", "--prune", "0.5"], "--skip-map x.HTM: the name must end in .html, .png"),
+    (["--prompt", "a", "--skip-map", "no/such/x.HTML", "--prune", "0.5"], "no/such/x.HTML: cannot be written: No such file"),
+    (["--prompt", "a", "--skip-map", "no/such/x.PNG", "--prune", "0.5"], "no/such/x.PNG: cannot be written: No such file"),
     (["--prompt", "a", "--skip-map", "no/such/x.png", "--prune", "0.5"], "no/such/x.png: cannot be written: No such file"),
     (["--prompt", "a", "--nonsense"], "--nonsense"),
 ])  # fmt: skip

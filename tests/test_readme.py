@@ -28,6 +28,7 @@ import generate
 import load_weights
 from docs.figures import sizes
 from model import ModelConfig, Transformer
+from test_tokenizer import folders  # noqa: F401 (a fixture)
 
 HERE = Path(__file__).resolve().parent.parent
 NAMES = ("README.md", "CONTRIBUTING.md", "docs/lesson.md", "docs/results.md", "golden/PORTING.md", "tasks/README.md")
@@ -115,6 +116,19 @@ def test_python_as_shown(code, reader, capsys, monkeypatch):
     monkeypatch.chdir(HERE)
     exec(code.replace("prompts, 64, ", "prompts, 4, "), {})
     assert re.search(r"\S.*\nprefill \d+ tokens at .*; decode .*", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("text", ["The café\u2019s 😀 👩‍👩‍👧 says 你好 世界 and שלום עולם.", "two words, three words here\n  and more"])
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte-fallback", "byte-level"])
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_as_shown_prints_any_text_whole(code, kind, text, folders, capsys, monkeypatch):  # noqa: F811
+    """Whatever the tokenizer: letters that take several tokens, and the space that a decoder strips from a first word."""
+    tokenizer = load_weights.Tokenizer(folders[kind])
+    monkeypatch.setattr(tokenizer, "chat", lambda messages: tokenizer.encode("hello"))
+    monkeypatch.setattr(load_weights, "load", lambda *_: (None, tokenizer))
+    monkeypatch.setattr(generate, "generate", lambda *_, **__: ((0, token) for token in tokenizer.encode(text, bos=False)))
+    exec(code, {})
+    assert capsys.readouterr().out.partition("\nprefill ")[0].lstrip(" ") == text
 
 
 def test_links_files_and_quotes():
