@@ -20,7 +20,7 @@ from numbers import Integral, Real
 
 from command_line import PRESETS, PRUNE, Parser, add_filter_arguments, add_model_arguments, as_process, check_filter, fail
 
-from report import check_output, print_json, read_prompts, whole
+from report import check_output, print_json, read_prompts
 
 
 def check_settings(max_new_tokens=1, temperature=0.0, top_k=0, top_p=1.0, seed=0, chunk=1):
@@ -51,6 +51,7 @@ def read_arguments(argv=None):
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="and from the likeliest that together make up P (default: 1)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
     parser.add_argument("--prune", type=PRUNE, metavar="P", help="share of (token, layer) pairs to skip (default: 0, dense)")
+    parser.add_argument("--no-graph", action="store_true", help="on CUDA, do not record a decode step as a graph and replay it: slower")
     parser.add_argument("--compile", action="store_true", help="decode through torch.compile: faster, after a minute or so for compiling")
     parser.add_argument("--compare", action="store_true", help="dense, then every preset, at --prune (default then: 0.3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -93,7 +94,7 @@ from tqdm import tqdm
 from checkpoint_files import checkpoint_folder
 from load_weights import CheckpointError, Tokenizer, load, read_config
 from model import KVCache, Transformer
-from skip_map import Decisions, draw_skip_map, paint, paint_legend, token_pieces, write_skip_page
+from skip_map import Decisions, paint, paint_legend, token_pieces, write_skip_map
 from token_filter import FilterConfig
 
 # ---------------------------------------------------------------------------------------------- from Python
@@ -226,41 +227,49 @@ def _steps(model, prompts, max_new_tokens, filter, eos_ids, sampling: tuple[floa
     figures.prompt_tokens = sum(map(len, prompts))
     figures.row_skip_ratio = [0.0] * len(prompts)
     rngs = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
-    cache, rows, made = model.new_cache(len(prompts), filter), list(range(len(prompts))), 0
+    cache = model.new_cache(len(prompts), filter, length=max(map(len, prompts)) + max_new_tokens)
+    rows, made = list(range(len(prompts))), 0  # the cache's
+    live, ride = set(rows), watch is None and model.fixed_batch()  # of these the ones to go on; ended ones ride along for a while
     figures.slot_bytes = cache.slot_bytes
 
     started = time.perf_counter()
     logits = model.prefill(prompts, cache, chunk)
     said: list[list[int]] = [[] for _ in prompts]
-    while rows:
+    while live:
         finite, tokens = torch.stack((logits.isfinite().all(1), logits.argmax(1))).tolist()  # the one wait of a greedy step
-        if not all(finite):
-            row = rows[finite.index(0)]
-            raise FloatingPointError(overflow(model, prompts[row] + said[row], filter))
+        for row, fine in zip(rows, finite):
+            if row in live and not fine:
+                raise FloatingPointError(overflow(model, prompts[row] + said[row], filter))
         if sampling[0] > 0:
             tokens = sample_rows(logits, *sampling, [rngs[row] for row in rows]).tolist()
         phase = "decode_seconds" if made else "prefill_seconds"
         setattr(figures, phase, getattr(figures, phase) + time.perf_counter() - started)
-        made, figures.new_tokens = made + 1, figures.new_tokens + len(rows)
+        made, figures.new_tokens = made + 1, figures.new_tokens + len(live)
         if watch is not None:
             watch(rows, cache)
         for row, token in zip(rows, tokens):
-            said[row].append(token)
-            if token not in eos_ids:
-                yield row, token
+            if row in live:
+                said[row].append(token)
+                if token not in eos_ids:
+                    yield row, token
 
         started = time.perf_counter()
-        stay = [i for i, token in enumerate(tokens) if token not in eos_ids and made < max_new_tokens]
-        if len(stay) < len(rows):
-            usage = cache.usage().tolist()
-            for i in set(range(len(rows))) - set(stay):
-                figures.row_skip_ratio[rows[i]] = usage[i][1] / usage[i][0]
-                for name, value in zip(("pairs", "skipped", "held", "read", "dense_read"), usage[i]):
-                    setattr(figures, name, getattr(figures, name) + value)
+        ended = {row: i for i, row in enumerate(rows) if row in live and (tokens[i] in eos_ids or made == max_new_tokens)}
+        usage = cache.usage().tolist() if ended else []
+        for row, i in ended.items():
+            figures.row_skip_ratio[row] = usage[i][1] / usage[i][0]
+            for name, value in zip(("pairs", "skipped", "held", "read", "dense_read"), usage[i]):
+                setattr(figures, name, getattr(figures, name) + value)
+        live -= set(ended)
+        size = len(live)
+        if ride:  # until half have ended; then the batch is halved
+            size = len(rows) // 2 if size <= len(rows) // 2 else len(rows)
+        if live and size < len(rows):
+            stay = sorted(sorted(range(len(rows)), key=lambda i: rows[i] not in live)[:size])
             cache.select(stay)
-            rows = [rows[i] for i in stay]
-        if rows:
-            logits = model(torch.tensor([tokens[i] for i in stay])[:, None], cache, last=True)
+            rows, tokens = [rows[i] for i in stay], [tokens[i] for i in stay]
+        if live:
+            logits = model(torch.tensor(tokens)[:, None], cache, last=True)
 
 
 # ----------------------------------------------------------------------------------------- the command line
@@ -319,13 +328,14 @@ def main(argv=None, given=None):
         prompts = [tokenizer.chat([{"role": "user", "content": text}]) if args.chat else tokenizer.encode(text) for text in texts_in]
     except CheckpointError as e:
         fail(e)
+    model.capture = None if args.no_graph else model.capture
     if compiled := args.compile and compile_decode(model):
         print("compiling ...", file=sys.stderr, flush=True)
 
     warn(model, settings, max(map(len, prompts)) + args.max_new_tokens)
     stream = len(prompts) == 1 and not args.json and not coloured
     echo = partial(print, end="", flush=True) if stream else None
-    results, unwritten = [], f"{args.skip_map} was not written" if args.skip_map else ""
+    results, undrawn = list[dict](), False
     if coloured:
         print(paint_legend())
     for name, filter in settings:
@@ -335,8 +345,8 @@ def main(argv=None, given=None):
         decisions = Decisions(len(prompts), model.config.n_layers)
         watch = decisions.watch if coloured or args.skip_map else None
         try:
-            for n in sorted({len(prompts), len(prompts) - 1, 1} - {0}, reverse=True) if compiled else ():  # also when rows have left
-                list(islice(generate(model, prompts[:n], args.max_new_tokens, filter), 40 * n))  # until the cache has grown
+            for n in [len(prompts) >> i for i in range(len(prompts).bit_length())] if compiled else ():  # also when rows have left
+                list(islice(generate(model, prompts[:n], args.max_new_tokens, filter), 40 * n))
             answers, stats, stopped = run(model, tokenizer, prompts, args, filter, echo, watch)
         except (ValueError, FloatingPointError) as e:
             fail(e)
@@ -357,22 +367,18 @@ def main(argv=None, given=None):
         if not args.json:  # a comparison's figures belong to its texts; otherwise stdout is for the text alone
             print(f"{title}: {stats.line()}", file=sys.stdout if args.compare else sys.stderr, flush=True)
         if args.skip_map and filter:
-            what = title, token_pieces(tokenizer, prompts[0]) + answers[0], len(prompts[0])
             try:
-                with whole(args.skip_map) as part:
-                    if args.skip_map.lower().endswith(".html"):
-                        write_skip_page(part, *what, decisions, filter, model.config.window)
-                    else:
-                        draw_skip_map(part, *what, decisions.redundant[0], decisions.score[0], filter.warmup)
-                print(f"{args.skip_map}: written", file=sys.stderr)
-                unwritten = ""
-            except KeyboardInterrupt:
+                write_skip_map(args.skip_map, title, token_pieces(tokenizer, prompts[0]) + answers[0], len(prompts[0]), decisions, filter,
+                               model.config.window)  # fmt: skip
+            except KeyboardInterrupt:  # which says so itself
+                undrawn = True
                 break
     if args.json:
         print_json({"prompts": texts_in, "results": results})
-    if stopped or unwritten:
-        known = "what was generated until then is above, figures are not complete; " if stopped else ""
-        print(f"interrupted: {known}{unwritten}".removesuffix("; "), file=sys.stderr)
+    if stopped:
+        unwritten = f"; {args.skip_map} was not written" if args.skip_map else ""
+        print(f"interrupted: what was generated until then is above, figures are not complete{unwritten}", file=sys.stderr)
+    if stopped or undrawn:
         raise SystemExit(130)
 
 

@@ -558,6 +558,10 @@ class Transformer(nn.Module):
             return self.head(self.norm(x[(n_new.cumsum(0) - 1).clamp(min=0).to(x.device)]))
         return chunk.by_row(self.head(self.norm(x)))
 
+    def fixed_batch(self) -> bool:
+        """Whether steps are made for one number of rows: compiled or captured, so that another takes time."""
+        return self.decode_block is not Block.forward or (self.capture is not None and self.embed.weight.is_cuda)
+
     def decode(self, tokens, cache: KVCache):
         """One token for every row, (B, 1) -> logits (B, vocab): by step, or on CUDA, from the second time on, by its replay."""
         if cache.room == 0:

@@ -7,7 +7,6 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from command_line import fail
@@ -48,17 +47,6 @@ def check_output(flag, path, endings=()):
             os.remove(path)
     except OSError as e:
         fail(f"{flag} {path}: cannot be written: {e.strerror}")
-
-
-@contextmanager
-def whole(path):
-    """The name of a file to write, which then becomes `path`, whole or not at all."""
-    try:
-        yield f"{path}.part"
-        os.replace(f"{path}.part", path)
-    finally:
-        with suppress(OSError):
-            os.remove(f"{path}.part")
 
 
 def print_json(value):

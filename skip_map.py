@@ -63,7 +63,8 @@ class Decisions:
 
 def token_pieces(tokenizer: Tokenizer, tokens) -> list[str]:
     """The text each token brings, a special token its name; "" for one that ends within a character."""
-    stream, special = tokenizer.stream(start=True), {i: name for name, i in tokenizer._backend.special.items()}
+    backend, stream = tokenizer._backend, tokenizer.stream(start=True)
+    special = {backend.vocab[name]: name for name in backend.special}
     pieces = [special.get(token) or stream.push(token) for token in tokens]
     return pieces[:-1] + [pieces[-1] + stream.flush()]
 

@@ -19,6 +19,7 @@ import torch
 
 import eval_ppl
 import generate as generate_module
+import skip_map
 import token_filter
 from generate import Stats, generate, main, sample, sample_rows
 from load_weights import load
@@ -433,7 +434,7 @@ def test_a_title_says_what_was_run(checkpoint, capsys, tmp_path, flags, title):
     page = ["--skip-map", str(tmp_path / "skips.HTML")]
     main([str(checkpoint), "--prompt", LONG, "--prune", "0.5", *flags.split(), *page, *RUN])
     err = capsys.readouterr().err
-    assert f"\n{title}: prefill" in f"\n{err}" and f"{page[1]}: written\n" in err
+    assert f"\n{title}: prefill" in f"\n{err}" and f"{page[1]}: the page" in err
     assert f'"title":"{title}"' in (tmp_path / "skips.HTML").read_text()
     main([str(checkpoint), "--prompt", LONG, "--prune", "0.5", *flags.split(), "--json", *RUN])
     assert json.loads(capsys.readouterr().out)["results"][0]["setting"] == title.removesuffix(", prune 0.5")
@@ -460,11 +461,11 @@ def test_ctrl_c_while_skips_are_drawn_leaves_no_file_and_says_so(checkpoint, cap
     name = {"page": "write_skip_page", "picture": "draw_skip_map"}[kind]
     flags = [str(checkpoint), "--prompt", LONG, "--skip-map", str(path), *SKIPS, "--json"]
     with monkeypatch.context() as patch:
-        patch.setattr(generate_module, name, lambda part, *_: (Path(part).write_text("half"), never()))
+        patch.setattr(skip_map, name, lambda part, *_: (Path(part).write_text("half"), never()))
         with pytest.raises(SystemExit) as end:
             main(flags)
     out, err = capsys.readouterr()
-    assert end.value.code == 130 and err.splitlines()[-1] == f"interrupted: {path} was not written"
+    assert end.value.code == 130 and err.splitlines()[-1] == f"interrupted: no {kind} was written to {path}"
     assert json.loads(out)["results"][0]["texts"] and path.read_text() == "of before" and len(list(tmp_path.iterdir())) == 1
     plain = generate_module.generate
     monkeypatch.setattr(generate_module, "generate", lambda *a, **k: (never() if i == 3 else step for i, step in enumerate(plain(*a, **k))))
