@@ -84,7 +84,8 @@ def running_average(x, start, gamma):
     """
     average, span = torch.cat((start[:, None], (1 - gamma) * x), dim=1), 1
     while span < average.shape[1]:  # each entry sums the `span` terms up to its own; after this pass, twice as many
-        average = torch.cat((average[:, :span], average[:, span:] + gamma**span * average[:, :-span]), dim=1)
+        more = torch.add(average[:, span:], average[:, :-span], alpha=gamma**span)
+        average = torch.cat((average[:, :span], more), dim=1)
         span *= 2
     return average
 
