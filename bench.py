@@ -23,9 +23,9 @@ import sys
 import time
 from pathlib import Path
 
-from command_line import (
-    Parser, add_filter_arguments, add_model_arguments, as_process, check_output, compile_decode, fail, filter_from, read_text,
-)  # fmt: skip
+from command_line import Parser, add_filter_arguments, add_model_arguments, as_process, check_output, compile_decode, fail
+
+from command_line import filter_from, read_text  # isort: skip
 
 import torch
 from tqdm import tqdm
@@ -170,37 +170,34 @@ class Transformers:
         return {"skipped": 0.0, "kv_held": 1.0, "cache_bytes": held, "live_bytes": held, "dense_bytes": held}
 
 
-def profiled(side, cache, tokens, device):
-    """What attention and the products with the weights take of the steps that feed tokens (B, T) one by one, by torch's profiler."""
-    with torch.profiler.profile() as profiler:
-        for t in range(tokens.shape[1]):
-            side.step(cache, tokens[:, t : t + 1])
-        wait(device)
-    time_of = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    spent = {e.key: getattr(e, time_of) for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CPU}
-    products = ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")
-    return {
-        "attention_share": sum(time for name, time in spent.items() if "attention" in name) / sum(spent.values()),
-        "products_share": sum(spent.get(name, 0) for name in products) / sum(spent.values()),
-    }
-
-
-def table_of(side, cache, tokens, device):
-    """Prints what takes the time of a decode step that is fed tokens (B, 1): kernels on CUDA, else operators."""
+def profiled(side, cache, tokens, device, show):
+    """What attention and the products with the weights take of a decode step fed tokens (B, 1), by torch's profiler, where that is
+    to be had: on the CPU, eager. show: prints what takes the time, operators, or kernels on CUDA.
+    """
     with torch.profiler.profile() as profiler:
         side.step(cache, tokens)
         wait(device)
     kind, time_of = ("CUDA", "self_device_time_total") if device.type == "cuda" else ("CPU", "self_cpu_time_total")
-    spent = [(getattr(e, time_of), e.count, e.key) for e in profiler.key_averages() if e.device_type.name == kind]
-    total = sum(us for us, _, _ in spent) or 1
-    print(f"\na decode step of {side.name}, {total / 1e3:.2f} ms in {sum(n for _, n, _ in spent)} pieces\n{'ms':>9}{'share':>8}{'times':>7}  name")
-    for us, n, name in sorted(spent, reverse=True)[:16]:
-        print(f"{us / 1e3:>9.3f}{us / total:>8.1%}{n:>7}  {name[:100]}")
+    spent = {e.key: (getattr(e, time_of), e.count) for e in profiler.key_averages() if e.device_type.name == kind}
+    total = sum(us for us, _ in spent.values()) or 1
+    if show:
+        print(f"\na decode step of {side.name}, {total / 1e3:.2f} ms\n{'ms':>9}{'share':>8}{'times':>7}  name")
+        for name, (us, n) in sorted(spent.items(), key=lambda item: item[1], reverse=True)[:16]:
+            print(f"{us / 1e3:>9.3f}{us / total:>8.1%}{n:>7}  {name[:100]}")
+    if not side.eager or kind == "CUDA":
+        return {}
+    products = ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")
+    return {
+        "attention_share": sum(us for name, (us, _) in spent.items() if "attention" in name) / total,
+        "products_share": sum(spent[name][0] for name in products if name in spent) / total,
+    }
 
 
 def session(side, device, tokens, rows, context, new_tokens, profile=False):
     """One run of one setting, as a generator that hands over after each measured piece; its last word is the result."""
-    copies, prefills, step_ms = [i % rows for i in range(len(tokens))], [], []
+    copies, cache = [i % rows for i in range(len(tokens))], None
+    prefills: list[float] = []
+    step_ms: list[float] = []
     fed = tokens[copies].to(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -216,7 +213,7 @@ def session(side, device, tokens, rows, context, new_tokens, profile=False):
     steps = fed[:, context:].split(1, dim=1)
     for token in steps[:WARM]:
         side.step(cache, token)
-    before = None if side.filter is None else cache.usage()
+    before = cache.usage() if cache and side.filter else None
     yield None
     for token in steps[WARM : WARM + new_tokens]:
         wait(device)
@@ -226,7 +223,7 @@ def session(side, device, tokens, rows, context, new_tokens, profile=False):
         step_ms.append((time.perf_counter() - started) * 1e3)
         yield None
     result = {"first_prefill_ms": prefills[0], "prefill_ms": prefills[1], "step_ms": step_ms, "kv_read": 1.0, **side.figures(cache)}
-    if side.filter is not None:
+    if cache and before is not None:
         read, dense_read = (cache.usage() - before)[:, 3:].sum(0).tolist()
         result["kv_read"] = read / dense_read
     if device.type == "cuda":
@@ -239,9 +236,7 @@ def session(side, device, tokens, rows, context, new_tokens, profile=False):
         wait(device)
         result["filter_share"] = side.filter_seconds / (time.perf_counter() - started)
         side.clocked = False
-    if profile:
-        table_of(side, cache, steps[-1], device)
-    yield result | (profiled(side, cache, fed[:, -2:], device) if side.eager else {})
+    yield result | (profiled(side, cache, steps[-1], device, profile) if side.eager or profile else {})
 
 
 def run(sides, device, tokens, rows, context, new_tokens, repeat, bar, profile=False):
@@ -289,8 +284,8 @@ def summarise(results, batch, context, weights):
     return rows
 
 
-HEAD = f"{'setting':<18}{'first ms':>10}{'again ms':>10}{'x dense':>8}{'step ms':>10}{'quartiles':>16}{'x dense':>8}{'x best':>8}{'bound':>7}"
-HEAD += f"{'GB/s':>8}{'tokens/s':>10}{'cache MB':>10}{'skipped':>9}{'KV held':>9}{'KV read':>9}"
+HEAD = f"{'setting':<18}{'first ms':>10}{'again ms':>10}{'x dense':>8}{'step ms':>10}{'quartiles':>16}{'x dense':>8}{'x best':>8}"
+HEAD += f"{'bound':>7}{'GB/s':>8}{'tokens/s':>10}{'cache MB':>10}{'skipped':>9}{'KV held':>9}{'KV read':>9}"
 MORE = {"filter_share": "filter", "attention_share": "attention", "products_share": "products", "peak_bytes": "peak GB"}  # if measured
 
 
@@ -421,7 +416,8 @@ def main(argv=None):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     title = f"{args.shape or args.checkpoint}; {name}; torch {torch.__version__}; {str(dtype)[6:]}; weights {weights / 1e9:.3f} GB"
     how = " and ".join(word for word, is_so in (("compiled", compiled), ("captured", captured), ("eager", eager)) if is_so)
-    print(f"{title}\n{args.new_tokens} decode steps, {args.repeat} repetitions, ours {how}{', verdicts drawn at the ratio' * bool(args.shape)}")
+    how += ", verdicts drawn at the ratio" if args.shape else ""
+    print(f"{title}\n{args.new_tokens} decode steps, {args.repeat} repetitions, ours {how}")
     table = []
     cases = [(batch, context) for batch in args.batch for context in args.context]
     pieces = (args.new_tokens + 2) * len(sides) * args.repeat
