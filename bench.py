@@ -5,13 +5,17 @@
 
 Every setting gets the same weights and the same tokens: `context` tokens are prefilled, then each decode step is fed the
 text's own next token, so the cache holds what it would hold in real use. The settings take turns, step by step on the
-CPU, run by run on CUDA, so that a machine whose speed drifts treats them alike. Figures are medians.
+CPU, run by run on CUDA, so that a machine whose speed drifts treats them alike. Figures are medians. Prefill is timed twice, the
+*first* and *again*; then come WARM steps that are not timed, so that the rest is compiled and captured. Scores of random weights
+drift, so with --shape the verdict is drawn at each layer's ratio, after all of the filter's work.
 
 *KV read* is of the measured steps alone, the share of what dense reads of its cache in them; *KV held* and the share of skipped
-pairs are of the whole run. The *bound* is what a step reads, all weights and that much of the cache, over what the dense step
-reads: about where the time would be on a machine that is limited by memory.
+pairs are of the whole run. *GB/s* is what a step reads, all weights and that much of the cache, over its time; the *bound* that
+over what the dense step reads: about where the time would be on a machine that is limited by memory. *x dense* is to our own dense
+time, *x best* to the fastest dense one, ours or transformers'.
 """
 
+import gc
 import json
 import resource
 import statistics
@@ -21,7 +25,7 @@ from pathlib import Path
 
 from command_line import PRESETS, PRUNE, Parser, add_filter_arguments, add_model_arguments, as_process, check_filter, fail
 
-from report import read_text
+from report import check_output, read_text
 
 #               vocab     C   L   H KVH    D    MLP     theta   eps  context  tied window
 SIZES: dict[str, tuple] = {  # of published models, as ModelConfig takes them
@@ -48,7 +52,9 @@ def read_arguments(argv=None):
     parser.add_argument(
         "--compile", action="store_true", help="run decode through torch.compile, dense too; the filter's own share is then not measured"
     )
-    parser.add_argument("--vs", choices=["transformers"], help="add Hugging Face's model of the same checkpoint")
+    parser.add_argument("--no-graph", action="store_true", help="on CUDA, do not capture decode steps and replay them")
+    parser.add_argument("--profile", action="store_true", help="print what takes the time of a step of the first filtered setting")
+    parser.add_argument("--vs", choices=["transformers"], help="add Hugging Face's model of the same checkpoint or shape")
     parser.add_argument("--distinct", type=int, metavar="N",
                         help="prefill N rows only and copy them to fill the batch: quicker; the prefill column is then theirs")  # fmt: skip
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of each setting (default: %(default)s)")
@@ -63,8 +69,12 @@ def read_arguments(argv=None):
     if min(numbers) < 1:
         fail("--batch, --context, --new-tokens, --repeat and --distinct must be at least 1")
     check_filter(args)
-    if args.vs and args.shape:
-        fail("--vs transformers needs a checkpoint, not --shape")
+    if not -(2**63) <= args.seed < 2**63:
+        fail(f"--seed {args.seed}: must be a number of 64 bits")
+    if args.json:
+        check_output("--json", args.json)
+    if args.plot:
+        check_output("--plot", args.plot, (".png", ".pdf", ".svg"))
     return args
 
 
@@ -78,26 +88,39 @@ from tqdm import tqdm
 
 from checkpoint_files import checkpoint_folder
 from load_weights import CheckpointError, load
-from model import BLOCK, ModelConfig, Transformer
+from model import ModelConfig, Replay, Transformer
 from token_filter import FilterConfig, token_filter
 
 SHAPES = {name: ModelConfig(*sizes) for name, sizes in SIZES.items()}
+WARM = 3  # steps: at the first it is compiled, at the second captured, the third is the first replay
 
 
-def random_model(shape, device, dtype) -> Transformer:
-    """A model of a published shape with random weights, made where and as it will be used."""
+def on(device, dtype, make):
+    """What `make` makes, without gradients, with its weights made where and as they will be used."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            return Transformer(SHAPES[shape]).requires_grad_(False)
+            return make().requires_grad_(False)
     finally:
         torch.set_default_dtype(default)
+
+
+def random_model(shape, device, dtype) -> Transformer:
+    """A model of a published shape with random weights."""
+    return on(device, dtype, lambda: Transformer(SHAPES[shape]))
 
 
 def wait(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def free():
+    """Nothing of what ran before takes memory of the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def none_skipped(*args):
@@ -106,12 +129,24 @@ def none_skipped(*args):
     return torch.zeros_like(redundant), score
 
 
-class Ours:
-    """One setting of our model."""
+def drawn(k, v, n_new, state, ratio, config):
+    """All of the filter's work, and then a verdict drawn at the layer's ratio, as a hash of position, row and layer."""
+    redundant, score = token_filter(k, v, n_new, state, ratio, config)
+    step, row = torch.arange(k.shape[1], device=k.device), torch.arange(len(k), device=k.device)[:, None]
+    position = (state.count - (k.shape[1] if n_new is None else n_new))[:, None] + step
+    x = (position * 0x9E3779B1 + row * 0x85EBCA6B + state.layer * 0xC2B2AE35) & 0xFFFFFFFF
+    for _ in range(3):
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    # the filter's own verdict has a part in it that is always 0, or a compiler would leave it out
+    return ((x + (redundant & (position < 0))).double() / 2**32 < ratio) & (position >= max(config.warmup, 1)) & (score == score), score
 
-    def __init__(self, name, model: Transformer, filter: FilterConfig | None, compiled=False, criterion=token_filter):
-        self.name, self.model, self.filter, self.compiled, self.criterion = name, model, filter, compiled, criterion
-        self.clocked, self.filter_seconds = False, 0.0
+
+class Ours:
+    """One setting of our model; its parts can be timed where it is eager, neither compiled nor captured."""
+
+    def __init__(self, name, model: Transformer, filter: FilterConfig | None, eager=True, criterion=token_filter):
+        self.name, self.model, self.filter, self.eager, self.criterion = name, model, filter, eager, criterion
+        self.clocked, self.filter_seconds, self.capture = False, 0.0, model.capture
 
     def timed_filter(self, *args):
         """The criterion, with a stopwatch around it while `clocked`."""
@@ -124,8 +159,9 @@ class Ours:
         self.filter_seconds += time.perf_counter() - started
         return result
 
-    def prefill(self, tokens):
-        cache = self.model.new_cache(len(tokens), self.filter, self.criterion if self.compiled else self.timed_filter)
+    def prefill(self, tokens, length):
+        self.model.capture = self.capture  # which a model without the memory for it switches off
+        cache = self.model.new_cache(len(tokens), self.filter, self.timed_filter if self.eager else self.criterion, length=length)
         self.model.prefill(tokens.tolist(), cache)
         return cache
 
@@ -137,28 +173,37 @@ class Ours:
 
     def figures(self, cache):
         pairs, redundant, held, _, _ = cache.usage().sum(0).tolist()
+        dense = int(cache.seen.clamp(max=cache.window).sum()) * len(cache.layers)
         return {
             "skipped": redundant / pairs,
-            "kv_held": held / pairs,
+            "kv_held": held / dense,
             "cache_bytes": cache.nbytes(),
             "live_bytes": cache.live_bytes(),
-            "dense_bytes": pairs * cache.slot_bytes,
+            "dense_bytes": dense * cache.slot_bytes,
         }
 
 
 class Transformers:
-    """Hugging Face's model of the same checkpoint, with scaled_dot_product_attention and its own cache."""
+    """Hugging Face's model of the same checkpoint or shape, with scaled_dot_product_attention and its own cache."""
 
-    name, filter, compiled = "transformers", None, False
+    name, filter = "transformers", None
 
-    def __init__(self, folder, device, dtype):
+    def __init__(self, folder, shape: ModelConfig | None, device, dtype):
         import transformers  # heavy, and only needed here
 
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-        self.model, self.device = model.to(device), device
+        if shape:
+            kind, more = ("Mistral", {"sliding_window": shape.window}) if shape.window else ("Llama", {})
+            config = getattr(transformers, kind + "Config")(
+                vocab_size=shape.vocab_size, hidden_size=shape.width, intermediate_size=shape.mlp_width,
+                num_hidden_layers=shape.n_layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+                max_position_embeddings=shape.max_positions, attn_implementation="sdpa", **more)  # fmt: skip
+            model = on(device, dtype, lambda: getattr(transformers, kind + "ForCausalLM")(config).eval())
+        else:
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        self.model, self.device, self.eager = model.to(device), device, device.type == "cpu"
 
     @torch.no_grad()
-    def prefill(self, tokens):
+    def prefill(self, tokens, length):
         return self.model(tokens.to(self.device), use_cache=True, logits_to_keep=1).past_key_values
 
     def copy(self, cache, rows):
@@ -173,76 +218,90 @@ class Transformers:
         return {"skipped": 0.0, "kv_held": 1.0, "cache_bytes": held, "live_bytes": held, "dense_bytes": held}
 
 
-def profiled(side, cache, tokens, device):
-    """What attention and the products with the weights take of the steps that feed tokens (B, T) one by one, by torch's profiler."""
+def profiled(side, cache, tokens, device, show):
+    """What attention and the products with the weights take of a decode step fed tokens (B, 1), by torch's profiler, where that is
+    to be had: on the CPU, eager. show: prints what takes the time, operators, or kernels on CUDA.
+    """
     with torch.profiler.profile() as profiler:
-        for t in range(tokens.shape[1]):
-            side.step(cache, tokens[:, t : t + 1])
+        side.step(cache, tokens)
         wait(device)
-    time_of = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    spent = {e.key: getattr(e, time_of) for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CPU}
+    kind, time_of = ("CUDA", "self_device_time_total") if device.type == "cuda" else ("CPU", "self_cpu_time_total")
+    spent = {e.key: (getattr(e, time_of), e.count) for e in profiler.key_averages() if e.device_type.name == kind}
+    total = sum(us for us, _ in spent.values()) or 1
+    if show:
+        print(f"\na decode step of {side.name}, {total / 1e3:.2f} ms\n{'ms':>9}{'share':>8}{'times':>7}  name")
+        for name, (us, n) in sorted(spent.items(), key=lambda item: item[1], reverse=True)[:16]:
+            print(f"{us / 1e3:>9.3f}{us / total:>8.1%}{n:>7}  {name[:100]}")
+    if not side.eager or kind == "CUDA":
+        return {}
     products = ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")
     return {
-        "attention_share": sum(time for name, time in spent.items() if "attention" in name) / sum(spent.values()),
-        "products_share": sum(spent.get(name, 0) for name in products) / sum(spent.values()),
+        "attention_share": sum(us for name, (us, _) in spent.items() if "attention" in name) / total,
+        "products_share": sum(spent[name][0] for name in products if name in spent) / total,
     }
 
 
-def session(side, device, tokens, rows, context, new_tokens):
+def session(side, device, tokens, rows, context, new_tokens, profile=False):
     """One run of one setting, as a generator that hands over after each measured piece; its last word is the result."""
-    copies = [i % rows for i in range(len(tokens))]
-    fed = tokens[copies]
+    copies, cache = [i % rows for i in range(len(tokens))], None
+    prefills: list[float] = []
+    step_ms: list[float] = []
+    fed = tokens[copies].to(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    wait(device)
-    started = time.perf_counter()
-    cache = side.prefill(tokens[:rows, :context])
-    wait(device)
-    prefill_ms, step_ms = (time.perf_counter() - started) * 1e3, []
+    for _ in range(2):
+        cache = None  # so that there is one at a time
+        wait(device)
+        started = time.perf_counter()
+        cache = side.prefill(tokens[:rows, :context], tokens.shape[1])
+        wait(device)
+        prefills.append((time.perf_counter() - started) * 1e3)
     if rows < len(tokens):
         side.copy(cache, copies)
-    before = None if side.filter is None else cache.usage()
+    steps = fed[:, context:].split(1, dim=1)
+    for token in steps[:WARM]:
+        side.step(cache, token)
+    before = cache.usage() if cache and side.filter else None
     yield None
-    for t in range(context, context + new_tokens):
+    for token in steps[WARM : WARM + new_tokens]:
+        wait(device)
         started = time.perf_counter()
-        side.step(cache, fed[:, t : t + 1])
+        side.step(cache, token)
         wait(device)
         step_ms.append((time.perf_counter() - started) * 1e3)
         yield None
-    result = {"prefill_ms": prefill_ms, "step_ms": step_ms, "kv_read": 1.0, **side.figures(cache)}
-    if side.filter is not None:
+    result = {"first_prefill_ms": prefills[0], "prefill_ms": prefills[1], "step_ms": step_ms, "kv_read": 1.0, **side.figures(cache)}
+    if cache and before is not None:
         read, dense_read = (cache.usage() - before)[:, 3:].sum(0).tolist()
         result["kv_read"] = read / dense_read
     if device.type == "cuda":
         result["peak_bytes"] = torch.cuda.max_memory_allocated(device)
-    if side.filter is not None and not side.compiled:
-        # the filter's share, on two steps of their own: the stopwatch makes the device wait
+    if side.filter is not None and side.eager:  # the filter's share, on two steps of their own: the stopwatch makes the device wait
         side.clocked, side.filter_seconds = True, 0.0
         started = time.perf_counter()
-        for t in range(context + new_tokens, context + new_tokens + 2):
-            side.step(cache, fed[:, t : t + 1])
+        for token in steps[-2:]:
+            side.step(cache, token)
         wait(device)
         result["filter_share"] = side.filter_seconds / (time.perf_counter() - started)
         side.clocked = False
-    yield result | profiled(side, cache, fed[:, -2:], device)
+    yield result | (profiled(side, cache, steps[-1], device, profile) if side.eager or profile else {})
 
 
-def run(sides, device, tokens, rows, context, new_tokens, repeat, bar):
+def run(sides, device, tokens, rows, context, new_tokens, repeat, bar, profile=False):
     """All settings on the same tokens, `repeat` times: {name: [result of each repetition]}."""
     results: dict[str, list[dict]] = {side.name: [] for side in sides}
-    for side in sides:
-        if side.compiled:  # beforehand, on short texts: at this batch size, before and after the cache grows
-            cache = side.prefill(tokens[:, :2])
-            for t in range(BLOCK + 3):
-                side.step(cache, tokens[:, t % tokens.shape[1], None])
+    shown = next((side for side in sides if side.filter), sides[0]) if profile else None
     for _ in range(repeat):
-        waiting = [(side.name, session(side, device, tokens, rows, context, new_tokens)) for side in sides]
+        waiting = [(side.name, session(side, device, tokens, rows, context, new_tokens, side is shown)) for side in sides]
+        shown = None
         while waiting:
             name, current = waiting.pop(0)
             result = next(current)
             bar.update()
             if result is not None:
                 results[name].append(result)
+                del current
+                free()
             elif device.type == "cuda":  # to the end before the next starts, so that the peak memory is its own
                 waiting.insert(0, (name, current))
             else:
@@ -255,7 +314,7 @@ def summarise(results, batch, context, weights):
     rows = []
     for name, runs in results.items():
         row = {"setting": name, "batch": batch, "context": context, "prefill_ms": statistics.median(r["prefill_ms"] for r in runs)}
-        steps = [ms for r in runs for ms in r["step_ms"][1:] or r["step_ms"]]  # the first step warms up
+        row["first_prefill_ms"], steps = runs[0]["first_prefill_ms"], [ms for r in runs for ms in r["step_ms"]]
         quartiles = statistics.quantiles(steps, n=4) if len(steps) > 1 else [steps[0]] * 3
         row |= {"step_ms": quartiles[1], "step_ms_quartiles": [quartiles[0], quartiles[2]]}
         row["tokens_per_second"] = batch / quartiles[1] * 1e3
@@ -263,29 +322,32 @@ def summarise(results, batch, context, weights):
         for key in ("skipped", "cache_bytes", "live_bytes", "dense_bytes", "kv_held", "kv_read", "peak_bytes", *shares):
             if key in runs[0]:
                 row[key] = statistics.median(r[key] for r in runs)
+        row["bytes_per_second"] = (weights + row["kv_read"] * row["dense_bytes"]) / row["step_ms"] * 1e3
         row["bound"] = (weights + row["kv_read"] * row["dense_bytes"]) / (weights + row["dense_bytes"])
         rows.append(row)
-    dense = rows[0]
+    dense, best = rows[0], min(row["step_ms"] for row in rows if row["setting"] in ("dense", "transformers"))
     for row in rows:
         row["prefill_ratio"] = row["prefill_ms"] / dense["prefill_ms"]
-        row["step_ratio"] = row["step_ms"] / dense["step_ms"]
+        row["step_ratio"], row["best_ratio"] = row["step_ms"] / dense["step_ms"], row["step_ms"] / best
     return rows
 
 
-HEAD = f"{'setting':<22}{'prefill ms':>11}{'x dense':>8}{'step ms':>9}{'quartiles':>16}{'x dense':>8}{'bound':>7}{'tokens/s':>10}"
-HEAD += f"{'cache MB':>10}{'skipped':>9}{'KV held':>9}{'KV read':>9}{'filter':>8}{'attention':>11}{'products':>10}{'peak GB':>9}"
+HEAD = f"{'setting':<18}{'first ms':>10}{'again ms':>10}{'x dense':>8}{'step ms':>10}{'quartiles':>16}{'x dense':>8}{'x best':>8}"
+HEAD += f"{'bound':>7}{'GB/s':>8}{'tokens/s':>10}{'cache MB':>10}{'skipped':>9}{'KV held':>9}{'KV read':>9}"
+MORE = {"filter_share": "filter", "attention_share": "attention", "products_share": "products", "peak_bytes": "peak GB"}  # if measured
 
 
-def line(row):
+def line(row, more):
     low, high = row["step_ms_quartiles"]
-    share = f"{row['filter_share']:.1%}" if "filter_share" in row else "-"
-    peak = f"{row['peak_bytes'] / 1e9:.2f}" if "peak_bytes" in row else "-"
-    return (
-        f"{row['setting']:<22}{row['prefill_ms']:>11.1f}{row['prefill_ratio']:>8.3f}{row['step_ms']:>9.1f}"
-        f"{f'{low:.1f}-{high:.1f}':>16}{row['step_ratio']:>8.3f}{row['bound']:>7.3f}{row['tokens_per_second']:>10.1f}"
-        f"{row['cache_bytes'] / 1e6:>10.1f}{row['skipped']:>9.3f}{row['kv_held']:>9.3f}{row['kv_read']:>9.3f}{share:>8}"
-        f"{row['attention_share']:>11.1%}{row['products_share']:>10.1%}{peak:>9}"
+    text = (
+        f"{row['setting']:<18}{row['first_prefill_ms']:>10.1f}{row['prefill_ms']:>10.1f}{row['prefill_ratio']:>8.3f}{row['step_ms']:>10.2f}"
+        f"{f'{low:.2f}-{high:.2f}':>16}{row['step_ratio']:>8.3f}{row['best_ratio']:>8.3f}{row['bound']:>7.3f}"
+        f"{row['bytes_per_second'] / 1e9:>8.1f}{row['tokens_per_second']:>10.1f}"
+        f"{row['cache_bytes'] / 1e6:>10.1f}{row['skipped']:>9.3f}{row['kv_held']:>9.3f}{row['kv_read']:>9.3f}"
     )
+    for key in more:
+        text += f"{'-' if key not in row else f'{row[key] / 1e9:.2f}' if key == 'peak_bytes' else f'{row[key]:.1%}':>10}"
+    return text
 
 
 def plot(rows, path):
@@ -342,41 +404,51 @@ def read_model(args, longest):
 
 def main(argv=None, given=None):
     args = given or read_arguments(argv)
-    names, longest = args.preset or list(PRESETS), max(args.context) + args.new_tokens + 4
+    names, longest = args.preset or list(PRESETS), max(args.context) + args.new_tokens + WARM + 2
     filters = filters_from(args, names, args.prune, with_ratio=True)
     model, stream = read_model(args, longest)
     device, dtype = model.embed.weight.device, model.embed.weight.dtype
-    compiled = args.compile and compile_decode(model)
-    sides: list[Ours | Transformers] = [Ours(name, model, filter, compiled) for name, filter in [("dense", None), *filters]]
+    captured = device.type == "cuda" and not args.no_graph
+    model.capture = Replay if captured else None
+    compiled, criterion = args.compile and compile_decode(model), drawn if args.shape else token_filter
+    eager = not compiled and not captured
+    sides: list[Ours | Transformers] = [Ours(name, model, filter, eager, criterion) for name, filter in [("dense", None), *filters]]
     if args.nothing_skipped:
-        sides += [Ours("none skipped", model, FilterConfig(schedule="uniform"), compiled, none_skipped)]
+        sides += [Ours("none skipped", model, FilterConfig(schedule="uniform"), eager, none_skipped)]
     if args.vs:
-        sides += [Transformers(checkpoint_folder(args.checkpoint), device, dtype)]
+        sides += [Transformers(None if args.shape else checkpoint_folder(args.checkpoint), SHAPES.get(args.shape), device, dtype)]
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     if not model.config.tied:  # of the embedding, a step reads a few rows only
         weights -= model.embed.weight.numel() * model.embed.weight.element_size()
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     title = f"{args.shape or args.checkpoint}; {name}; torch {torch.__version__}; {str(dtype)[6:]}; weights {weights / 1e9:.3f} GB"
-    print(f"{title}\n{args.new_tokens} decode steps, {args.repeat} repetitions, ours {'compiled' if compiled else 'eager'}")
+    how = " and ".join(word for word, is_so in (("compiled", compiled), ("captured", captured), ("eager", eager)) if is_so)
+    how += ", verdicts drawn at the ratio" if args.shape else ""
+    print(f"{title}\n{args.new_tokens} decode steps, {args.repeat} repetitions, ours {how}")
     table = []
     cases = [(batch, context) for batch in args.batch for context in args.context]
     pieces = (args.new_tokens + 2) * len(sides) * args.repeat
     for batch, context in cases:
         offsets = (torch.arange(batch) * 997) % (len(stream) - longest + 1)
-        tokens = stream[offsets[:, None] + torch.arange(longest)]  # (B, longest)
+        tokens = stream[offsets[:, None] + torch.arange(context + longest - max(args.context))]  # (B, what this case needs)
         rows = min(args.distinct or batch, batch)
         with tqdm(total=pieces, desc=f"batch {batch}, context {context}", leave=False, unit="piece") as bar:
             try:
-                results = run(sides, device, tokens, rows, context, args.new_tokens, args.repeat, bar)
+                results = run(sides, device, tokens, rows, context, args.new_tokens, args.repeat, bar, args.profile)
             except torch.OutOfMemoryError:
                 print(f"\nbatch {batch}, context {context}: out of memory", file=sys.stderr)
-                continue
+                results = None
+        free()
+        if results is None:
+            continue
         copied = f" ({rows} rows prefilled and copied)" if rows < batch else ""
-        print(f"\nbatch {batch}, context {context}{copied}\n{HEAD}")
-        for row in summarise(results, batch, context, weights):
-            print(line(row), flush=True)
-            table.append(row)
+        rows_of = summarise(results, batch, context, weights)
+        more = [key for key in MORE if any(key in row for row in rows_of)]
+        print(f"\nbatch {batch}, context {context}{copied}\n{HEAD}{''.join(f'{MORE[key]:>10}' for key in more)}")
+        for row in rows_of:
+            print(line(row, more), flush=True)
+        table += rows_of
         if args.json:  # after each case, so that an interrupted run keeps what it has
             Path(args.json).write_text(json.dumps({"settings": title, "command": sys.argv, "rows": table}, indent=1))
     if device.type == "cpu":

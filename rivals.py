@@ -63,7 +63,7 @@ def by_chance(k, v, n_new, state, ratio, config, seed=0):
     signs = (v.flatten(2)[..., :31] > 0).long()  # (B, T, 31) or fewer, of 0 and 1
     x = (signs << torch.arange(signs.shape[-1], device=k.device)).sum(-1) * 0xC2B2AE35
     x += state.count[:, None] + torch.arange(k.shape[1], device=k.device)
-    x = (x + (0x9E3779B1 * (state.layer + 1) + 0x85EBCA6B * seed) % 2**32) & 0xFFFFFFFF
+    x = (x + 0x9E3779B1 * (state.layer + 1) % 2**32 + 0x85EBCA6B * seed % 2**32) & 0xFFFFFFFF
     for _ in range(3):
         x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
     return rank(((x ^ (x >> 16)).double() / 2**32).to(state.history.dtype), n_new, state, ratio, config)

@@ -65,7 +65,7 @@ class FilterState:
         # the latest scores, that of position p in column p mod W; NaN where there is none yet
         self.history = torch.full((B, config.history), math.nan, dtype=dtype, device=device)
         self.count = torch.zeros(B, dtype=torch.int64, device=device)  # tokens seen = position of the next
-        self.layer = layer  # for criteria that go by it
+        self.layer = torch.full((), layer, device=device)  # for criteria that go by it; a number would be compiled in, layer by layer
         self.latest: tuple | None = None  # for whoever wants to look: cosine and w_k of the latest chunk
 
     def select(self, rows):

@@ -27,7 +27,7 @@ def test_figures(checkpoint, capsys, tmp_path):
     weights = sum(p.numel() * 4 for p in generate_module.load(checkpoint, "cpu")[0].parameters())
     for row in rows:
         kv = 2 * 3 * 2 * 8 * 4  # K and V, layers, heads, head size, float32
-        assert row["dense_bytes"] == row["batch"] * 64 * kv
+        assert row["dense_bytes"] == row["batch"] * 67 * kv
         embedding = 4 * 32 * generate_module.load(checkpoint, "cpu")[0].config.vocab_size
         moved = weights - embedding
         assert row["bound"] == pytest.approx((moved + row["kv_read"] * row["dense_bytes"]) / (moved + row["dense_bytes"]))
@@ -44,7 +44,8 @@ def test_figures(checkpoint, capsys, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (["--context", "199"], "more than the model's context of 200"), (["--batch", "0"], "--batch"),
-    (["--shape", "llama-2-7b", "--vs", "transformers"], "--vs transformers needs a checkpoint"),
+    (["--json", "no/such/folder/out.json"], "--json no/such/folder/out.json: cannot be written"), (["--seed", str(2**64)], "--seed"),
+    (["--plot", "out.txt"], "--plot out.txt"),
     (["--text", "no/such/file"], "no/such/file"), (["--prune", "1"], "--prune: 1"), (["--shape", "gpt-2"], "--shape"),
 ])  # fmt: skip
 def test_bad_flags(checkpoint, capsys, flags, message):
@@ -93,14 +94,23 @@ def test_memory_while_generating_follows_the_live_cache(name):
 
 def test_compiled_before_it_is_timed(checkpoint, capsys, tmp_path, monkeypatch):
     """Whatever the measured steps need is compiled before them, dense too; with a backend that runs a graph as it is."""
-    compiled, at_start, session = [], [], bench.session
+    compiled, while_timed, session = [], [], bench.session
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=lambda graph, _: compiled.append(graph) or graph))
-    monkeypatch.setattr(bench, "session", lambda *args: at_start.append(len(compiled)) or session(*args))
+
+    def watched(*args):
+        pieces = session(*args)
+        yield next(pieces)  # prefill and the steps that warm up
+        while True:
+            before, piece = len(compiled), next(pieces)
+            while_timed.append(len(compiled) - before)
+            yield piece
+
+    monkeypatch.setattr(bench, "session", watched)
     torch.compiler.reset()
     out = tmp_path / "bench.json"
     main([str(checkpoint), "--device", "cpu", "--batch", "3", "--context", "60", "--new-tokens", "40", "--repeat", "1",
           "--preset", "local", "--compile", "--json", str(out)])  # fmt: skip
-    assert at_start[0] == len(compiled) >= 3  # the trial, dense, and local
+    assert not any(while_timed) and len(while_timed) == 2 * 41 and len(compiled) >= 3  # the trial, dense, and local
     assert "ours compiled" in capsys.readouterr().out
     dense, local = json.loads(out.read_text())["rows"]
     assert local["skipped"] > 0.2 and dense["kv_read"] == 1 > local["kv_read"]
@@ -116,3 +126,19 @@ def test_without_a_compiler_it_runs_uncompiled(checkpoint, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert "note: torch.compile does not work here, so nothing is compiled: no C++ compiler\n" in err.replace("\r", "\n")
     assert "ours eager" in out and "cache 0.5" in out
+
+
+@pytest.mark.parametrize("window", [None, 32])
+def test_random_weights_skip_what_is_asked(capsys, tmp_path, monkeypatch, window):
+    """Beside transformers' model of the same shape; a window bounds what dense reads."""
+    monkeypatch.setitem(SHAPES, "phi-4", ModelConfig(97, 32, 4, 4, 2, 8, 48, 10000.0, 1e-5, 1024, tied=False, window=window))
+    out = tmp_path / "bench.json"
+    main(["--shape", "phi-4", "--device", "cpu", "--batch", "4", "--context", "300", "--new-tokens", "4", "--repeat", "1",
+          "--distinct", "2", "--preset", "cache", "--profile", "--vs", "transformers", "--json", str(out)])  # fmt: skip
+    dense, cache, other = json.loads(out.read_text())["rows"]
+    assert cache["skipped"] == pytest.approx(0.5 * (307 - 16) / 307, abs=0.04)
+    assert dense["dense_bytes"] == cache["dense_bytes"] == 4 * 4 * (window or 307) * 2 * 2 * 8 * 4
+    best = min(dense["step_ms"], other["step_ms"])
+    assert cache["best_ratio"] == pytest.approx(cache["step_ms"] / best) and dense["first_prefill_ms"] > 0
+    text = capsys.readouterr().out
+    assert "verdicts drawn at the ratio" in text and "a decode step of cache 0.5" in text and "aten::" in text
