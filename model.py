@@ -453,9 +453,8 @@ class Attention(nn.Module):
             mask = cache.visible(position[:, some], at[:, sight], kept[:, sight], near)
             cache.read += mask.sum((1, 2))
             mask = mask.repeat(1, queries.shape[2], 1)[:, None]  # query heads that share a key/value head are queries of one head
-            with sdpa_kernel(KERNELS):
-                q = queries[:, :, :, some].flatten(2, 3)
-                part = F.scaled_dot_product_attention(q, keys[:, :, sight], values[:, :, sight], attn_mask=mask)
+            q = queries[:, :, :, some].flatten(2, 3)
+            part = F.scaled_dot_product_attention(q, keys[:, :, sight], values[:, :, sight], attn_mask=mask)
             y.append(part.unflatten(2, (queries.shape[2], -1)))
         return torch.cat(y, dim=3).permute(0, 3, 1, 2, 4).reshape(B * longest, -1)[group.seat]
 
@@ -552,15 +551,19 @@ class Transformer(nn.Module):
             return logits if last else logits[:, None]
         chunk = cache.advance(n_new, T, weight.dtype)
         x = self.embed(tokens.flatten()[chunk.everyone.step])  # (N, C)
-        for block, layer in zip(self.blocks, cache.layers):
-            x = block(x, chunk, layer, layer.closed and cache.idle)
+        with sdpa_kernel(KERNELS):
+            for block, layer in zip(self.blocks, cache.layers):
+                x = block(x, chunk, layer, layer.closed and cache.idle)
         if last:
             return self.head(self.norm(x[(n_new.cumsum(0) - 1).clamp(min=0).to(x.device)]))
         return chunk.by_row(self.head(self.norm(x)))
 
+    def captures(self) -> bool:
+        return self.capture is not None and self.embed.weight.is_cuda
+
     def fixed_batch(self) -> bool:
         """Whether steps are made for one number of rows: compiled or captured, so that another takes time."""
-        return self.decode_block is not Block.forward or (self.capture is not None and self.embed.weight.is_cuda)
+        return self.decode_block is not Block.forward or self.captures()
 
     def decode(self, tokens, cache: KVCache):
         """One token for every row, (B, 1) -> logits (B, vocab): by step, or on CUDA, from the second time on, by its replay."""
@@ -573,7 +576,7 @@ class Transformer(nn.Module):
             for layer in cache.layers:  # numbers of slots alone are no numbers to the compiler: it makes one graph for all of them
                 for tensor, slots in ((layer.kv, 3), (layer.at, 1)):
                     torch._dynamo.mark_dynamic(tensor, slots)
-        if cache.steps == 1 and self.capture and tokens.is_cuda:
+        if cache.steps == 1 and self.captures():
             try:
                 cache.replay = self.capture(self.step, tokens, cache)
             except Exception as e:  # noqa: BLE001 (kernels, compilers and drivers fail in many ways)
