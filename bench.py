@@ -134,7 +134,7 @@ def drawn(k, v, n_new, state, ratio, config):
     redundant, score = token_filter(k, v, n_new, state, ratio, config)
     step, row = torch.arange(k.shape[1], device=k.device), torch.arange(len(k), device=k.device)[:, None]
     position = (state.count - (k.shape[1] if n_new is None else n_new))[:, None] + step
-    x = (position * 0x9E3779B1 + row * 0x85EBCA6B + state.layer * 0xC2B2AE35) & 0xFFFFFFFF
+    x = position * 40503 + row * 25747 + state.layer * 60493  # small, as a kernel made by a compiler wants them
     for _ in range(3):
         x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
     # the filter's own verdict has a part in it that is always 0, or a compiler would leave it out

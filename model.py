@@ -186,7 +186,8 @@ class LayerCache:
 
     def slots_for(self, used, rest):
         """How many slots to have when `used` are filled, and `rest` more tokens are known to come."""
-        return min(used + max(math.ceil((1 - self.share) * rest), used // 8, BLOCK), self.most) + 1  # the last: for what goes nowhere
+        more = math.ceil((1 - self.share) * rest) + (BLOCK // 2 if self.share else 0) if rest else max(used // 8, BLOCK)
+        return min(used + more, self.most) + 1  # the last: for what goes nowhere
 
     def free(self):
         """How many more tokens there are slots for, whatever is kept."""

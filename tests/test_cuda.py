@@ -69,12 +69,11 @@ def assert_same(one, other, atol=1e-9):
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("name", NAMES)
 def test_in_float64_a_gpu_does_what_the_cpu_does(name, window, captured):
-    for length in (0, 120):
-        filter, model = filter_of(name, 3 if window == 9 else 16), small("gqa", window)
-        on_gpu = copy.deepcopy(model).to("cuda")
-        on_gpu.capture = Replay if captured else None
-        assert_same(feed(model, filter, length), feed(on_gpu, filter, length))
-        assert (on_gpu.capture is not None) == captured  # nothing failed
+    filter, model, length = filter_of(name, 3 if window == 9 else 16), small("gqa", window), 120 if window else 0
+    on_gpu = copy.deepcopy(model).to("cuda")
+    on_gpu.capture = Replay if captured else None
+    assert_same(feed(model, filter, length), feed(on_gpu, filter, length))
+    assert (on_gpu.capture is not None) == captured  # nothing failed
 
 
 @cuda
@@ -84,7 +83,7 @@ def test_captured_is_uncaptured_in_every_dtype_and_batch(dtype, heads):
     torch.manual_seed(1)
     model = Transformer(ModelConfig(97, heads[0] * 64, 3, *heads, 64, 48, 1e4, 1e-5, 512, False)).requires_grad_(False).to("cuda", dtype)
     for name in NAMES:
-        for lengths in ([40], [12, 40], [5, 40, 12, 3, 17, 20, 31, 2]):
+        for lengths in ([40], [12, 40], [5, 40, 12, 3, 17, 20, 31, 2])[:: 1 if name == "paper" else 2]:
             runs, tokens = [], torch.randint(0, 97, (len(lengths), 80))
             for model.capture in (Replay, None):
                 cache = model.new_cache(len(lengths), filter_of(name, 3))
@@ -98,7 +97,7 @@ def test_captured_is_uncaptured_in_every_dtype_and_batch(dtype, heads):
 @pytest.mark.parametrize("name, window", [(None, None), ("paper", None), ("cache", 20)])
 def test_compiled_is_eager_captured_or_not_and_for_two_shapes(name, window):
     torch._dynamo.reset()
-    for heads in ((8, 2), (4, 4)):
+    for heads in ((8, 2), (4, 4))[: 2 if name == "paper" else 1]:
         torch.manual_seed(1)
         config = ModelConfig(97, heads[0] * 64, 3, *heads, 64, 48, 1e4, 1e-5, 512, False, window)
         model, runs = Transformer(config).requires_grad_(False).to("cuda"), []
@@ -145,7 +144,7 @@ def test_rows_that_have_ended_ride_along_until_half_have():
 def test_out_of_memory_is_one_line(capsys):
     import bench
 
-    bench.main(["--shape", "llama-2-7b", "--batch", "100000", "--context", "2000", "--repeat", "1", "--distinct", "1", "--preset", "cache"])
+    bench.main(["--shape", "llama-2-7b", "--batch", "3000", "--context", "2000", "--repeat", "1", "--distinct", "1", "--preset", "cache"])
     assert "out of memory" in capsys.readouterr().err
 
 

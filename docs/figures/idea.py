@@ -72,7 +72,7 @@ def watch(prune=0.5):
     tokens, seen = tokenizer.encode(TEXT), {}
 
     def criterion(k, v, n_new, state, ratio, config):  # what the model calls in every layer, with a look at what it is given
-        seen[state.layer] = k[0].numpy(), v[0].numpy()
+        seen[int(state.layer)] = k[0].numpy(), v[0].numpy()
         return token_filter(k, v, n_new, state, ratio, config)
 
     cache = model.new_cache(1, preset("paper", prune=prune), criterion)
