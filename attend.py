@@ -1,10 +1,10 @@
-"""Attention of a decode step: one query a row, over the first n[b] slots of its row of the cache.
-
-Shapes: B sequences, S slots, H query heads, KVH key/value heads, D head size.
+"""Attention of a decode step: one query a row, over the first n[b] slots of its row of the cache. Shapes: B sequences, S slots,
+H query heads, KVH key/value heads, D head size.
 """
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 BLOCK = 128  # slots that compiled attention reads, or leaves out, together
@@ -14,10 +14,10 @@ def attend(q, k, v, n, mask=None):
     """One query a row over the first n[b] slots of its row: q (B, H, 1, D); k, v (B, KVH, S, D); n (B,) int64; mask (B, S) bool: of
     those slots, the ones to look at. Returns (B, H, 1, D), where n[b] is 0 anything, NaN included.
     """
-    compiling, on_cpu = torch.compiler.is_compiling(), q.device.type == "cpu"
-    if compiling and q.dtype != torch.float64 and (mask is None or not on_cpu):  # what FlexAttention knows nothing of
+    compiling = torch.compiler.is_compiling()
+    if compiling and q.device.type != "cpu" and q.dtype != torch.float64:  # which FlexAttention does not know
         return attend_compiled(q, k, v, n, mask)
-    way = attend_rows if on_cpu and not compiling else attend_masked
+    way = attend_masked if q.device.type != "cpu" else attend_rows_op if compiling else attend_rows
     # query heads that share a key/value head are queries of one head, so that k, v are read once
     return way(q.view(len(q), k.shape[1], -1, q.shape[3]), k, v, n, mask).reshape(q.shape)
 
@@ -28,10 +28,8 @@ def attend_masked(q, k, v, n, mask=None):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen if mask is None else seen & mask[:, None, None])
 
 
-def attend_rows(q, k, v, n, mask=None):
-    """The same on the CPU: all rows at once if they are about as long, otherwise by twos of about the same length, which keeps more
-    threads busy than one row; a row with n[b] = 0 is left out, and gets 0.
-    """
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, n: Tensor, mask: Tensor | None = None) -> Tensor:
+    """On the CPU: all rows at once if about as long, else by twos of like length, which keeps more threads busy; 0 where n[b] is 0."""
     y, lengths = torch.zeros_like(q), n.tolist()
     order = sorted((b for b, length in enumerate(lengths) if length), key=lengths.__getitem__)
     groups: list = [sorted(order[i : i + 2]) for i in range(0, len(order), 2)]
@@ -47,10 +45,12 @@ def attend_rows(q, k, v, n, mask=None):
     return y
 
 
+attend_rows_op = torch.library.custom_op("token_filtering::attend_rows", attend_rows, mutates_args=())  # as a part of a compiled graph
+attend_rows_op.register_fake(lambda q, k, v, n, mask=None: torch.empty_like(q))
+
+
 def attend_compiled(q, k, v, n, mask=None):
-    """With FlexAttention, on any device: of a row's blocks of slots those below n[b] are read, and no others."""
-    if q.device.type == "cpu":  # whose kernel takes what is computed in the same graph only as a view of something in memory
-        n = n.as_strided(n.shape, n.stride())
+    """With FlexAttention: of a row's blocks of slots those below n[b] are read, and no others."""
     block = torch.arange((k.shape[2] + BLOCK - 1) // BLOCK, dtype=torch.int32, device=k.device)
     n_full = (n // BLOCK if mask is None else torch.zeros_like(n)).to(torch.int32)  # blocks that need no look at single slots,
     n_part = ((n + BLOCK - 1) // BLOCK).to(torch.int32) - n_full  # and those that do: which, in the first n_part[b] of a row

@@ -577,7 +577,7 @@ class Transformer(nn.Module):
             for layer in cache.layers:  # numbers of slots alone are no numbers to the compiler: it makes one graph for all of them
                 for tensor, slots in ((layer.kv, 3), (layer.at, 1)):
                     torch._dynamo.mark_dynamic(tensor, slots)
-        if cache.steps == 1 and self.captures():
+        if cache.steps == 1 and self.capture and self.captures():
             try:
                 cache.replay = self.capture(self.step, tokens, cache)
             except Exception as e:  # noqa: BLE001 (kernels, compilers and drivers fail in many ways)
