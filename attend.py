@@ -18,12 +18,11 @@ def attend(q, k, v, n, mask=None):
     if compiling and q.device.type != "cpu" and q.dtype != torch.float64:  # which FlexAttention does not know
         return attend_compiled(q, k, v, n, mask)
     way = attend_masked if q.device.type != "cpu" else attend_rows_op if compiling else attend_rows
-    # query heads that share a key/value head are queries of one head, so that k, v are read once
     return way(q.view(len(q), k.shape[1], -1, q.shape[3]), k, v, n, mask).reshape(q.shape)
 
 
 def attend_masked(q, k, v, n, mask=None):
-    """In one call, which reads all slots: q (B, KVH, H/KVH, D)."""
+    """In one call, which reads all slots: q (B, KVH, H/KVH, D), the heads that share k, v as queries of one, so that it reads them once."""
     seen = n.view(-1, 1, 1, 1) > torch.arange(k.shape[2], device=k.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen if mask is None else seen & mask[:, None, None])
 
