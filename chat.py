@@ -24,8 +24,8 @@ from tokenizer import Tokenizer
 class Conversation:
     """Turns that share one cache of one row: each feeds only what the cache does not hold. `settings` are generate's.
 
-    messages: what was said; ids: the tokens that cache holds, but for the latest, which is fed with the next turn; anew: whether the
-    latest turn fed all into a new cache, because the template had changed what came before.
+    messages: what was said; ids: the tokens that the cache holds, all but the latest, which the next turn feeds; anew: whether the
+    latest turn fed all into a new cache, because the template, or its text's tokens, had changed what came before.
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, filter: FilterConfig | None = None, messages: Sequence[dict] = (),
@@ -61,13 +61,6 @@ class Conversation:
         if not left:
             yield rest
 
-    def line(self) -> str:
-        """The figures of the conversation so far, in one line."""
-        pairs, skipped, held, _, _ = self.cache.usage()[0].tolist()
-        dense, held = pairs * self.cache.slot_bytes / 1e6, held * self.cache.slot_bytes / 1e6
-        share = f"skipped {skipped / max(pairs, 1):.1%} of (token, layer) pairs"
-        return f"{len(self.ids)} tokens so far, {share}; KV held {held:.2f} MB of dense's {dense:.2f} ({held / max(dense, 1e-9):.0%})"
-
 
 def begin(tokenizer: Tokenizer, system: str | None) -> list[dict]:
     """The messages that a conversation begins with. Raises CheckpointError where the template has no use for a system's."""
@@ -91,6 +84,14 @@ HELP = f"""\
 /preset NAME  with another preset, one of {', '.join(PRESETS)}, from the start
 /help         this
 Ctrl-C stops an answer, Ctrl-D ends. A message of your own that begins with / is told apart by a space before it."""
+
+
+def figures(conversation: Conversation) -> str:
+    """Of all turns so far, in one line."""
+    pairs, skipped, held, _, _ = conversation.cache.usage()[0].tolist()
+    megabytes, share = conversation.cache.slot_bytes / 1e6, f"skipped {skipped / max(pairs, 1):.1%} of (token, layer) pairs"
+    dense = f"of dense's {pairs * megabytes:.2f} ({held / max(pairs, 1):.0%})"
+    return f"{len(conversation.ids)} tokens so far, {share}; KV held {held * megabytes:.2f} MB {dense}"
 
 
 def lines(terminal: bool, echo: bool) -> Iterator[str]:
@@ -185,8 +186,8 @@ def talk(model: Transformer, tokenizer: Tokenizer, messages: Sequence[dict], arg
                             answer.close()
                 print(" (stopped)" if presses else "", flush=True)
                 if conversation.anew:
-                    say("note: the chat template changes what was said before, so the conversation was fed anew")
-                say(conversation.line())
+                    say("note: in the chat template, what was said before is no longer what the cache holds, so all was fed anew")
+                say(figures(conversation))
                 if len(conversation.ids) + 1 >= model.config.max_positions:
                     say(f"the model's context of {model.config.max_positions} tokens is full: /reset starts anew")
         except (ValueError, FloatingPointError, CheckpointError) as e:

@@ -41,12 +41,12 @@ def read_arguments(argv=None):
     """The command's arguments, and the texts of the prompts. Exits with one line where they make no sense, alone or together."""
     parser = Parser(description="Generate text with token filtering.")
     add_model_arguments(parser)
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue (-: stdin); given many times, they are one batch")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue (-: stdin's); many of them are one batch")
     parser.add_argument("--prompts-file", metavar="FILE", help="more prompts, one a line (-: stdin)")
     parser.add_argument("--chat", action="store_true", help="send each prompt as a user's message in the chat template; without a prompt, "
                         "talk: each line of stdin is a turn, and the cache is kept from turn to turn")  # fmt: skip
     parser.add_argument("--system", metavar="TEXT", help="message that tells the model of --chat what it is (default: the template's)")
-    parser.add_argument("--no-echo", action="store_true", help="print answers alone; otherwise each stands behind its prompt")
+    parser.add_argument("--no-echo", action="store_true", help="print answers alone (otherwise each stands under its prompt)")
     parser.add_argument("--num-samples", type=number(1), default=1, metavar="N", help="answers to one prompt, fed once (default: 1)")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="length of an answer (default: %(default)s)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end answers before this text; may be given often")
@@ -85,9 +85,6 @@ def read_arguments(argv=None):
     if args.system is not None and not args.chat:
         fail("--system does nothing without --chat")
     texts = read_prompts(args)
-    for flag in ("--compare", "--json", "--show-skips", "--skip-map") if not texts else ():
-        if getattr(args, flag[2:].replace("-", "_")):
-            fail(f"{flag} needs a --prompt: a conversation is text, with one setting at a time")
     if args.skip_map is not None:
         if args.compare or len(texts) > 1:
             fail("--skip-map draws one prompt with one setting: leave out --compare and all prompts but one")
@@ -324,9 +321,9 @@ def main(argv=None, given=None):
     warn(model, settings, max(map(len, prompts), default=context) + args.max_new_tokens)
     if not prompts:
         return talk(model, tokenizer, opening, args)
-    echoes = ["" if args.no_echo else text + "\n" * args.chat for text in texts_in]  # an answer starts a line, what continues goes on
+    echoes = ["" if args.no_echo else f"{text}\n" for text in texts_in]
     stream = len(prompts) == 1 and not args.json and not coloured
-    waiting = list[str]()  # the prompt, until there is something to stand behind it
+    waiting = list[str]()  # the prompt, until there is something to stand under it
 
     def echo(text):
         print(*waiting, text, sep="", end="", flush=True)

@@ -39,6 +39,10 @@ def read_prompts(args) -> list[str]:
     if "" in args.stop:
         fail("--stop is empty: it would end every answer at once")
     if args.chat and not texts and not args.prompts_file:
+        others = {"--compare": args.compare, "--json": args.json, "--show-skips": args.show_skips, "--skip-map": args.skip_map}
+        for flag, value in (others | {"--num-samples": args.num_samples > 1}).items():
+            if value:
+                fail(f"{flag} needs a --prompt: a conversation is text, with one setting at a time")
         return []
     if not texts or "" in texts:
         fail(f"prompt {texts.index('') + 1} is empty" if texts else "no prompt: give --prompt TEXT or --prompts-file FILE, or talk: --chat")
