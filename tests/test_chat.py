@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import random
+import select
 import shutil
 import subprocess
 import sys
@@ -210,11 +211,14 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_the_program(demo):
     os.close(follower)
     seen = ""
 
-    def until(text):
-        """Reads on until the text comes, and drops what was read."""
+    def until(text, again=b""):
+        """Reads on until the text comes, and drops what was read; types `again` every second."""
         nonlocal seen
-        ends = time.monotonic() + 120
+        ends = time.monotonic() + 60
         while text not in seen and time.monotonic() < ends:
+            if not select.select([leader], [], [], 1)[0]:
+                os.write(leader, again)
+                continue
             try:
                 seen += os.read(leader, 1000).decode("utf-8", "replace")
             except OSError:  # the other side was closed
@@ -232,8 +236,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_the_program(demo):
         assert "Traceback" not in until(" (stopped)")
         assert "\033[2m" in until(" tokens so far, ")
         until("> ")
-        os.write(leader, b"\x03")
-        until("(Ctrl-D ends)")
+        until("(Ctrl-D ends)", again=b"\x03")  # readline loses one that comes while it sets the terminal up
         os.write(leader, b"/nope\n")
         until("error: /nope is no command: /help lists them")
         os.write(leader, b"And of Italy?\n")
