@@ -25,7 +25,7 @@ class Conversation:
     """Turns that share one cache of one row: each feeds only what the cache does not hold. `settings` are generate's.
 
     messages: what was said; ids: the tokens that the cache holds, all but the latest, which the next turn feeds; anew: whether the
-    latest turn fed all into a new cache, because the template, or its text's tokens, had changed what came before.
+    latest turn fed all into a new cache, as what came before, rendered again, has other tokens (a template may drop or trim it).
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, filter: FilterConfig | None = None, messages: Sequence[dict] = (),
@@ -186,7 +186,7 @@ def talk(model: Transformer, tokenizer: Tokenizer, messages: Sequence[dict], arg
                             answer.close()
                 print(" (stopped)" if presses else "", flush=True)
                 if conversation.anew:
-                    say("note: in the chat template, what was said before is no longer what the cache holds, so all was fed anew")
+                    say("note: rendered again, what was said before has other tokens than the cache holds, so all was fed anew")
                 say(figures(conversation))
                 if len(conversation.ids) + 1 >= model.config.max_positions:
                     say(f"the model's context of {model.config.max_positions} tokens is full: /reset starts anew")

@@ -112,7 +112,7 @@ def test_what_a_template_changes_is_fed_anew():
 
 
 def test_a_context_that_fills_up(fed):
-    talk = Conversation(small(), Letters(), filter_of("local"), max_new_tokens=300)
+    talk = Conversation(small(), Letters(), filter_of("local"), max_new_tokens=300, eos_ids=frozenset())
     assert len(list(talk.answer(TEXTS[0]))) == 301
     assert len("".join(talk.answer(TEXTS[1]))) == 512 - len(Letters().chat(talk.messages[:-1])) < 300
     assert len(talk.ids) == 511
@@ -166,14 +166,13 @@ def piped(monkeypatch, text):
 
 
 def test_each_line_of_a_pipe_is_a_turn(demo, capsys, monkeypatch):
-    script = "What is the capital of France?\n\n/preset cache\n What is the capital of Italy?\nAnd of Spain?\n/prune 0\nHello"
+    script = "Hello\n\n/preset cache\n What is the capital of France?\nAnd of Italy?\n/prune 0\nHello"
     flags = [str(demo), "--chat", "--prune", "0.5", "--preset", "local", "--max-new-tokens", "9", "--device", "cpu"]
     piped(monkeypatch, script)
     main(flags)
     out, err = capsys.readouterr()
     lines = [line for line in out.splitlines() if line.startswith("> ")]
-    assert lines == ["> What is the capital of France?", "> /preset cache", ">  What is the capital of Italy?", "> And of Spain?",
-                     "> /prune 0", "> Hello"]  # fmt: skip
+    assert lines == ["> Hello", "> /preset cache", ">  What is the capital of France?", "> And of Italy?", "> /prune 0", "> Hello"]
     kinds = [line.split()[0 if "KV held" in line else -1] for line in err.splitlines()]
     assert [each for each in err.splitlines() if "new conversation" in each] == [
         f"a new conversation: {name}" for name in ("local 0.5", "cache 0.5", "dense")]  # fmt: skip
@@ -187,7 +186,7 @@ def test_each_line_of_a_pipe_is_a_turn(demo, capsys, monkeypatch):
 @pytest.mark.parametrize("line, message", [
     ("/prune 2", "/prune: 2 is not a number in [0, 1)"), ("/preset", "/preset: nothing is not one of paper, local, cache"),
     ("/preset cache", "/preset does nothing without /prune above 0"), ("/quit", "/quit is no command: /help lists them"),
-    (LONG * 4, "the model's context of 200 tokens is full: begin a new conversation (/reset), or say less"),
+    ("x" * 200, "the model's context of 200 tokens is full: begin a new conversation (/reset), or say less"),
 ])  # fmt: skip
 def test_a_line_that_cannot_be_obeyed_ends_a_script(checkpoint, capsys, monkeypatch, line, message):
     piped(monkeypatch, line + "\nmore\n")
@@ -195,10 +194,10 @@ def test_a_line_that_cannot_be_obeyed_ends_a_script(checkpoint, capsys, monkeypa
 
 
 def test_a_full_context_and_a_changing_template_are_said(checkpoint, capsys, monkeypatch):
-    piped(monkeypatch, "hello\nfox\nfox\n/reset\nhello\n")
+    piped(monkeypatch, "hello\nfox\n/reset\nhello\n")
     main([str(checkpoint), "--chat", "--no-echo", "--ignore-eos", "--max-new-tokens", "60", "--device", "cpu"])
     err = capsys.readouterr().err
-    assert err.count("note: in the chat template, what was said before is no longer what the cache holds, so all was fed anew") >= 1
+    assert err.count("note: rendered again, what was said before has other tokens than the cache holds, so all was fed anew") >= 1
     assert "the model's context of 200 tokens is full: /reset starts anew" in err and err.count("a new conversation: dense") == 2
 
 
