@@ -16,7 +16,7 @@ LIST := Here is a shopping list. One apple, two apples, three apples, four apple
     eight apples. And a bottle of 1982 Bordeaux from Saint-Emilion. Nine apples, ten apples, eleven
 
 demo: checkpoints/$(MODEL)/config.json
-	$(BIN)/python generate.py checkpoints/$(MODEL) --chat --prompt "$(PROMPT)" --prune 0.3 --compare --max-new-tokens 80
+	$(BIN)/python generate.py checkpoints/$(MODEL) --chat --prompt "$(PROMPT)" --prune 0.3 --compare --no-echo --max-new-tokens 80
 
 test: .venv/dev $(DEMO)
 	$(BIN)/python -m pytest -q

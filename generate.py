@@ -3,6 +3,7 @@
     python generate.py [CHECKPOINT] --prompt "..." --prune 0.5           filtered as in the paper
     python generate.py --prompt "..." --prune 0.5 --preset local         a redundant token still attends to what is near
     python generate.py --chat --prompt "..." --prune 0.3 --compare       dense and every preset, one after another
+    python generate.py --chat --prune 0.5 --preset cache                 a conversation, in one cache
 
 From Python: `for row, token in generate(model, prompts, filter=preset("cache", prune=0.5)): ...`
 """
@@ -13,14 +14,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict
 from itertools import islice
 from numbers import Integral, Real
 
-from command_line import PRESETS, PRUNE, Parser, add_filter_arguments, add_model_arguments, as_process, check_filter, fail
+from command_line import PRESETS, PRUNE, Parser, add_filter_arguments, add_model_arguments, as_process, check_filter, fail, number
 
-from report import check_output, print_json, read_prompts
+from report import Answer, Stats, check_output, print_json, read_prompts
 
 
 def check_settings(max_new_tokens=1, temperature=0.0, top_k=0, top_p=1.0, seed=0, chunk=1):
@@ -41,10 +41,15 @@ def read_arguments(argv=None):
     """The command's arguments, and the texts of the prompts. Exits with one line where they make no sense, alone or together."""
     parser = Parser(description="Generate text with token filtering.")
     add_model_arguments(parser)
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; given many times, they are one batch")
-    parser.add_argument("--prompts-file", metavar="FILE", help="more prompts, one a line")
-    parser.add_argument("--chat", action="store_true", help="send each prompt as a user's message in the chat template")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue (-: stdin's); many of them are one batch")
+    parser.add_argument("--prompts-file", metavar="FILE", help="more prompts, one a line (-: stdin)")
+    parser.add_argument("--chat", action="store_true", help="send each prompt as a user's message in the chat template; without a prompt, "
+                        "talk: each line of stdin is a turn, and the cache is kept from turn to turn")  # fmt: skip
+    parser.add_argument("--system", metavar="TEXT", help="message that tells the model of --chat what it is (default: the template's)")
+    parser.add_argument("--no-echo", action="store_true", help="print answers alone (otherwise each stands under its prompt)")
+    parser.add_argument("--num-samples", type=number(1), default=1, metavar="N", help="answers to one prompt, fed once (default: 1)")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="length of an answer (default: %(default)s)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end answers before this text; may be given often")
     parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-text token")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="of sampling (default: 0, always the likeliest)")
     parser.add_argument("--top-k", type=int, default=0, metavar="N", help="sample from the N likeliest tokens (default: 0, all)")
@@ -65,7 +70,7 @@ def read_arguments(argv=None):
     except ValueError as e:
         name, _, problem = str(e).partition(" ")
         fail(f"--{name.replace('_', '-')} {problem}")
-    for flag, unused in (("--top-k", args.top_k == 0), ("--top-p", args.top_p == 1)):
+    for flag, unused in (("--top-k", args.top_k == 0), ("--top-p", args.top_p == 1), ("--num-samples", args.num_samples == 1)):
         if args.temperature == 0 and not unused:
             fail(f"{flag} does nothing without --temperature")
     if args.compare and args.prune is None:
@@ -75,6 +80,10 @@ def read_arguments(argv=None):
         fail(f"--compare runs every preset as it is: it cannot be combined with {given[0]}")
     if args.show_skips and args.json:
         fail("--show-skips colours text: it cannot be combined with --json")
+    if args.show_skips and args.no_echo:
+        fail("--show-skips colours prompts too: it cannot be combined with --no-echo")
+    if args.system is not None and not args.chat:
+        fail("--system does nothing without --chat")
     texts = read_prompts(args)
     if args.skip_map is not None:
         if args.compare or len(texts) > 1:
@@ -98,48 +107,6 @@ from skip_map import Decisions, paint, paint_legend, token_pieces, write_skip_ma
 from token_filter import FilterConfig
 
 # ---------------------------------------------------------------------------------------------- from Python
-
-
-@dataclass
-class Stats:
-    """What one call of generate() did, summed over its rows. Times exclude the caller's own work between tokens."""
-
-    prompt_tokens: int = 0
-    new_tokens: int = 0  # sampled, an end-of-text token included
-    prefill_seconds: float = 0.0  # up to and including each row's first new token
-    decode_seconds: float = 0.0  # all further ones
-    pairs: int = 0  # of a token and a layer
-    skipped: int = 0  # of these, where the token was redundant
-    held: int = 0  # slots of the cache, of one token in one layer each, in use by each row when it ended
-    read: int = 0  # slots that queries have read
-    dense_read: int = 0  # slots that they would have read without a filter
-    slot_bytes: int = 0
-    row_skip_ratio: list[float] = field(default_factory=list)
-
-    @property
-    def skip_ratio(self) -> float:
-        return self.skipped / max(self.pairs, 1)
-
-    @property
-    def kv_held(self) -> float:
-        """Share of the keys and values in the cache; without a filter, 1."""
-        return self.held / max(self.pairs, 1)
-
-    @property
-    def kv_read(self) -> float:
-        """Slots that were read over those that would have been without a filter."""
-        return self.read / max(self.dense_read, 1)
-
-    def line(self) -> str:
-        """The figures in one line."""
-        prefill = self.prompt_tokens / max(self.prefill_seconds, 1e-9)
-        decoded = self.new_tokens - len(self.row_skip_ratio)
-        decode = f"{decoded / self.decode_seconds:.1f} tokens/s" if self.decode_seconds else "none"
-        return (
-            f"prefill {self.prompt_tokens} tokens at {prefill:.1f} tokens/s; decode {decode}; "
-            f"skipped {self.skip_ratio:.1%} of (token, layer) pairs; "
-            f"KV held {self.kv_held:.0%} ({self.held * self.slot_bytes / 1e6:.2f} MB), read {self.kv_read:.0%} of dense"
-        )
 
 
 def sample(logits, temperature=0.0, top_k=0, top_p=1.0, rng=None) -> int:
@@ -187,16 +154,19 @@ def sample_rows(logits, temperature, top_k, top_p, rngs) -> torch.Tensor:
 def generate(
     model: Transformer, prompts: list[list[int]], max_new_tokens: int = 128, filter: FilterConfig | None = None, eos_ids=frozenset(),
     temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0, chunk: int = 512, stats: Stats | None = None,
-    watch: Callable[[list[int], KVCache], None] | None = None,
+    watch: Callable[[list[int], KVCache], None] | None = None, cache: KVCache | None = None, ended: set[int] | None = None,
 ) -> Iterator[tuple[int, int]]:  # fmt: skip
     """Continue token prompts of any lengths as one batch, yielding (row, token) as each token is found.
 
     A row ends at a token of eos_ids, which is not yielded, or after max_new_tokens, and leaves the batch. Each row has
     its own random numbers (seed + row), so what it says does not depend on its neighbours: in float64 and, nearly always, in
     float32. In half precision, other neighbours mean other rounding of the logits, and sooner or later another token, greedy
-    or not. Prompts are prefilled `chunk` tokens at a time. `stats`, if given, is complete once the iterator is exhausted.
+    or not. Prompts are prefilled `chunk` tokens at a time; equal ones are fed once, and the cache is forked.
+    `stats`, if given, is complete once the iterator is exhausted.
     `watch(rows, cache)`, if given, is called after each forward with the numbers of the rows in the cache, whose layers hold
-    their latest decisions; prompts are then prefilled in one go.
+    their latest decisions; prompts are then prefilled in one go, each by itself.
+    `cache`, if given, is one of model.new_cache(len(prompts), filter) that was fed the first cache.seen[row] tokens of each prompt
+    before: only the others are fed. `ended`, if given, is a set of rows: those that the caller puts in end with their latest token.
     Raises ValueError for a prompt that is no list of token ids, is empty, does not fit the model's context with its new tokens or
     has a token that the model does not know, and for settings that make no sense; FloatingPointError where logits are not finite.
     """
@@ -218,22 +188,32 @@ def generate(
             raise ValueError(f"prompt {row + 1} has {len(prompt)} tokens: {beyond}")
         if unknown := [token for token in prompt if not 0 <= token < vocab]:
             raise ValueError(f"prompt {row + 1} has the token {unknown[0]}: the model knows those from 0 to {vocab - 1}")
+    if cache is not None and (len(cache.seen) != len(prompts) or any(map(operator.ge, cache.seen.tolist(), map(len, prompts)))):
+        raise ValueError(f"cache holds texts of {cache.seen.tolist()} tokens: it is for as many prompts, each longer than its text")
 
     sampling, chunk = (temperature, top_k, top_p), chunk if watch is None else max(map(len, prompts))
-    return _steps(model, prompts, max_new_tokens, filter, eos_ids, sampling, seed, chunk, Stats() if stats is None else stats, watch)
+    stats, ended = Stats() if stats is None else stats, set[int]() if ended is None else ended
+    return _steps(model, prompts, max_new_tokens, filter, eos_ids, sampling, seed, chunk, stats, watch, cache, ended)
 
 
-def _steps(model, prompts, max_new_tokens, filter, eos_ids, sampling: tuple[float, int, float], seed, chunk, figures, watch):
-    figures.prompt_tokens = sum(map(len, prompts))
+def _steps(model, prompts, max_new_tokens, filter, eos_ids, sampling: tuple[float, int, float], seed, chunk, figures, watch, cache, enough):
+    different = list(dict.fromkeys(map(tuple, prompts))) if cache is None and watch is None else prompts
+    cache = model.new_cache(len(different), filter) if cache is None else cache
+    cache.length = max(map(len, prompts)) + max_new_tokens
+    new = [prompt[seen:] for prompt, seen in zip(different, cache.seen.tolist())]
+    figures.prompt_tokens = sum(map(len, new))
     figures.row_skip_ratio = [0.0] * len(prompts)
     rngs = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
-    cache = model.new_cache(len(prompts), filter, length=max(map(len, prompts)) + max_new_tokens)
     rows, made = list(range(len(prompts))), 0  # the cache's
     live, ride = set(rows), watch is None and model.fixed_batch()  # of these the ones to go on; ended ones ride along for a while
     figures.slot_bytes = cache.slot_bytes
 
     started = time.perf_counter()
-    logits = model.prefill(prompts, cache, chunk)
+    logits = model.prefill(new, cache, chunk)
+    if len(different) < len(prompts):
+        fork = [different.index(tuple(prompt)) for prompt in prompts]
+        cache.select(fork)
+        logits = logits[fork]
     said: list[list[int]] = [[] for _ in prompts]
     while live:
         finite, tokens = torch.stack((logits.isfinite().all(1), logits.argmax(1))).tolist()  # the one wait of a greedy step
@@ -254,7 +234,7 @@ def _steps(model, prompts, max_new_tokens, filter, eos_ids, sampling: tuple[floa
                     yield row, token
 
         started = time.perf_counter()
-        ended = {row: i for i, row in enumerate(rows) if row in live and (tokens[i] in eos_ids or made == max_new_tokens)}
+        ended = {row: i for i, row in enumerate(rows) if row in live and (tokens[i] in eos_ids or row in enough or made == max_new_tokens)}
         usage = cache.usage().tolist() if ended else []
         for row, i in ended.items():
             figures.row_skip_ratio[row] = usage[i][1] / usage[i][0]
@@ -280,22 +260,24 @@ def run(model, tokenizer: Tokenizer, prompts, args, filter, echo=None, watch=Non
 
     `echo`, if given, is called with the text of a single prompt as it comes; `watch` is generate's.
     """
-    stats, streams, stopped = Stats(), [tokenizer.stream() for _ in prompts], False
+    stats, rows, stopped, ended = Stats(), [Answer(tokenizer, args.stop) for _ in prompts], False, set[int]()
     answers = [list[str]() for _ in prompts]
     eos_ids = frozenset() if args.ignore_eos else tokenizer.eos_ids
     sampling = (args.temperature, args.top_k, args.top_p, args.seed)
-    steps = generate(model, prompts, args.max_new_tokens, filter, eos_ids, *sampling, stats=stats, watch=watch)
+    steps = generate(model, prompts, args.max_new_tokens, filter, eos_ids, *sampling, stats=stats, watch=watch, ended=ended)
     bar = tqdm(steps, desc="tokens", unit="", total=len(prompts) * args.max_new_tokens, disable=echo is not None or None, leave=False)
     try:
         for row, token in bar:
-            answers[row].append(streams[row].push(token))
+            answers[row].append(rows[row].push(token))
+            if rows[row].ended:
+                ended.add(row)
             if echo:
                 echo(answers[row][-1])
     except KeyboardInterrupt:
         stopped = True
         bar.close()
-    for answer, stream in zip(answers, streams):
-        if answer and (rest := stream.flush()):
+    for answer, row in zip(answers, rows):
+        if answer and (rest := row.push(None)):
             answer[-1] += rest
             if echo:
                 echo(rest)
@@ -313,6 +295,8 @@ def warn(model, settings, longest):
 
 
 def main(argv=None, given=None):
+    from chat import begin, talk  # which import this file
+
     args, texts_in = given or read_arguments(argv)
     settings: list[tuple[str, FilterConfig | None]] = [("dense", None)] * (args.compare or not args.prune)
     settings += filters_from(args, PRESETS if args.compare else [args.preset or "paper"], [args.prune or 0])
@@ -325,16 +309,26 @@ def main(argv=None, given=None):
         if args.max_new_tokens >= (context := read_config(folder).max_positions):
             fail(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in the model's context of {context}")
         model, tokenizer = load(folder, args.device, args.dtype, progress=sys.stderr.isatty())
-        prompts = [tokenizer.chat([{"role": "user", "content": text}]) if args.chat else tokenizer.encode(text) for text in texts_in]
+        opening = begin(tokenizer, args.system) if args.chat else []
+        chats = ([*opening, {"role": "user", "content": text}] for text in texts_in)
+        prompts = [*map(tokenizer.chat, chats)] if args.chat else [*map(tokenizer.encode, texts_in)]
     except CheckpointError as e:
         fail(e)
     model.capture = None if args.no_graph else model.capture
     if compiled := args.compile and compile_decode(model):
         print("compiling ...", file=sys.stderr, flush=True)
 
-    warn(model, settings, max(map(len, prompts)) + args.max_new_tokens)
+    warn(model, settings, max(map(len, prompts), default=context) + args.max_new_tokens)
+    if not prompts:
+        return talk(model, tokenizer, opening, args)
+    echoes = ["" if args.no_echo else f"{text}\n" for text in texts_in]
     stream = len(prompts) == 1 and not args.json and not coloured
-    echo = partial(print, end="", flush=True) if stream else None
+    waiting = list[str]()  # the prompt, until there is something to stand under it
+
+    def echo(text):
+        print(*waiting, text, sep="", end="", flush=True)
+        waiting.clear()
+
     results, undrawn = list[dict](), False
     if coloured:
         print(paint_legend())
@@ -342,26 +336,26 @@ def main(argv=None, given=None):
         title = name if filter is None else f"{name}, prune {filter.prune}"
         if args.compare and not args.json:
             print(f"\n=== {title}")
-        decisions = Decisions(len(prompts), model.config.n_layers)
+        waiting[:], decisions = echoes[:1], Decisions(len(prompts), model.config.n_layers)
         watch = decisions.watch if coloured or args.skip_map else None
         try:
             for n in [len(prompts) >> i for i in range(len(prompts).bit_length())] if compiled else ():  # also when rows have left
                 list(islice(generate(model, prompts[:n], args.max_new_tokens, filter), 40 * n))
-            answers, stats, stopped = run(model, tokenizer, prompts, args, filter, echo, watch)
+            answers, stats, stopped = run(model, tokenizer, prompts, args, filter, echo if stream else None, watch)
         except (ValueError, FloatingPointError) as e:
             fail(e)
         texts = ["".join(answer) for answer in answers]
         shares = {"skip_ratio": stats.skip_ratio, "kv_held": stats.kv_held, "kv_read": stats.kv_read}
         results.append({"setting": name, "filter": filter and asdict(filter), "texts": texts, **shares, **asdict(stats)})
         if stream:
-            print()
+            print(*waiting)
         elif coloured:
             for i, (prompt, answer) in enumerate(zip(prompts, answers)):
                 number = f"[{i + 1}] " if len(prompts) > 1 else ""
                 print(number + paint(token_pieces(tokenizer, prompt) + answer, len(prompt), decisions.redundant[i]))
         elif not args.json:
             for i, text in enumerate(texts):
-                print(f"[{i + 1}] {texts_in[i]}\n{text}\n")
+                print(f"[{i + 1}] {echoes[i]}{text}\n")
         if stopped:
             break
         if not args.json:  # a comparison's figures belong to its texts; otherwise stdout is for the text alone

@@ -1,4 +1,4 @@
-"""What the commands read and write: texts, JSON, and the tables of the evaluations, grown row by row."""
+"""What the commands read and write: texts, figures, JSON, and the tables of the evaluations, grown row by row."""
 
 import csv
 import importlib.util
@@ -7,15 +7,19 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from command_line import fail
 
 
 def read_text(path) -> str:
-    """A file's text, without the byte order mark that some editors put first. Exits with one line if there is none."""
+    """A file's text, or stdin's (-), without the byte order mark that some editors put first. Exits with one line if there is none."""
+    if (stdin := path == "-") and sys.stdin is None:
+        fail("stdin is closed, so there is nothing to read")
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        with open(0 if stdin else path, encoding="utf-8-sig", closefd=not stdin) as file:
+            return file.read()
     except UnicodeDecodeError as e:
         fail(f"{path}: cannot be read as UTF-8 text ({e.reason} at byte {e.start})")
     except OSError as e:
@@ -23,15 +27,88 @@ def read_text(path) -> str:
 
 
 def read_prompts(args) -> list[str]:
-    """generate.py's texts, of --prompt and --prompts-file."""
-    texts = list(args.prompt or [])
+    """generate.py's texts, of --prompt and --prompts-file, each as often as --num-samples says; none for a conversation."""
+    if [*(args.prompt or []), args.prompts_file].count("-") > 1:
+        fail("stdin (-) can be read only once")
+    texts = [read_text("-").removesuffix("\n") if text == "-" else text for text in args.prompt or []]
     if args.prompts_file:
         texts += [line for line in read_text(args.prompts_file).split("\n") if line.strip()]
+    for flag, given in (("--prompt", texts), ("--system", [args.system or ""]), ("--stop", args.stop)):
+        if any("\ud800" <= letter <= "\udfff" for text in given for letter in text):  # what Python makes of other bytes
+            fail(f"{flag} is not UTF-8 text: is the terminal set to another encoding?")
+    if "" in args.stop:
+        fail("--stop is empty: it would end every answer at once")
+    if args.chat and not texts and not args.prompts_file:
+        others = {"--compare": args.compare, "--json": args.json, "--show-skips": args.show_skips, "--skip-map": args.skip_map}
+        for flag, value in (others | {"--num-samples": args.num_samples > 1}).items():
+            if value:
+                fail(f"{flag} needs a --prompt: a conversation is text, with one setting at a time")
+        return []
     if not texts or "" in texts:
-        fail(f"prompt {texts.index('') + 1} is empty" if texts else "no prompt: give --prompt TEXT or --prompts-file FILE")
-    if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):  # what Python makes of other bytes
-        fail("--prompt is not UTF-8 text: is the terminal set to another encoding?")
-    return texts
+        fail(f"prompt {texts.index('') + 1} is empty" if texts else "no prompt: give --prompt TEXT or --prompts-file FILE, or talk: --chat")
+    if args.num_samples > 1 and len(texts) > 1:
+        fail(f"--num-samples is for one prompt, and here are {len(texts)}")
+    return texts * args.num_samples
+
+
+@dataclass
+class Stats:
+    """What one call of generate() did, summed over its rows. Times exclude the caller's own work between tokens."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0  # sampled, an end-of-text token included
+    prefill_seconds: float = 0.0  # up to and including each row's first new token
+    decode_seconds: float = 0.0  # all further ones
+    pairs: int = 0  # of a token and a layer
+    skipped: int = 0  # of these, where the token was redundant
+    held: int = 0  # slots of the cache, of one token in one layer each, in use by each row when it ended
+    read: int = 0  # slots that queries have read
+    dense_read: int = 0  # slots that they would have read without a filter
+    slot_bytes: int = 0
+    row_skip_ratio: list[float] = field(default_factory=list)
+
+    @property
+    def skip_ratio(self) -> float:
+        return self.skipped / max(self.pairs, 1)
+
+    @property
+    def kv_held(self) -> float:
+        """Share of the keys and values in the cache; without a filter, 1."""
+        return self.held / max(self.pairs, 1)
+
+    @property
+    def kv_read(self) -> float:
+        """Slots that were read over those that would have been without a filter."""
+        return self.read / max(self.dense_read, 1)
+
+    def line(self) -> str:
+        """The figures in one line."""
+        prefill = self.prompt_tokens / max(self.prefill_seconds, 1e-9)
+        decoded = self.new_tokens - len(self.row_skip_ratio)
+        decode = f"{decoded / self.decode_seconds:.1f} tokens/s" if self.decode_seconds else "none"
+        return (
+            f"prefill {self.prompt_tokens} tokens at {prefill:.1f} tokens/s; decode {decode}; "
+            f"skipped {self.skip_ratio:.1%} of (token, layer) pairs; "
+            f"KV held {self.kv_held:.0%} ({self.held * self.slot_bytes / 1e6:.2f} MB), read {self.kv_read:.0%} of dense"
+        )
+
+
+class Answer:
+    """A row's text, token by token, up to the first of the stop texts: the one that ends first."""
+
+    def __init__(self, tokenizer, stop=()):
+        self.stream, self.stop, self.held, self.ended = tokenizer.stream(), stop, "", False
+
+    def push(self, token: int | None) -> str:
+        """The text that has become certain with this token; with None, which comes last, all that is left."""
+        text = "" if self.ended else self.held + (self.stream.flush() if token is None else self.stream.push(token))
+        if found := [(text.index(stop) + len(stop), text.index(stop)) for stop in self.stop if stop in text]:
+            self.ended, self.held = True, ""
+            return text[: min(found)[1]]
+        begun = [n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])] if token is not None else []
+        end = len(text) - max(begun, default=0)  # what may be the start of a stop text is held back
+        self.held = text[end:]
+        return text[:end]
 
 
 def check_output(flag, path, endings=()):

@@ -299,7 +299,7 @@ def test_one_prompt_streams_what_json_reports(checkpoint, capsys):
     streamed, figures = capsys.readouterr()
     main([str(checkpoint), "--prompt", LONG, "--prune", "0.5", "--json", *RUN])
     result = json.loads(capsys.readouterr().out)["results"][0]
-    assert streamed == result["texts"][0] + "\n"
+    assert streamed == f"{LONG}\n{result['texts'][0]}\n"
     assert f"skipped {result['skip_ratio']:.1%} of (token, layer) pairs; KV held {result['kv_held']:.0%} (" in figures
     assert f"read {result['kv_read']:.0%} of dense" in figures
     assert 0.1 < result["skip_ratio"] < 0.6 and 0.3 < result["kv_held"] < 0.9 and 0.2 < result["kv_read"] < 0.9
@@ -322,6 +322,8 @@ def test_a_batch_gives_each_prompts_own_text(checkpoint, capsys, tmp_path):
     main([str(checkpoint), "--prompt", "a", "--prompt", "fox", "--prune", "0.4", "--preset", "cache", *RUN])
     out = capsys.readouterr().out
     assert f"[2] fox\n{batch['results'][0]['texts'][2]}\n" in out
+    main([str(checkpoint), "--prompt", "a", "--prompt", "fox", "--no-echo", "--prune", "0.4", "--preset", "cache", *RUN])
+    assert capsys.readouterr().out == out.replace("] a\n", "] ").replace("] fox\n", "] ")
 
 
 def test_chat_puts_the_prompt_in_the_template(checkpoint, capsys):
