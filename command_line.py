@@ -72,15 +72,12 @@ def overflow(model, tokens: list[int], config) -> str:
     """Where the logits of a text stop being finite, in a line; config: a FilterConfig or None."""
     import torch
 
-    cache, dtype, where = model.new_cache(1, config), str(model.embed.weight.dtype)[6:], "the output"
+    cache, dtype = model.new_cache(1, config), str(model.embed.weight.dtype)[6:]
     with torch.inference_mode():
         x = model.embed(torch.tensor(tokens, device=cache.position.device))
         chunk = cache.advance(torch.tensor([len(tokens)]), len(tokens), x.dtype)
-        for number, (block, layer) in enumerate(zip(model.blocks, cache.layers)):
-            x = block(x, chunk, layer)
-            if not x.isfinite().all():
-                where = f"layer {number}"
-                break
+        finite = [bool((x := block(x, chunk, layer)).isfinite().all()) for block, layer in zip(model.blocks, cache.layers)]
+    where = f"layer {finite.index(False)}" if False in finite else "the output"
     others = [name for name in ("bfloat16", "float32", "float64") if name != dtype]
     return f"{dtype} is not enough for this model: from {where} on, values are not finite; use --dtype {' or '.join(others)}"
 
