@@ -49,9 +49,9 @@ def read_arguments(argv=None):
         fail("--window and --max-tokens must be at least 2, --batch at least 1")
     if args.stride is not None and (args.offsets or not 1 <= args.stride <= args.window - args.bos):
         fail("--stride must be at least 1 and not more than --window (less the BOS token), and goes without --offsets")
+    args.prune = args.prune or ([0.3] if args.ablate else [0.1, 0.2, 0.3, 0.5])
     check_filter(args)
     args.preset = args.preset or (["local", "cache"] if args.ablate else list(PRESETS))
-    args.prune = args.prune or ([0.3] if args.ablate else [0.1, 0.2, 0.3, 0.5])
     if args.ablate and (len(args.prune) > 1 or args.prune == [0] or args.plot):
         fail("--ablate takes one --prune above 0, and draws no --plot")
     if args.rivals and (given := [name for name in KNOBS if getattr(args, name) is not None]):

@@ -257,7 +257,7 @@ def test_control_characters_do_not_reach_the_terminal(sound, tmp_path, capsys):
     folder = shutil.copytree(sound[0], tmp_path / "a\x1b[31m\x07b")
     template = "{{ raise_exception('\x1b]0;title\x07\u202e\nno') }}"
     edit_json(folder / "tokenizer_config.json", chat_template=template)
-    error = refused(capsys, folder, "--prompt", "hello", "--chat", "--device", "cpu")
+    error = refused(capsys, folder, "--prompt", "hello", "--chat", "--device", "cpu", "--max-new-tokens", "8")
     assert error.strip().isprintable() and r"a\x1b[31m\x07b" in error and r"\x1b]0;title\x07\u202e no" in error
     assert refused(capsys, "--\x1b[2J").strip().isprintable()
 

@@ -8,6 +8,7 @@ pip and -m, only the target, the file or the module is looked up.
 
 import functools
 import importlib.util
+import io
 import re
 import shlex
 import sys
@@ -95,6 +96,7 @@ def test_a_command(command, reader, capsys, monkeypatch):
         assert arguments[0] != "pytest" or (HERE / arguments[-1]).is_file()
     else:
         assert program == ".venv/bin/python"
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))  # of a conversation
         files = [arguments[i + 1] for i, flag in enumerate(arguments) if flag in ("--plot", "--skip-map")]
         for module in ["matplotlib"] * bool(files) + ["transformers"] * ("--vs" in arguments):
             pytest.importorskip(module)
