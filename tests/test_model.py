@@ -99,6 +99,22 @@ def test_padding_and_empty_chunks_change_nothing(name):
     torch.testing.assert_close(logits, model(tokens[:1], model.new_cache(1, filter))[0], rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_nothing(name):
+    """No tokens, no rows, rows that get nothing for a while, and none that stay."""
+    model, filter = small(), filter_of(name)
+    none = torch.zeros(0, 5, dtype=torch.int64)
+    assert model(none, model.new_cache(0, filter)).shape == (0, 5, 97)
+    cache, alone = model.new_cache(2, filter), model.new_cache(1, filter)
+    for part in texts()[:2, :40].split(10, dim=1):
+        assert model(part[:, :0], cache).shape == (2, 0, 97) and model(part, cache, [0, 0], last=True).shape == (2, 97)
+        expected = model(part[:1], alone)
+        torch.testing.assert_close(model(part, cache, [10, 0])[:1], expected, rtol=0, atol=1e-9)
+    assert cache.seen.tolist() == [40, 0] and torch.equal(cache.usage()[0], alone.usage()[0]) and not cache.usage()[1].any()
+    cache.select([])
+    assert model(none[:, :1], cache, last=True).shape == (0, 97) and cache.usage().shape == (0, 5)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_future_changes_nothing(name):
     tokens = texts()[:1]
