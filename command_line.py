@@ -112,7 +112,7 @@ KNOBS = {  # the fields of FilterConfig with a flag of their name: what preset p
                  "last (tail), falling (head), the same in all (uniform), or the last ones alone (last)"),
     "gamma": (0.9, PRUNE, "decay of the running averages, 0 <= X < 1"),
     "warmup": (16, number(0), "how many tokens at the start of a text are always kept"),
-    "history": (256, number(1), "how many past scores a new one is ranked among"),
+    "history": (64, number(1), "how many past scores a new one is ranked among"),
     "fusion": ("variance", ("variance", "equal", "key", "value"), "how key and value similarity become one score: the side whose heads "
                "agree counts more (variance), both alike (equal), or one alone (key, value)"),
     "keys": ("rotated", ("rotated", "unrotated"), "whether keys are compared after RoPE (rotated) or before it (unrotated)"),

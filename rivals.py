@@ -137,14 +137,13 @@ def rivals(p, n_layers, window, seeds=(0,)):
 
     StreamingLLM has a fixed budget where the others keep a share, so it is there twice: with the same cache at a window's
     end, B = (1-p) W tokens; and with the same read over the window, where the min(t, B) tokens that are seen at t add up to
-    (1-p) of the t that dense sees. KeyDiff compares keys before rotation: rotated ones drift with their mean, so that fewer
-    are redundant than p asks for.
+    (1-p) of the t that dense sees.
     """
     yield "no attention in last layers", *last_layers(p, n_layers)
     for label, share in (("held", 1 - p), ("read", 1 - math.sqrt(p))):
         latest = max(1, round(share * window) - SINKS)  # a token itself is one of them
         yield f"StreamingLLM, as much {label}", preset("cache", prune=p, warmup=SINKS, recent=latest - 1), recent_only
-    yield "KeyDiff, online", preset("cache", prune=p, keys="unrotated"), key_distance
+    yield "KeyDiff, online", preset("cache", prune=p), key_distance
     yield "cache, adjusted threshold", preset("cache", prune=p), adjusted_threshold
     yield "oracle", preset("cache", prune=p), oracle
     for name in PRESETS:

@@ -26,7 +26,7 @@ class FilterConfig:
     schedule: Literal["tail", "uniform", "head", "last"] = "tail"  # how p is spread over the layers: schedule.py
     gamma: float = 0.9  # decay of the running averages, in [0, 1)
     warmup: int = 16  # the first max(warmup, 1) tokens of a sequence, its sinks, are always kept and in sight
-    history: int = 256  # W: how many past scores a new score is ranked among
+    history: int = 64  # W: how many past scores a new score is ranked among
     fusion: Literal["variance", "equal", "key", "value"] = "variance"  # key and value similarity -> one score
     keys: Literal["rotated", "unrotated"] = "rotated"  # keys are compared as the cache holds them, after RoPE | before it
 
@@ -46,7 +46,7 @@ CHOICES = {name: get_args(hint) for name, hint in get_type_hints(FilterConfig).i
 PRESETS: dict[str, dict] = {
     "paper": {},
     "local": {"mode": "local", "recent": 32, "schedule": "uniform"},
-    "cache": {"mode": "cache", "recent": 32, "schedule": "uniform"},
+    "cache": {"mode": "cache", "recent": 32, "schedule": "uniform", "fusion": "key", "keys": "unrotated"},
 }
 
 

@@ -280,7 +280,8 @@ def slow_model(weights, tokens, config):
         for l in range(L):
             w = {name[len(f"blocks.{l}.") :]: m for name, m in W.items() if name.startswith(f"blocks.{l}.")}
             normed = rms_norm(x, w["attn_norm.weight"])
-            k = turned((w["attn.k.weight"] @ normed).reshape(KVH, D), t, THETA)
+            raw_k = (w["attn.k.weight"] @ normed).reshape(KVH, D)
+            k = turned(raw_k, t, THETA)
             v = (w["attn.v.weight"] @ normed).reshape(KVH, D)
             q = turned((w["attn.q.weight"] @ normed).reshape(H, D), t, THETA)
 
@@ -288,7 +289,8 @@ def slow_model(weights, tokens, config):
             if ratio[l] == 1 and config.mode == "skip" and config.recent == 0:
                 redundant = t >= max(config.warmup, 1)
             elif ratio[l] > 0:
-                found, score, _, states[l] = filter_loop(k[None, None], v[None, None], [1], [ratio[l]], config, states[l])
+                compared = k if config.keys == "rotated" else raw_k
+                found, score, _, states[l] = filter_loop(compared[None, None], v[None, None], [1], [ratio[l]], config, states[l])
                 redundant, out["score"][t, l] = found[0, 0], score[0, 0]
             for part, new in zip(past[l], (k, v, redundant)):
                 part.append(new)

@@ -38,6 +38,7 @@ def filter_chunk(k, v, n_new, state, ratio, config):
         cosine = np.where(norms == 0, 0, (x * anchor).sum(-1) / np.where(norms == 0, 1, norms))  # (B, 2, KVH)
         mean, variance = cosine.mean(-1), cosine.var(-1)  # (B, 2)
         w_k = (variance[:, 1] + 1e-6) / (variance.sum(1) + 2e-6)
+        w_k = w_k if config["fusion"] == "variance" else np.full_like(w_k, {"equal": 0.5, "key": 1, "value": 0}[config["fusion"]])
         score = w_k * mean[:, 0] + (1 - w_k) * mean[:, 1]
         below, needed, above = threshold(score, state.history, state.count, ratio)
         redundant = real & above & (state.count >= max(config["warmup"], 1))
@@ -153,7 +154,8 @@ class Model:
         # who is redundant
         score, redundant = np.full(real.shape, np.nan), real & self.closed[l] & (position >= max(self.config["warmup"], 1))
         if cache.ring:
-            found = filter_chunk(k, v, n_new, cache.state, self.ratio[l], self.config)
+            compared = k if self.config["keys"] == "rotated" else raw_k
+            found = filter_chunk(compared, v, n_new, cache.state, self.ratio[l], self.config)
             score, redundant = found["score"], found["redundant"]
 
         # store and attend

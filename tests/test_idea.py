@@ -98,7 +98,7 @@ def multiply_adds(C, H, KVH, D, M, S):
 def layer_bytes(KVH, D, e, filter, filters):
     """Of a slot; of what a layer keeps for each sequence: its filter's, its counters and flags."""
     slot, stats, front = 2 * KVH * D * e + 8, 8 if e == 8 else 4, max(filter.warmup, 1) + filter.recent + 1
-    return slot, (stats * (2 * KVH * D + 256) + 8) * filters, 3 * 8 + front * filters
+    return slot, (stats * (2 * KVH * D + filter.history) + 8) * filters, 3 * 8 + front * filters
 
 
 def test_the_tables_of_what_is_saved():
@@ -193,7 +193,7 @@ def test_answer_3():
     for rule, right, of_90 in ((above_threshold, True, 0), (changed["above_threshold"], False, 74)):
         found = above(rule, ties["score"], ties["ratio"].double()[:, None], about["ties"]["config"]["history"])
         assert torch.equal(found, ties["redundant"]) == right
-        assert above(rule, torch.zeros(1, 90), 0.1, 256)[0, 16:].sum() == of_90
+        assert above(rule, torch.zeros(1, 90), 0.1, 64)[0, 16:].sum() == of_90
 
 
 def test_answers_4_to_6(example):
@@ -215,5 +215,5 @@ def test_answers_4_to_6(example):
     assert token == 40 * 20480 and f"{token:,} in all layers" in PROSE and f"{whole:.1f} GB, twice the weights' {weights:.1f} GB" in PROSE
     saved = 0.5 * 496 / 512
     assert f"496/512 / 2 = {saved:.1%}: {saved * whole:.1f} GB" in PROSE
-    assert states == 128 * 38 * 41992 and "41,992 bytes in each of the 38 layers" in PROSE
+    assert states == 128 * 38 * 41224 and "41,224 bytes in each of the 38 layers" in PROSE
     assert "0.2 GB. These" in PROSE and round(states / 1e9, 1) == 0.2
