@@ -23,7 +23,7 @@ import sys
 import time
 from pathlib import Path
 
-from command_line import PRESETS, PRUNE, Parser, add_filter_arguments, add_model_arguments, as_process, check_filter, fail
+from command_line import PRESETS, PRUNE, RANKS, Parser, add_filter_arguments, add_model_arguments, alone, as_process, check_filter, fail
 
 from report import check_output, read_text
 
@@ -69,6 +69,7 @@ def read_arguments(argv=None):
     if min(numbers) < 1:
         fail("--batch, --context, --new-tokens, --repeat and --distinct must be at least 1")
     check_filter(args)
+    alone(shape=args.shape, vs=args.vs)
     if not -(2**63) <= args.seed < 2**63:
         fail(f"--seed {args.seed}: must be a number of 64 bits")
     if args.json:
@@ -86,6 +87,7 @@ from command_line import compile_decode, filters_from
 import torch
 from tqdm import tqdm
 
+import parallel
 from checkpoint_files import checkpoint_folder
 from load_weights import CheckpointError, load
 from model import ModelConfig, Replay, Transformer
@@ -448,6 +450,9 @@ def main(argv=None, given=None):
         print(f"\nbatch {batch}, context {context}{copied}\n{HEAD}{''.join(f'{MORE[key]:>10}' for key in more)}")
         for row in rows_of:
             print(line(row, more), flush=True)
+        if RANKS > 1:
+            print(f"sums over {RANKS} processes, of {weights / 1e9:.3f} GB of weights each: {parallel.seconds_of_sums(model, batch) * 1e3:.2f} "
+                  "ms of a dense step, timed alone")  # fmt: skip
         table += rows_of
         if args.json:  # after each case, so that an interrupted run keeps what it has
             Path(args.json).write_text(json.dumps({"settings": title, "command": sys.argv, "rows": table}, indent=1))

@@ -13,20 +13,35 @@ if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:  # for
 
 from checkpoint_files import one_line
 
+# several processes, started by torchrun for one model (parallel.py): how many, and which of them this is; the first speaks for all
+RANKS, RANK = (int(os.environ[key]) if "LOCAL_RANK" in os.environ else one for key, one in (("WORLD_SIZE", 1), ("RANK", 0)))
 DEMO = Path(__file__).resolve().parent / "checkpoints" / "smollm2-135m"
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors in one line."""
+    """Errors in one line; files are written by the first process alone."""
 
     def error(self, message):
         fail(message)
 
+    def parse_args(self, *given: Any) -> Any:
+        args = super().parse_args(*given)
+        vars(args).update(dict.fromkeys({"json", "csv", "plot"} & vars(args).keys() if RANK else ()))
+        return args
+
 
 def fail(message) -> NoReturn:
-    """One line on stderr, exit code 2."""
-    print(f"error: {one_line(message)}", file=sys.stderr)
+    """One line on stderr, exit code 2. Of several processes the first to fail says why."""
+    parallel = sys.modules.get("parallel")
+    if parallel.first_to_fail() if parallel else RANK == 0:
+        print(f"error: {one_line(message)}", file=sys.__stderr__ if RANK else sys.stderr)
     raise SystemExit(2)
+
+
+def alone(**given):
+    """Exits with one line where one of these flags was given, and the processes are several."""
+    for flag in [flag for flag, value in given.items() if value and RANKS > 1]:
+        fail(f"--{flag.replace('_', '-')} is for one process: leave it out, or torchrun")
 
 
 class Forgiving:
@@ -53,6 +68,8 @@ def as_process(function, *arguments):
     sys.stderr = Forgiving(sys.stderr or open(os.devnull, "w"))  # noqa: SIM115
     if not sys.stderr.isatty():
         os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # read when these are imported
+    if RANK:
+        sys.stdout, sys.stderr = open(os.devnull, "w"), Forgiving(open(os.devnull, "w"))  # noqa: SIM115
     if sys.stdout is None:
         fail("stdout is closed, so there is nowhere to print to")
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -66,6 +83,10 @@ def as_process(function, *arguments):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
         if not isinstance(error, BrokenPipeError):
             fail(f"cannot write or read{f' {error.filename}' if error.filename else ''}: {error.strerror}")
+    except RuntimeError as error:
+        if RANKS == 1:
+            raise
+        fail(f"process {RANK} of {RANKS}, or one that it waited for, has failed: {error}")
 
 
 def overflow(model, tokens: list[int], config) -> str:

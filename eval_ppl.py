@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from command_line import KNOBS, PRESETS, PRUNE, Parser, add_filter_arguments, add_model_arguments, as_process, check_filter, fail
+from command_line import KNOBS, PRESETS, PRUNE, Parser, add_filter_arguments, add_model_arguments, alone, as_process, check_filter, fail
 
 from report import COLUMNS, Report, add_report_arguments, check_report_arguments, read_text
 
@@ -54,6 +54,7 @@ def read_arguments(argv=None):
     args.preset = args.preset or (["local", "cache"] if args.ablate else list(PRESETS))
     if args.ablate and (len(args.prune) > 1 or args.prune == [0] or args.plot):
         fail("--ablate takes one --prune above 0, and draws no --plot")
+    alone(rivals=args.rivals)  # which know the heads of one process
     if args.rivals and (given := [name for name in KNOBS if getattr(args, name) is not None]):
         fail(f"--rivals are compared with the presets as they are: leave out --{given[0]}")
     if args.seed and (not args.rivals or min(args.seed) < 0):

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from itertools import islice
 from numbers import Integral, Real
 
-from command_line import PRESETS, PRUNE, Parser, add_filter_arguments, add_model_arguments, as_process, check_filter, fail, number
+from command_line import PRESETS, PRUNE, Parser, add_filter_arguments, add_model_arguments, alone, as_process, check_filter, fail, number
 
 from report import Answer, Stats, check_output, print_json, read_prompts
 
@@ -84,6 +84,7 @@ def read_arguments(argv=None):
         fail("--show-skips colours prompts too: it cannot be combined with --no-echo")
     if args.system is not None and not args.chat:
         fail("--system does nothing without --chat")
+    alone(show_skips=args.show_skips, skip_map=args.skip_map, chat=args.chat and not args.prompt and not args.prompts_file)
     texts = read_prompts(args)
     if args.skip_map is not None:
         if args.compare or len(texts) > 1:

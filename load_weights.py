@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
+import parallel
 from checkpoint_files import CheckpointError, JsonObject, check_file, checkpoint_folder, unreadable
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
@@ -248,11 +249,11 @@ def _opened(file: Path) -> Iterator[Any]:
         raise CheckpointError(file, f"cannot be read as safetensors, is it complete? ({error})") from None
 
 
-def _read(stored: Stored) -> torch.Tensor:
-    """One tensor, a view of the file. Each call maps the file anew, so that dropping the tensor also drops the file's
-    pages from this process: the peak is one copy of the model, not two."""
+def _read(stored: Stored, *part: slice) -> torch.Tensor:
+    """One tensor, a view of the file, or a part of it, a copy. Each call maps the file anew, so that dropping the tensor also drops the
+    file's pages from this process: the peak is one copy of the model, not two."""
     with _opened(stored.file) as opened:
-        return opened.get_tensor(stored.name)
+        return opened.get_slice(stored.name)[part] if part else opened.get_tensor(stored.name)
 
 
 def _stored_tensors(folder: Path, weights: str, optional: tuple[str, ...]) -> tuple[Path, dict[str, Stored]]:
@@ -361,14 +362,16 @@ def load_model(
 
 def _load_model(folder: Path, config: ModelConfig, family: Family, device, asked, progress) -> Transformer:
     with torch.device("meta"):  # shapes without memory
-        model = Transformer(config)
+        whole, model = Transformer(config), parallel.divided(config)  # of all, and of what this process is to have
     source, tensors = _stored_tensors(folder, family.weights, _ends(family) if config.tied else ())
-    wanted = _match(model, family, source, tensors)
+    wanted = _match(whole, family, source, tensors)
     final = asked or DTYPES[tensors[_ends(family)[0]].dtype]
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+    shapes, own = ({name: p.shape for name, p in each.named_parameters(remove_duplicate=False)} for each in (whole, model))
     for name, ours in tqdm(wanted.items(), "load weights", unit=" tensors", disable=not progress):
-        stored = tensors[name]
-        for part, weight in zip(ours, _read(stored).split([shapes[part][0] for part in ours])):
+        stored, row = tensors[name], 0
+        for part in ours:
+            weight = _read(stored, *(() if own[part] == stored.shape else parallel.part(shapes[part], own[part], row)))
+            row += shapes[part][0]
             module, _, kind = part.rpartition(".")
             if family.interleaved and module.endswith(("attn.q", "attn.k")):
                 weight = weight.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)  # (H*D, C)
@@ -378,7 +381,10 @@ def _load_model(folder: Path, config: ModelConfig, family: Family, device, asked
                 raise CheckpointError(stored.file, f"the tensor {name!r} {problem}")
             setattr(model.get_submodule(module), kind, nn.Parameter(weight, requires_grad=False))
     if config.tied:
-        model.head.weight = model.embed.weight
+        rows = parallel.part(shapes["head.weight"], own["head.weight"])
+        model.head.weight = model.embed.weight if parallel.RANKS == 1 else nn.Parameter(model.embed.weight[rows], False)
+    if parallel.RANKS > 1:
+        parallel.join(model)
     return model.eval()
 
 
@@ -387,6 +393,8 @@ def _device(folder: Path, device: str | torch.device) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(device)
+        if parallel.RANKS > 1:
+            parallel.meet(device)
         torch.empty(0, device=device)  # raises where there is no such device
         return device
     except (AssertionError, RuntimeError) as error:
@@ -404,12 +412,17 @@ def _plan(folder: Path, device, dtype) -> tuple[ModelConfig, Family, torch.devic
     if asked not in (None, *known.values()):
         raise CheckpointError(folder, f"cannot be loaded as {dtype} (supported: {', '.join(known)})")
 
-    with torch.device("meta"):
-        none, one = (sum(p.numel() for p in Transformer(replace(config, n_layers=n)).parameters()) for n in (0, 1))
-    numbers = none + (one - none) * config.n_layers
+    try:
+        with torch.device("meta"):
+            counts = [[sum(p.numel() for p in make(replace(config, n_layers=n)).parameters()) for n in (0, 1)]
+                      for make in (Transformer, parallel.divided)]  # fmt: skip
+    except ValueError as error:
+        raise CheckpointError(folder, error) from None
+    whole, numbers = (none + (one - none) * config.n_layers for none, one in counts)
     stored = sum(path.stat().st_size for path in folder.glob(family.weights.replace(".", "*.")) if path.is_file())
-    need, free = numbers * asked.itemsize if asked else stored, _free_bytes(device)
-    if need > free and stored >= 2 * numbers:
+    need, free = numbers * asked.itemsize if asked else stored * numbers / whole, _free_bytes(device)
+    free /= parallel.RANKS if device.type == "cpu" else 1  # which they share
+    if need > free and stored >= 2 * whole:
         fitting = [name for name, size in (("float32", 4), ("bfloat16", 2)) if numbers * size <= free]
         hint = f"it fits with --dtype {fitting[0]}" if fitting else "no --dtype makes it fit"
         name = f" as {str(asked)[6:]}" if asked else ""

@@ -8,6 +8,7 @@ Shapes: B sequences, T new tokens, KVH key/value heads, D head size, W scores re
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args, get_type_hints
 
 import torch
@@ -59,6 +60,8 @@ def preset(name, **overrides) -> FilterConfig:
 
 class FilterState:
     """What one layer's filter remembers of each sequence; float32, or float64 in a float64 model."""
+
+    var_mean = staticmethod(partial(torch.var_mean, dim=-1, correction=0))  # over all heads: parallel.py has one for some elsewhere
 
     def __init__(self, B, kv_heads, head_dim, config: FilterConfig, layer, dtype, device):
         self.anchor = torch.zeros(B, 2, kv_heads, head_dim, dtype=dtype, device=device)  # averages of keys [:, 0], of values [:, 1]
@@ -148,7 +151,7 @@ def token_filter(k, v, n_new, state: FilterState, ratio, config: FilterConfig):
     cosine = ((x * before).sum(-1) / norms).masked_fill(norms == 0, 0)  # (B, T, 2, KVH)
 
     # fusion
-    var, mean = torch.var_mean(cosine, dim=-1, correction=0)
+    var, mean = state.var_mean(cosine)
     (var_k, var_v), (mean_k, mean_v) = (var + EPS).unbind(-1), mean.unbind(-1)  # (B, T) each
     w_k = var_v / (var_k + var_v)
     if config.fusion != "variance":

@@ -9,6 +9,7 @@ pip and -m, only the target, the file or the module is looked up.
 import functools
 import importlib.util
 import io
+import math
 import re
 import shlex
 import sys
@@ -156,46 +157,95 @@ def test_links_files_and_quotes():
         assert f"`{label.strip()}`" in LESSON and label in (HERE / "model.py").read_text()
 
 
-@pytest.mark.parametrize("page, head, file", [
-    ("docs/results.md", "| perplexity (KV read) | 0 |", "perplexity.txt"),
-    ("docs/results.md", "| perplexity (KV held, KV read) |", "rivals.txt"),
+MODELS = {"135M": "smollm2-135m.txt", "0.5B": "qwen2.5-coder-0.5b.txt", "1.5B": "qwen2.5-coder-1.5b.txt"}
+WINDOWS = {  # as the pages call them, and as the raw files' commands do
+    "four other windows": "--window 768 --offsets 100000 150000 200000 250000", "windows of 128": "--window 128",
+    "windows of 2048": "--window 2048 --offsets 0 20480", "one of 2048": "--window 2048 --offsets 0 --batch 1",
+    "one of 4096": "--window 4096 --offsets 0 --batch 1",
+}  # fmt: skip
+RIVALS = {"oracle": "oracle", "KeyDiff": "KeyDiff, online", "a threshold": "cache, adjusted threshold",
+          "the same": "StreamingLLM, as much read", "StreamingLLM": "StreamingLLM, as much held",
+          "no attention": "no attention in last layers"}  # fmt: skip
+
+
+def measured(table, name, prune):
+    """(perplexity, times dense, KV read) of a setting, or the mean of its seeds."""
+    label = next((full for part, full in RIVALS.items() if part in name), name.replace("`", ""))
+    found = [table[key, prune] for key in (label, *(f"{label}, seed {seed}" for seed in range(3))) if (key, prune) in table]
+    return np.mean(found, axis=0)
+
+
+def says(cell, *figures):
+    """The numbers of a cell, "25.9 (0.64)" or "1.2 / 3.4" with "not run" where it was not, are these, rounded."""
+    shown = re.findall(r"\d[\d.]*|not run", cell)
+    assert len(shown) == len(figures), (cell, figures)
+    return all(x == "not run" or abs(float(x) - figure) <= 0.501 * 10 ** -len(x.partition(".")[2]) for x, figure in zip(shown, figures))
+
+
+def figures_of(head, name, column):
+    """What the cell of the row `name` under `column`, in the table of results.md that begins with `head`, is to say."""
+    prunes = [float(p) for p in re.findall(r"0\.\d(?!\d|B)", column)]
+    if head == "| times dense | 0.1 |":
+        preset, size = name.split(", ")
+        return [measured(sizes.rows(MODELS[size]), preset, prunes[0])[1]]
+    if head == "| times dense | `paper` 0.2":
+        windows, size = name.split(", ")
+        table, preset = sizes.rows(MODELS[size], WINDOWS[windows]), column.split(" ")[0].strip("`")
+        prunes = prunes[:2] if windows == "windows of 128" else prunes
+        return [table.get((preset, p), (0, math.nan))[1] for p in prunes]
+    if head == "| perplexity (KV read) | 135M 0.2":
+        return measured(sizes.rows(MODELS[column.split(" ")[0]]), name, prunes[0])[[0, 2]]
+    if head == "| perplexity (KV read) | 0 |":
+        table = sizes.rows(MODELS["135M"])
+        return measured(table, name, prunes[0])[[0, 2]] if prunes else [table["dense", 0][0]]
+    if head == "| perplexity | dense":
+        table = sizes.rows(MODELS["135M"], WINDOWS[name])
+        return [table["dense", 0][0]] if column == "dense" else [table[column.strip("`"), p][0] for p in (0.2, 0.5)]
+    if head == "| `paper`, perplexity at":
+        setting = "paper" if column == "`tail`" else f"paper, schedule {column.strip('`')}"
+        return [sizes.rows(MODELS[name]).get((setting, p), (math.nan,))[0] for p in (0.2, 0.5)]
+    assert head == "| changed |"
+    table, preset, fields = sizes.rows(MODELS["135M"]), column.split(" ")[0].strip("`"), {"warm-up": "warmup", "$\\gamma$": "gamma"}
+    field, values = name.split(": ") if ": " in name else ("keys", "rotated / unrotated")
+    values = [value.strip("` ").replace(" alone", "") for value in values.split("/")]
+    assert says(column, table[preset, 0.3][0])
+    return [table.get((f"{preset}, {fields.get(field, field)}={value}", 0.3), table[preset, 0.3])[0] for value in values]
+
+
+@pytest.mark.parametrize("head, least", [
+    ("| times dense | 0.1 |", 45), ("| times dense | `paper` 0.2", 20), ("| perplexity (KV read) | 135M 0.2", 50),
+    ("| perplexity (KV read) | 0 |", 20), ("| perplexity | dense", 8), ("| `paper`, perplexity at", 8), ("| changed |", 14),
 ])  # fmt: skip
-def test_tables_say_what_was_measured(page, head, file):
-    """Each cell, a perplexity with KV read last in its brackets, is that of the raw table, rounded."""
-    first = PAGES[page][PAGES[page].index(head) :].split("\n")[0]
-    raw, ratios, compared = sizes.rows(file), [cell.strip() for cell in first.split("|")[2:-1]], 0
-    labels = {"local`, redundant": "local, random tokens", "redundant tokens drawn": "cache, random tokens",
-              "KeyDiff": "KeyDiff, online", "StreamingLLM": "StreamingLLM, as much held", "the same": "StreamingLLM, as much read",
-              "a threshold adjusted": "cache, adjusted threshold", "no attention": "no attention in last layers"}  # fmt: skip
-    for name, *given in cells(page, head):
-        label = next((full for part, full in labels.items() if part in name), name)
-        for ratio, cell in zip(ratios, given):
-            if cell and ratio != "0":
-                assert agrees(cell, raw[label, float(ratio)]), (label, ratio, cell)
+def test_tables_say_what_was_measured(head, least):
+    columns, compared = cells("docs/results.md", head, titled=True)[0][1:], 0
+    for name, *given in cells("docs/results.md", head):
+        for column, cell in zip(columns, given, strict=True):
+            if cell:
+                assert says(cell, *figures_of(head, name, column)), (name, column, cell)
                 compared += 1
-    assert compared >= 12
+    assert compared >= least
+
+
+def test_the_ratios_that_come_are_what_was_measured():
+    text = (HERE / "results" / "realised.txt").read_text(encoding="utf-8")
+    raw = {(preset, rule, float(asked)): [float(x) for x in shares.split()]
+           for preset, rule, asked, shares in re.findall(r"^(\w+) +([a-z]\D*?(?: 64| 256)?) +(0\.\d+) +(.*)$", text, re.M)}  # fmt: skip
+    table = cells("docs/results.md", "| asked: 0.2 / 0.5 / 0.8 |")
+    assert len(table) == 9
+    for name, *given in table:
+        preset, rule = name.replace("`", "").split(", ")
+        assert all(says(cell, *(raw[preset, rule, p][i] for p in (0.2, 0.5, 0.8))) for i, cell in enumerate(given)), name
 
 
 def agrees(cell, row):
-    """A perplexity, and in brackets, if any, KV read as the last of them, are this row's of sizes.rows(), rounded."""
-    (perplexity, _, read), (shown, *shares) = row, re.findall(r"[\d.]+", cell)
-    unit = 10 ** -len(shown.partition(".")[2])
-    return abs(float(shown) - perplexity) <= 0.501 * unit and (not shares or abs(float(shares[-1]) - read) <= 0.00501)
+    """A perplexity, and in brackets, if any, KV read, are this row's of sizes.rows(), rounded."""
+    return says(cell, row[0], *([row[2]] if "(" in cell else []))
 
 
-def test_chosen_or_drawn_says_what_was_measured():
-    raw = sizes.rows("qwen2.5-coder-1.5b.txt")
-    table = cells("docs/results.md", "| 1.5B, perplexity (KV read)")
-    assert len(table) == 3
-    for name, *given in table:
-        rows = [raw[label, prune] for prune in (0.2, 0.5) for label in (name, f"{name}, random tokens")]
-        assert len(given) == 4 and all(map(agrees, given, rows)), name
-
-
-def cells(page, head):
-    """The rows of the table that begins with this head, without it: [first cell, others ...]."""
-    _, _, *lines = PAGES[page][PAGES[page].index(head) :].split("\n\n")[0].splitlines()
-    return [[cell.strip().strip("`") for cell in line.split("|")[1:-1]] for line in lines]
+def cells(page, head, titled=False):
+    """The rows of the table that begins with this head: [first cell, others ...]; with its head, if titled."""
+    title, _, *lines = PAGES[page][PAGES[page].index(head) :].split("\n\n")[0].splitlines()
+    return [[cell.strip() if titled else cell.strip().strip("`") for cell in line.split("|")[1:-1]] for line in [title] * titled + lines]
 
 
 def benchmarks(model):

@@ -65,10 +65,8 @@ def test_the_data_are_the_run_s(tmp_path, name):
         assert data["score"][l] == watched.score[0][l].tolist()  # to the last bit
         k, v, w, s = (torch.tensor(data[key][l]).double() for key in ("cosine_k", "cosine_v", "weight", "score"))
         torch.testing.assert_close(w * k.mean(1) + (1 - w) * v.mean(1), s, rtol=0, atol=2e-4)
-        past = [s[max(0, t - data["history"]) : t] for t in range(90)]
-        again = [
-            bool(above_threshold(s[t : t + 1, None], past[t][None, None], torch.tensor([[len(past[t])]]), ratio)) and t >= 16 for t in range(90)
-        ]
+        past = [s[None, None, max(0, t - data["history"]) : t] for t in range(90)]
+        again = [bool(above_threshold(s[t : t + 1, None], p, torch.tensor([[p.numel()]]), ratio)) and t >= 16 for t, p in enumerate(past)]
         assert "".join("01"[flag] for flag in again) == data["redundant"][l]
 
 

@@ -1,7 +1,7 @@
 """The two pictures at the head of the results, drawn from the tables in results/: python -m docs.figures.sizes
 
     sizes.png    what filtering costs against the model's size
-    reads.png    at 1.5 billion parameters, perplexity against KV read: the presets and their rivals
+    reads.png    perplexity against KV read, `cache` and its rivals, at the smallest and the largest size
 """
 
 import re
@@ -9,15 +9,19 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent.parent / "results"
-MODELS = {"perplexity.txt": 0.135, "qwen2.5-coder-0.5b.txt": 0.49, "qwen2.5-coder-1.5b.txt": 1.54}  # billion parameters
+MODELS = {"smollm2-135m.txt": 0.135, "qwen2.5-coder-0.5b.txt": 0.49, "qwen2.5-coder-1.5b.txt": 1.54}  # billion parameters
 COLOURS = {"paper": "tab:blue", "local": "tab:orange", "cache": "tab:green"}
 
 
-def rows(file):
-    """(setting, prune) -> (perplexity, times dense, KV read), of the windows of 768 that a file begins with."""
-    text = (RESULTS / file).read_text(encoding="utf-8").split("Windows ")[0]
-    found = re.findall(r"^(\S.*?) +(0\.\d{3}) +([\d.]+) +([\d.]+) +[\d.]+ +[\d.]+ +([\d.]+)$", text, re.M)
-    return {(name, float(prune)): (float(ppl), float(times), float(read)) for name, prune, ppl, times, read in found}
+def rows(file, windows="--window 768 --offsets 0 4096 8192"):
+    """(setting, prune) -> (perplexity, times dense, KV read): what eval_ppl.py printed for these windows."""
+    found = {}
+    for block in (RESULTS / file).read_text(encoding="utf-8").split("\n$ python ")[1:]:
+        command, _, table = block.partition("\n")
+        if f"{windows} " in f"{command} ":
+            lines = re.findall(r"^(\S.*?) +(0\.\d{3}) +([\d.]+) +([\d.]+) +[\d.]+ +[\d.]+ +([\d.]+)", table, re.M)
+            found |= {(name, float(prune)): (float(ppl), float(times), float(read)) for name, prune, ppl, times, read in lines}
+    return found
 
 
 def draw_sizes(path):
@@ -42,27 +46,36 @@ def draw_sizes(path):
     figure.savefig(path, dpi=120)
 
 
+RIVALS = {  # a curve: the settings on it, its colour
+    "cache": (["cache"], "tab:green"),
+    "KeyDiff, online": (["KeyDiff, online"], "tab:purple"),
+    "StreamingLLM": (["StreamingLLM, as much held", "StreamingLLM, as much read"], "tab:red"),
+    "random tokens": (["cache, random tokens", *(f"cache, random tokens, seed {seed}" for seed in range(3))], "gray"),
+    "oracle, which knows what will be attended to": (["oracle"], "black"),
+    "local": (["local"], "tab:orange"),
+}
+
+
 def draw_reads(path):
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    table = rows("qwen2.5-coder-1.5b.txt")
-    figure = Figure(figsize=(7, 4.8), layout="constrained")
-    axes = figure.subplots()
-    dense = table["dense", 0.0][0]
-    axes.axhline(dense, color="black", linestyle="--", label=f"dense: {dense:.1f}")
-    others = iter(("gray", "tab:purple", "tab:pink", "tab:red", "tab:brown"))
-    for name in dict.fromkeys(name for name, _ in table if name != "dense"):
-        points = sorted((read, ppl) for (each, _), (ppl, _, read) in table.items() if each == name)
-        colour, mine = COLOURS.get(name.split(", random")[0]) or next(others), name in COLOURS
-        axes.plot(*zip(*points), "o-" if mine else "x", color=colour, label=name)
-    axes.set(xlim=(0, 1), ylim=(0.95 * dense, 100), yscale="log")
-    axes.set(xlabel="KV read: keys and values read, over those read without a filter", ylabel="perplexity (logarithmic, up to 100)")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    for axes, (file, title) in zip(figure.subplots(1, 2), ((next(iter(MODELS)), "135 million parameters"), ([*MODELS][-1], "1.5 billion"))):
+        table = rows(file)
+        dense = table["dense", 0.0][0]
+        axes.axhline(dense, color="black", linestyle="--", linewidth=0.8, label=f"dense: {dense:.1f}")
+        for label, (names, colour) in RIVALS.items():
+            points = sorted((read, ppl) for (name, _), (ppl, _, read) in table.items() if name in names)
+            axes.plot(*zip(*points), "o-", color=colour, label=label, markersize=4)
+        axes.set(xlim=(0, 1), ylim=(0.97 * dense, 2.2 * dense), yscale="log", title=title)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.supxlabel("KV read: keys and values read, over those read without a filter")
+    figure.supylabel("perplexity (logarithmic)")
     figure.savefig(path, dpi=120)
 
 
