@@ -69,7 +69,7 @@ def read_arguments(argv=None):
     if min(numbers) < 1:
         fail("--batch, --context, --new-tokens, --repeat and --distinct must be at least 1")
     check_filter(args)
-    alone(shape=args.shape, vs=args.vs)
+    alone(shape=args.shape, vs=args.vs, compile=args.compile)
     if not -(2**63) <= args.seed < 2**63:
         fail(f"--seed {args.seed}: must be a number of 64 bits")
     if args.json:
@@ -451,8 +451,8 @@ def main(argv=None, given=None):
         for row in rows_of:
             print(line(row, more), flush=True)
         if RANKS > 1:
-            print(f"sums over {RANKS} processes, of {weights / 1e9:.3f} GB of weights each: {parallel.seconds_of_sums(model, batch) * 1e3:.2f} "
-                  "ms of a dense step, timed alone")  # fmt: skip
+            ms = parallel.seconds_of_sums(model, batch) * 1e3
+            print(f"{RANKS} processes, each with {weights / 1e9:.3f} GB of weights; their sums in a dense step, timed alone: {ms:.2f} ms")
         table += rows_of
         if args.json:  # after each case, so that an interrupted run keeps what it has
             Path(args.json).write_text(json.dumps({"settings": title, "command": sys.argv, "rows": table}, indent=1))

@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(message)
 
-    def parse_args(self, *given: Any) -> Any:
+    def parse_args(self, *given: Any) -> Any:  # type: ignore[override]
         args = super().parse_args(*given)
         vars(args).update(dict.fromkeys({"json", "csv", "plot"} & vars(args).keys() if RANK else ()))
         return args
@@ -104,7 +104,8 @@ def overflow(model, tokens: list[int], config) -> str:
 
 
 def add_model_arguments(parser):
-    parser.add_argument("checkpoint", nargs="?", default=DEMO, help="checkpoint folder (default: the demo's, %(default)s)")
+    parser.add_argument("checkpoint", nargs="?", default=DEMO, help="checkpoint folder, or org/name on the Hugging Face hub "
+                        "(default: the demo's, %(default)s)")  # fmt: skip
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto, cuda if there is one)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16", "float64"),
                         help="of weights and cache (default: auto, the checkpoint's own on cuda, float32 on cpu)")  # fmt: skip

@@ -54,7 +54,7 @@ def read_arguments(argv=None):
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="of sampling (default: 0, always the likeliest)")
     parser.add_argument("--top-k", type=int, default=0, metavar="N", help="sample from the N likeliest tokens (default: 0, all)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="and from the likeliest that together make up P (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
+    parser.add_argument("--seed", type=int, metavar="N", help="of sampling (default: 0)")
     parser.add_argument("--prune", type=PRUNE, metavar="P", help="share of (token, layer) pairs to skip (default: 0, dense)")
     parser.add_argument("--no-graph", action="store_true", help="on CUDA, do not record a decode step as a graph and replay it: slower")
     parser.add_argument("--compile", action="store_true", help="decode through torch.compile: faster, after a minute or so for compiling")
@@ -66,13 +66,15 @@ def read_arguments(argv=None):
     add_filter_arguments(parser)
     args = parser.parse_args(argv)
     try:
-        check_settings(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
+        check_settings(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed or 0)
     except ValueError as e:
         name, _, problem = str(e).partition(" ")
         fail(f"--{name.replace('_', '-')} {problem}")
-    for flag, unused in (("--top-k", args.top_k == 0), ("--top-p", args.top_p == 1), ("--num-samples", args.num_samples == 1)):
-        if args.temperature == 0 and not unused:
+    sampling = {"--top-k": args.top_k, "--top-p": args.top_p < 1, "--num-samples": args.num_samples > 1, "--seed": args.seed is not None}
+    for flag, given in sampling.items():
+        if args.temperature == 0 and given:
             fail(f"{flag} does nothing without --temperature")
+    args.seed = args.seed or 0
     if args.compare and args.prune is None:
         args.prune = 0.3
     given = check_filter(args, "compare", "show_skips", "skip_map")
@@ -84,7 +86,8 @@ def read_arguments(argv=None):
         fail("--show-skips colours prompts too: it cannot be combined with --no-echo")
     if args.system is not None and not args.chat:
         fail("--system does nothing without --chat")
-    alone(show_skips=args.show_skips, skip_map=args.skip_map, chat=args.chat and not args.prompt and not args.prompts_file)
+    talks = args.chat and not args.prompt and not args.prompts_file
+    alone(show_skips=args.show_skips, skip_map=args.skip_map, compile=args.compile, chat=talks)
     texts = read_prompts(args)
     if args.skip_map is not None:
         if args.compare or len(texts) > 1:

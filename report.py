@@ -10,12 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from command_line import fail
+from command_line import RANKS, fail
 
 
 def read_text(path) -> str:
     """A file's text, or stdin's (-), without the byte order mark that some editors put first. Exits with one line if there is none."""
-    if (stdin := path == "-") and sys.stdin is None:
+    if (stdin := path == "-") and RANKS > 1:
+        fail("stdin (-) is for one process: give a file, or leave out torchrun")
+    if stdin and sys.stdin is None:
         fail("stdin is closed, so there is nothing to read")
     try:
         with open(0 if stdin else path, encoding="utf-8-sig", closefd=not stdin) as file:

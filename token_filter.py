@@ -1,6 +1,6 @@
 """Token Filtering: decide, while the model runs, which tokens a layer can do without (arXiv 2512.07090).
 
-A token is redundant in a layer when its key and value look like the running averages (anchors) of those before it.
+A token is redundant in a layer when its key and value look like running averages (anchors) of the latest before it.
 The function `token_filter`, at the end, decides; schedule.py says what share of its tokens a layer is to find redundant.
 
 Shapes: B sequences, T new tokens, KVH key/value heads, D head size, W scores remembered.

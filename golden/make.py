@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from test_filter import cosine, drift, filter_loop, is_above, tail_by_bisection
+from golden.loop import cosine, drift, filter_loop, is_above, tail_by_bisection
 from token_filter import PRESETS, FilterConfig, preset
 
 FOLDER = Path(__file__).parent
@@ -28,7 +28,7 @@ MARGIN = 1e-4  # every score is further than this from the one that decides,
 APART = 1e-5  # and in the filter's files than this from every other, so that ranks agree as well
 
 TENSORS = {  # what the names mean, for files.json
-    "k": "(B, T, KVH, D) input: keys as the cache holds them, after RoPE; 0 after a row's end",
+    "k": "(B, T, KVH, D) input: keys as the cache holds them, after RoPE; 0 after a row's end; where there is raw_k, what must come out",
     "v": "(B, T, KVH, D) input: values",
     "raw_k": "(B, T, KVH, D) input: keys before RoPE",
     "ratio": "(B,) or, in the model, (P, L): the target ratio",
@@ -145,7 +145,7 @@ def of_head(x, tokens, head):
 CASES = {
     "one-head": Case("One KV head: no variance, so w_k is 1/2.", (1, 24, 1, 8), [0.5], [[24]]),
     "gqa": Case(
-        "Two KV heads, the preset's warm-up of 16: two prefill chunks, then decode steps. Start here.",
+        "Two KV heads, the preset's warm-up of 16: two prefill chunks, then decode steps.",
         (2, 40, 2, 8), [0.5, 0.3], [[20, 20], [9, 9]] + [[1, 1]] * 11, FilterConfig(),
     ),
     "mha": Case("Eight KV heads.", (1, 32, 8, 4), [0.6], [[20], [12]]),

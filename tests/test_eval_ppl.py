@@ -11,10 +11,11 @@ import torch
 
 import eval_ppl
 from eval_ppl import cut, evaluate, main, variations
+from golden.loop import drift, is_above
 from load_weights import load
 from model import rope_frequencies
 from rivals import by_chance, key_distance, oracle, recent_only, rivals
-from test_filter import drift, is_above, turned
+from test_filter import turned
 from test_generate import FILTERS, LONG, PROMPTS, refused
 from test_model import LENGTHS, small, texts
 from token_filter import PRESETS, FilterConfig, FilterState, preset

@@ -88,6 +88,8 @@ def test_a_command(command, reader, capsys, monkeypatch):
         assert re.search(rf"^{script}:", (HERE / "Makefile").read_text(), re.M)
         models = [word.removeprefix("MODEL=") for word in arguments if word.startswith("MODEL=")]
         assert set(models) <= set(demo_checkpoint.MODELS)
+    elif program == ".venv/bin/torchrun":
+        assert (HERE / arguments[1]).is_file()
     elif program in ("git", "bash"):
         assert arguments or (HERE / script).is_file()
     elif program == ".venv/bin/pip":
