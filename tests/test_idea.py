@@ -55,7 +55,7 @@ def test_the_worked_example(example):
 
 def test_the_picture(example, tmp_path):
     pytest.importorskip("matplotlib")
-    idea.draw(tmp_path / "idea.png", example[0], example[3], warm=16)
+    idea.draw(tmp_path / "idea.png", example[0], example[3], idea.by_mode(), warm=16)
 
 
 @pytest.mark.parametrize("recent", [0, 2, 5])

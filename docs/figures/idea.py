@@ -40,7 +40,7 @@ class Stage:
     redundant: bool
 
 
-def stages(k, v, ratio, gamma=0.9, warmup=16, window=256, eps=1e-6, averaged_first=False) -> list[Stage]:
+def stages(k, v, ratio, gamma=0.9, warmup=16, window=64, eps=1e-6, averaged_first=False) -> list[Stage]:
     """k, v (T, KVH, D) of one sequence in one layer, one token after the other.
 
     averaged_first: the mistake of an exercise, a token that is compared with averages it is already part of.
@@ -66,8 +66,9 @@ def stages(k, v, ratio, gamma=0.9, warmup=16, window=256, eps=1e-6, averaged_fir
     return out
 
 
-def watch(prune=0.5):
-    """TEXT through the demo model in float64: the text of its tokens, (k, v) of every layer that filters, and the cache."""
+def watch(prune=0.5, **changes):
+    """TEXT through the demo model in float64, under preset "paper" with some fields changed: the text of its tokens, (k, v) of every
+    layer that filters, and the cache."""
     model, tokenizer = load(DEMO, "cpu", "float64")
     tokens, seen = tokenizer.encode(TEXT), {}
 
@@ -75,9 +76,14 @@ def watch(prune=0.5):
         seen[int(state.layer)] = k[0].numpy(), v[0].numpy()
         return token_filter(k, v, n_new, state, ratio, config)
 
-    cache = model.new_cache(1, preset("paper", prune=prune), criterion)
+    cache = model.new_cache(1, preset("paper", prune=prune, **changes), criterion)
     model(torch.tensor([tokens]), cache)
     return token_pieces(tokenizer, tokens), seen, cache
+
+
+def by_mode() -> dict[str, list[bool]]:
+    """Whom LAYER finds redundant in a run of each mode, with RECENT tokens in sight."""
+    return {mode: watch(mode=mode, recent=RECENT)[2].layers[LAYER].redundant[0].tolist() for mode in ("skip", "local", "cache")}
 
 
 def slots(redundant, sinks, recent):
@@ -115,7 +121,7 @@ def table(skipped: Stage, kept: Stage) -> str:
     return "\n".join(f"| {name} | {show(skipped)} | {show(kept)} |" for name, show in rows)
 
 
-def draw(path, pieces, steps: list[Stage], warm):
+def draw(path, pieces, steps: list[Stage], found: dict[str, list[bool]], warm):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 11.4), layout="constrained")
@@ -142,7 +148,7 @@ def draw(path, pieces, steps: list[Stage], warm):
     score.legend(loc="upper center", ncols=5, fontsize=8.5, frameon=False, columnspacing=1.2)
 
     score.spines[["top", "right"]].set_visible(False)
-    draw_cache(cache, [piece.strip() for piece in pieces], [step.redundant for step in steps], warm)
+    draw_cache(cache, [piece.strip() for piece in pieces], found, warm)
     figure.savefig(path, dpi=110)
 
 
@@ -164,7 +170,7 @@ def draw_flow(panel):
 
     box(1, 11, 9, "token")
     box(15, 11, 12, "project\nkey $k$, value $v$")
-    box(32, 11, 18, "compare with the averages\n(anchors) of those before:\nscore $s$")
+    box(32, 11, 18, "compare with the averages\n(anchors) of the latest:\nscore $s$")
     box(55, 17.5, 27, "query, attention, output projection\n$k, v$ go into the cache", "#cfe2f3", BLUE)
     box(55, 4.5, 27, "nothing is added\n$k, v$ are dropped", "#fde3c8", ORANGE)
     box(89, 11, 9, "MLP,\nnext layer")
@@ -178,22 +184,23 @@ def draw_flow(panel):
     arrow(82.5, 5, 88.5, 10, ORANGE)
 
 
-def draw_cache(panel, pieces, redundant, warm):
-    """A layer's slots after each token from FIRST on, a row each, and how many of them the token sees."""
+def draw_cache(panel, pieces, found, warm):
+    """A layer's slots in mode "local" after each token from FIRST on, a row each, and how many slots the token sees in each mode's run."""
     from matplotlib.patches import Rectangle
 
-    states, front, last = list(slots(redundant, warm, RECENT)), warm + RECENT + 1, len(pieces) - FIRST
+    held_by, redundant = {mode: list(slots(own, warm, RECENT)) for mode, own in found.items()}, found["local"]
+    states, front, last = held_by["local"], warm + RECENT + 1, len(pieces) - FIRST
     # where slots begin: those of the sinks, which never change, are narrower
     edge = [0.75 * slot + 0.75 * max(0, slot - warm) for slot in range(front + len(states[-1][1]) + 2)]
-    columns = {name: edge[-1] + 1 + 2 * i for i, name in enumerate(("skip", "local", "cache"))}
+    columns = {name: edge[-1] + 1 + 2 * i for i, name in enumerate(found)}
     panel.set(xlim=(-0.05, columns["cache"] + 0.8), ylim=(last + 0.8, -1.7), xticks=[])
     title = "what it holds after each token, and what the token sees"
-    panel.set_title(f"3. The cache that these decisions fill, with recent = {RECENT}: {title}", loc="left")
+    panel.set_title(f"3. The cache under local, with recent = {RECENT}: {title}", loc="left")
     parts = (0, warm, f"sinks: the first {warm}"), (warm, front, f"ring: the latest {RECENT + 1}"), (front, -1, "far: kept")
     for start, end, name in parts:
         panel.plot((edge[start] + 0.1, edge[end] - 0.1), (-0.65, -0.65), color="#888888", linewidth=1)
         panel.text((edge[start] + edge[end]) / 2, -1.1, name, ha="center", va="center", fontsize=10)
-    panel.text(columns["local"], -1.4, "slots it sees, by mode", ha="center", va="center", fontsize=10)
+    panel.text(columns["local"], -1.4, "slots it sees, in each mode's own run", ha="center", va="center", fontsize=10)
     for name, x in columns.items():
         panel.text(x, -0.8, name, ha="center", va="center", fontsize=9.5)
 
@@ -206,16 +213,18 @@ def draw_cache(panel, pieces, redundant, warm):
             panel.add_patch(Rectangle((edge[slot] + 0.04, row - 0.33), width, 0.66, facecolor=inside, edgecolor="#b8c4d0", linewidth=0.8))
             panel.text(edge[slot] + 0.04 + width / 2, row, pieces[held], ha="center", va="center", fontsize=8.5 if slot >= warm else 7.5,
                        fontweight=weight, color="#888888" if slot < warm else "black")  # fmt: skip
-        sees = {"skip": 0, "local": len(near), "cache": everything} if redundant[t] else dict.fromkeys(columns, everything)
-        panel.add_patch(Rectangle((0, row - 0.42), edge[sees["local"]], 0.84, fill=False, edgecolor=colour, linewidth=1.8))
         for name, x in columns.items():
-            panel.text(x, row, sees[name], ha="center", va="center", fontsize=9.5, color=colour)
+            ring, beyond = map(len, held_by[name][t])
+            sees = {"skip": 0, "local": ring, "cache": ring + beyond}[name] if found[name][t] else ring + beyond
+            panel.text(x, row, sees, ha="center", va="center", fontsize=9.5, color=ORANGE if found[name][t] else BLUE)
+            if name == "local":
+                panel.add_patch(Rectangle((0, row - 0.42), edge[sees], 0.84, fill=False, edgecolor=colour, linewidth=1.8))
         if far != states[t - 1][1]:  # a kept token has left the ring
             left, to = edge[states[t - 1][0].index(far[-1])] + 0.75, edge[everything - 1] + 0.4
             panel.annotate("", (to, row - 0.34), (left, row - 0.64), arrowprops={"arrowstyle": "-|>", "color": BLUE, "linewidth": 1.5})
         name = f'"{pieces[t]}" is {"redundant" if redundant[t] else "kept"}'
         panel.text(-0.2, row, name, ha="right", va="center", fontsize=9.5, color=colour)
-    panel.text(0, last - 0.3, "Bold: the new token. Framed: what it sees under local, always the first so many slots. Blue: kept; orange:"
+    panel.text(0, last - 0.3, "Bold: the new token. Framed: what it sees, always the first so many slots. Blue: kept; orange:"
                " redundant, gone once out of the ring.\nArrow: a kept token leaves the ring and becomes a far one.",
                fontsize=9.5, va="top", color="#555555")  # fmt: skip
     panel.axis("off")
@@ -229,6 +238,6 @@ if __name__ == "__main__":
     print(f"layer {LAYER}, ratio {ratio:.4f}: {pieces[SKIPPED]!r} and {pieces[KEPT]!r}")
     print(table(steps[SKIPPED], steps[KEPT]), flush=True)
     try:
-        draw(Path(__file__).parent / "idea.png", pieces, steps, cache.filter.warmup)
+        draw(Path(__file__).parent / "idea.png", pieces, steps, by_mode(), cache.filter.warmup)
     except ModuleNotFoundError as error:
         fail(f"the picture needs {error.name}: .venv/bin/pip install -r requirements-dev.txt")
