@@ -162,8 +162,7 @@ def test_links_files_and_quotes():
 MODELS = {"135M": "smollm2-135m.txt", "0.5B": "qwen2.5-coder-0.5b.txt", "1.5B": "qwen2.5-coder-1.5b.txt"}
 WINDOWS = {  # as the pages call them, and as the raw files' commands do
     "four other windows": "--window 768 --offsets 100000 150000 200000 250000", "windows of 128": "--window 128",
-    "windows of 2048": "--window 2048 --offsets 0 20480", "one of 2048": "--window 2048 --offsets 0 --batch 1",
-    "one of 4096": "--window 4096 --offsets 0 --batch 1",
+    "windows of 2048": "--window 2048 --offsets 0 20480", "one of 4096": "--window 4096 --offsets 0 --batch 1",
 }  # fmt: skip
 RIVALS = {"oracle": "oracle", "KeyDiff": "KeyDiff, online", "a threshold": "cache, adjusted threshold",
           "the same": "StreamingLLM, as much read", "StreamingLLM": "StreamingLLM, as much held",
@@ -191,7 +190,7 @@ def figures_of(head, name, column):
         preset, size = name.split(", ")
         return [measured(sizes.rows(MODELS[size]), preset, prunes[0])[1]]
     if head == "| times dense | `paper` 0.2":
-        windows, size = name.split(", ")
+        windows, size = name.removesuffix(" †").split(", ")
         table, preset = sizes.rows(MODELS[size], WINDOWS[windows]), column.split(" ")[0].strip("`")
         prunes = prunes[:2] if windows == "windows of 128" else prunes
         return [table.get((preset, p), (0, math.nan))[1] for p in prunes]
@@ -204,8 +203,9 @@ def figures_of(head, name, column):
         table = sizes.rows(MODELS["135M"], WINDOWS[name])
         return [table["dense", 0][0]] if column == "dense" else [table[column.strip("`"), p][0] for p in (0.2, 0.5)]
     if head == "| `paper`, perplexity at":
-        setting = "paper" if column == "`tail`" else f"paper, schedule {column.strip('`')}"
-        return [sizes.rows(MODELS[name]).get((setting, p), (math.nan,))[0] for p in (0.2, 0.5)]
+        size, before = name.removesuffix(" †"), ", history 256" if "†" in name else ""
+        setting = "paper" if column == "`tail`" else f"paper, schedule {column.strip('`')}{before}"
+        return [sizes.rows(MODELS[size])[setting, p][0] for p in (0.2, 0.5)]
     assert head == "| changed |"
     table, preset, fields = sizes.rows(MODELS["135M"]), column.split(" ")[0].strip("`"), {"warm-up": "warmup", "$\\gamma$": "gamma"}
     field, values = name.split(": ") if ": " in name else ("keys", "rotated / unrotated")
@@ -215,7 +215,7 @@ def figures_of(head, name, column):
 
 
 @pytest.mark.parametrize("head, least", [
-    ("| times dense | 0.1 |", 45), ("| times dense | `paper` 0.2", 20), ("| perplexity (KV read) | 135M 0.2", 50),
+    ("| times dense | 0.1 |", 45), ("| times dense | `paper` 0.2", 20), ("| perplexity (KV read) | 135M 0.2", 45),
     ("| perplexity (KV read) | 0 |", 20), ("| perplexity | dense", 8), ("| `paper`, perplexity at", 8), ("| changed |", 14),
 ])  # fmt: skip
 def test_tables_say_what_was_measured(head, least):
@@ -275,7 +275,7 @@ def test_readme_says_what_was_measured_at_the_largest_size():
             for figure, (x, unit) in zip(re.findall(r"[\d.]+", cell), known):
                 assert float(figure) == pytest.approx(x, abs=0.501 * unit), (setting, cell)
             compared += 1
-    assert compared >= 20
+    assert compared >= 16
 
 
 def test_every_benchmark_is_what_was_measured():
@@ -327,5 +327,5 @@ def test_speed_and_pass_keys_say_what_was_measured():
     for line in (HERE / "results" / "passkey.txt").read_text().splitlines():
         if match := re.match(r"(dense|paper|local|cache) +(0\.\d+) +\d+ +(.*)", line):
             found[match[1], float(match[2])] = found.get((match[1], float(match[2])), 0) + sum(map(float, match[3].split()[:5]))
-    for name, dense, *keys in cells("docs/results.md", "| pass keys found, of 15 |"):
+    for name, dense, *keys in cells("docs/results.md", "| pass keys found †, of 15 |"):
         assert int(dense) == found["dense", 0] and [int(n) for n in keys] == [found[name, p] for p in (0.1, 0.2, 0.5)]
