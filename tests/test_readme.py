@@ -231,7 +231,7 @@ def test_tables_say_what_was_measured(head, least):
 def test_the_ratios_that_come_are_what_was_measured():
     text = (HERE / "results" / "realised.txt").read_text(encoding="utf-8")
     raw = {(preset, rule, float(asked)): [float(x) for x in shares.split()]
-           for preset, rule, asked, shares in re.findall(r"^(\w+) +([a-z]\D*?(?: 64| 256)?) +(0\.\d+) +(.*)$", text, re.M)}  # fmt: skip
+           for preset, rule, asked, shares in re.findall(r"^(\w+) +([a-z][^\d\n]*?(?: 64| 256)?) +(0\.\d+) +(.*)$", text, re.M)}  # fmt: skip
     table = cells("docs/results.md", "| asked: 0.2 / 0.5 / 0.8 |")
     assert len(table) == 9
     for name, *given in table:
@@ -322,6 +322,12 @@ def test_speed_and_pass_keys_say_what_was_measured():
         assert [cell.split("(")[1] for cell in others[:3]] == [f"{float(x):.2f})" for x in bound[1:4]], case
         if (batch, context) == ("32", "1024"):
             assert [*re.search(r"takes (\S+)\s+\(`paper`\), (\S+) \(`local`\) and (\S+) \(`cache`\)", README).groups()] == shown[:3]
+
+    raw = (HERE / "results" / "bench-gpu.txt").read_text()
+    for name, *given in cells("docs/results.md", "| | step, ms | x dense | bound"):
+        row = re.search(rf"^{name.split(',')[0].strip('`')}(?: 0\.5)? +(.*)$", raw, re.M)[1].split()
+        first, again, times, ms, _, ratio, _, bound, speed, _, cache, *_ = (float(x) if "-" not in x else None for x in row)
+        assert all(map(says, given, (ms, ratio, bound, speed, cache / 1000, first, again, times))), name
 
     found = {}
     for line in (HERE / "results" / "passkey.txt").read_text().splitlines():
