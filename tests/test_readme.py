@@ -230,8 +230,8 @@ def test_tables_say_what_was_measured(head, least):
 
 def test_the_ratios_that_come_are_what_was_measured():
     text = (HERE / "results" / "realised.txt").read_text(encoding="utf-8")
-    raw = {(preset, rule, float(asked)): [float(x) for x in shares.split()]
-           for preset, rule, asked, shares in re.findall(r"^(\w+) +([a-z][^\d\n]*?(?: 64| 256)?) +(0\.\d+) +(.*)$", text, re.M)}  # fmt: skip
+    lines = re.findall(r"^(\w+) +([a-z][^\d\n]*?(?: 64| 256)?) +(0\.\d+) +(.*)$", text, re.M)
+    raw = {(preset, rule, float(asked)): [float(x) for x in shares.split()] for preset, rule, asked, shares in lines}
     table = cells("docs/results.md", "| asked: 0.2 / 0.5 / 0.8 |")
     assert len(table) == 9
     for name, *given in table:

@@ -50,7 +50,7 @@ RIVALS = {  # a curve: the settings on it, its colour
     "cache": (["cache"], "tab:green"),
     "KeyDiff, online": (["KeyDiff, online"], "tab:purple"),
     "StreamingLLM": (["StreamingLLM, as much held", "StreamingLLM, as much read"], "tab:red"),
-    "random tokens": (["cache, random tokens", *(f"cache, random tokens, seed {seed}" for seed in range(3))], "gray"),
+    "random tokens": (["cache, random tokens"], "gray"),
     "oracle, which knows what will be attended to": (["oracle"], "black"),
     "local": (["local"], "tab:orange"),
 }
@@ -66,7 +66,11 @@ def draw_reads(path):
         dense = table["dense", 0.0][0]
         axes.axhline(dense, color="black", linestyle="--", linewidth=0.8, label=f"dense: {dense:.1f}")
         for label, (names, colour) in RIVALS.items():
-            points = sorted((read, ppl) for (name, _), (ppl, _, read) in table.items() if name in names)
+            drawn: dict[tuple, list] = {}  # points by setting and ratio, of one or several seeds
+            for (name, prune), (ppl, _, read) in table.items():
+                if name.split(", seed")[0] in names:
+                    drawn.setdefault((name.split(", seed")[0], prune), []).append((read, ppl))
+            points = sorted(tuple(sum(x) / len(x) for x in zip(*seeds)) for seeds in drawn.values())
             axes.plot(*zip(*points), "o-", color=colour, label=label, markersize=4)
         axes.set(xlim=(0, 1), ylim=(0.97 * dense, 2.2 * dense), yscale="log", title=title)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7)))
