@@ -89,20 +89,6 @@ def as_process(function, *arguments):
         fail(f"process {RANK} of {RANKS}, or one that it waited for, has failed: {error}")
 
 
-def overflow(model, tokens: list[int], config) -> str:
-    """Where the logits of a text stop being finite, in a line; config: a FilterConfig or None."""
-    import torch
-
-    cache, dtype = model.new_cache(1, config), str(model.embed.weight.dtype)[6:]
-    with torch.inference_mode():
-        x = model.embed(torch.tensor(tokens, device=cache.position.device))
-        chunk = cache.advance(torch.tensor([len(tokens)]), len(tokens), x.dtype)
-        finite = [bool((x := block(x, chunk, layer)).isfinite().all()) for block, layer in zip(model.blocks, cache.layers)]
-    where = f"layer {finite.index(False)}" if False in finite else "the output"
-    others = [name for name in ("bfloat16", "float32", "float64") if name != dtype]
-    return f"{dtype} is not enough for this model: from {where} on, values are not finite; use --dtype {' or '.join(others)}"
-
-
 def add_model_arguments(parser):
     parser.add_argument("checkpoint", nargs="?", default=DEMO, help="checkpoint folder, or org/name on the Hugging Face hub "
                         "(default: the demo's, %(default)s)")  # fmt: skip

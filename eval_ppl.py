@@ -71,12 +71,13 @@ def read_arguments(argv=None):
 if __name__ == "__main__":
     given = as_process(read_arguments)  # before torch is imported, which takes seconds
 
-from command_line import filters_from, overflow
+from command_line import filters_from
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from generate import overflow
 from load_weights import CheckpointError, load
 from model import Transformer
 from rivals import oracle, rivals

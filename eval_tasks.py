@@ -66,13 +66,13 @@ import math
 import random
 import statistics
 
-from command_line import filters_from, overflow
+from command_line import filters_from
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from generate import sample_rows
+from generate import overflow, sample_rows
 from load_weights import CheckpointError, Tokenizer, load
 from model import Transformer
 from report import finite, print_json

@@ -99,7 +99,7 @@ def read_arguments(argv=None):
 if __name__ == "__main__":
     given = as_process(read_arguments)  # before torch is imported, which takes seconds
 
-from command_line import compile_decode, filters_from, overflow
+from command_line import compile_decode, filters_from
 
 import torch
 from tqdm import tqdm
@@ -153,6 +153,18 @@ def sample_rows(logits, temperature, top_k, top_p, rngs) -> torch.Tensor:
         left, logits, p, race = left[out], logits[out], p[out], race[out] * before[out]
         tokens[left] = race.argmax(1)
     return tokens
+
+
+def overflow(model, tokens: list[int], config) -> str:
+    """Where the logits of a text stop being finite, in a line; config: a FilterConfig or None."""
+    cache, dtype = model.new_cache(1, config), str(model.embed.weight.dtype)[6:]
+    with torch.inference_mode():
+        x = model.embed(torch.tensor(tokens, device=cache.position.device))
+        chunk = cache.advance(torch.tensor([len(tokens)]), len(tokens), x.dtype)
+        finite = [bool((x := block(x, chunk, layer)).isfinite().all()) for block, layer in zip(model.blocks, cache.layers)]
+    where = f"layer {finite.index(False)}" if False in finite else "the output"
+    others = [name for name in ("bfloat16", "float32", "float64") if name != dtype]
+    return f"{dtype} is not enough for this model: from {where} on, values are not finite; use --dtype {' or '.join(others)}"
 
 
 def generate(
