@@ -444,7 +444,7 @@ def test_a_title_says_what_was_run(checkpoint, capsys, tmp_path, flags, title):
 
 def test_what_comes_out_equal_is_run_once(checkpoint, capsys, tmp_path):
     (tmp_path / "text").write_text(LONG * 3)
-    flags = "--mode local --recent 32 --schedule uniform --prune 0.5 0.5 0.3 0 --window 64 --device cpu"
+    flags = "--mode local --recent 32 --schedule uniform --fusion variance --keys rotated --prune 0.5 0.5 0.3 0 --window 64 --device cpu"
     eval_ppl.main([str(checkpoint), "--text", str(tmp_path / "text"), *flags.split()])
     out, err = capsys.readouterr()
     rows = [line for line in out.splitlines() if line.startswith(("dense", "paper", "local", "cache"))]
