@@ -381,8 +381,7 @@ def _load_model(folder: Path, config: ModelConfig, family: Family, device, asked
                 raise CheckpointError(stored.file, f"the tensor {name!r} {problem}")
             setattr(model.get_submodule(module), kind, nn.Parameter(weight, requires_grad=False))
     if config.tied:
-        rows = parallel.part(shapes["head.weight"], own["head.weight"])
-        model.head.weight = model.embed.weight if parallel.RANKS == 1 else nn.Parameter(model.embed.weight[rows], False)
+        model.head.weight = model.embed.weight
     if parallel.RANKS > 1:
         parallel.join(model)
     return model.eval()

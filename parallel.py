@@ -52,7 +52,7 @@ def divided(config: ModelConfig) -> Transformer:
         raise ValueError(f"its {config.kv_heads} key/value heads cannot be divided by {RANKS}: --nproc-per-node may be {fitting}")
     heads, kv_heads, mlp_width = (n // RANKS for n in (config.heads, config.kv_heads, config.mlp_width))
     model = Transformer(replace(config, heads=heads, kv_heads=kv_heads, mlp_width=mlp_width))
-    if config.vocab_size % RANKS == 0:  # else every rank has all of the output, as of the embedding
+    if config.vocab_size % RANKS == 0 and not config.tied:  # else every rank has all of the output, as of the embedding
         model.head = Linear(config.width, config.vocab_size // RANKS, bias=False)
     return model
 

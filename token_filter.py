@@ -8,7 +8,6 @@ Shapes: B sequences, T new tokens, KVH key/value heads, D head size, W scores re
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, get_args, get_type_hints
 
 import torch
@@ -61,7 +60,7 @@ def preset(name, **overrides) -> FilterConfig:
 class FilterState:
     """What one layer's filter remembers of each sequence; float32, or float64 in a float64 model."""
 
-    var_mean = staticmethod(partial(torch.var_mean, dim=-1, correction=0))  # over all heads: parallel.py has one for some elsewhere
+    var_mean = staticmethod(lambda cosine: torch.var_mean(cosine, dim=-1, correction=0))  # over all heads: see parallel.py
 
     def __init__(self, B, kv_heads, head_dim, config: FilterConfig, layer, dtype, device):
         self.anchor = torch.zeros(B, 2, kv_heads, head_dim, dtype=dtype, device=device)  # averages of keys [:, 0], of values [:, 1]
