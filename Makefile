@@ -19,7 +19,7 @@ demo: checkpoints/$(MODEL)/config.json
 	$(BIN)/python generate.py checkpoints/$(MODEL) --chat --prompt "$(PROMPT)" --prune 0.3 --compare --no-echo --max-new-tokens 80
 
 test: .venv/dev $(DEMO)
-	@echo "all tests: about 6 minutes on two cores"
+	@echo "all tests: 5 to 20 minutes on two cores"
 	$(BIN)/python -m pytest -q
 
 check: .venv/dev
