@@ -65,7 +65,7 @@ def rope_frequencies(config: ModelConfig) -> torch.Tensor:
 
 
 def rope_table(position, frequencies, dtype):
-    """cos and sin of every angle at position (B, T), (B, T, 1, R) each, as rotate wants them."""
+    """cos and sin of every angle at position (...), (..., 1, R) each, as rotate wants them."""
     angle = position[..., None, None] * frequencies
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
@@ -87,7 +87,6 @@ def rotate(x, cos, sin):
 
 FAR = 2**62  # beyond any position
 BLOCK = 32  # slots, at least, by which a layer's cache grows
-QUERIES = 256  # of each row, that prefill attends with at a time
 # of torch's kernels not cuDNN's, which takes a second to plan for every new shape, and every chunk of every layer has one
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -97,59 +96,48 @@ def front_slot(position, sinks, ring):
     return torch.where(position < sinks, position, sinks + (position - sinks) % max(ring, 1))
 
 
-@dataclass
-class Group:
-    """Tokens of a chunk that attend together: those of each row moved to its front make (B, T') queries, little of it padding."""
-
-    step: torch.Tensor  # (N',) which of the chunk's (B, T) tokens they are,
-    token: torch.Tensor  # (N',) which of its N real ones,
-    seat: torch.Tensor  # (N',) and which of the queries
-    longest: int  # T'
-    ends: list[int]  # up to which of the T new tokens each QUERIES of them can see
-
-
-def grouped(attends, token, *numbers):
-    """attends (G, B, T) bool, token as in Chunk -> G Groups; and the numbers, 0-dim tensors, as ints. Waits once for the device."""
-    T, row = attends.shape[2], torch.arange(attends.shape[1], device=attends.device)[:, None]
-    nth, end = attends.cumsum(2), attends * torch.arange(1, T + 1, device=attends.device)  # nth: 1 for a row's first
-    ends = [(end * (nth <= last)).amax((1, 2)) for last in range(QUERIES, T + QUERIES, QUERIES)]
-    table = torch.stack((attends.sum((1, 2)), nth[:, :, -1].amax(1), *ends), dim=1)
-    known, groups = torch.cat((table.flatten(), *(number.view(1) for number in numbers))).cpu(), []  # the wait
-    for some, count, (N, longest, *ends) in zip(attends, nth, known[: table.numel()].view(table.shape).tolist()):
-        step = some.flatten().byte().argsort(descending=True, stable=True)[:N]
-        groups.append(Group(step, token.flatten()[step], (row * longest + count - 1).flatten()[step], longest, ends))
-    return groups, known[table.numel() :].tolist()
+def to_front(attends, count):
+    """Moves tokens of a chunk that attend together, attends (B, T), to the front of their rows, so that little of the (B, T') queries
+    they make is padding; count: how many each row has, on the host. Returns which of the B * T they are, and which of the B * T', (N',)
+    both, and T'.
+    """
+    longest, row = max(count), torch.arange(len(attends), device=attends.device)[:, None]
+    step = attends.flatten().byte().argsort(descending=True, stable=True)[: sum(count)]
+    return step, (row * longest + attends.cumsum(1) - 1).flatten()[step], longest
 
 
 @dataclass
 class Step:
-    """Where the new tokens stand in their sequences: at decode, where every row has one, (B, 1)."""
+    """Decode: where the new token of every row stands."""
 
-    position: torch.Tensor  # (B, T)
-    cos: torch.Tensor  # (N, 1, 1, R)
+    position: torch.Tensor  # (B, 1) in its sequence,
+    start: torch.Tensor  # (B,) the same,
+    cos: torch.Tensor  # (B, 1, R)
     sin: torch.Tensor
-    start: torch.Tensor  # (B,) the first one's position,
-    slot: torch.Tensor  # (B,) its slot in the layers that filter,
+    slot: torch.Tensor  # (B,) in the cache of a layer that filters,
     front: torch.Tensor  # (B,) how many slots of sinks and ring are filled with it,
     row: torch.Tensor  # (B,) and its row, 0 .. B-1
 
     def by_row(self, x):
-        """(N, 1, KVH, D) -> (B, T, KVH, D), at padding anything."""
-        return x
+        """(N, KVH, D) -> (B, T, KVH, D), at padding anything."""
+        return x[:, None]
 
 
 @dataclass
-class Chunk(Step):
-    """In prefill, where a row has up to T of them, and then padding."""
+class Chunk:
+    """Prefill: where up to T new tokens of every row stand; the rest of the row is padding."""
 
-    n: torch.Tensor  # (B,) how many it has
-    token: torch.Tensor  # (B, T) which of the N it is; at padding any
-    everyone: Group
-    end: int  # the most tokens that a row has with these,
-    rest: int  # and how many more are known to follow
+    position: torch.Tensor  # (B, T)
+    cos: torch.Tensor  # (N, 1, R)
+    sin: torch.Tensor
+    n: torch.Tensor  # (B,) how many tokens a row has,
+    real: torch.Tensor  # (B, T) which they are,
+    packed: torch.Tensor  # (N,) which of the B * T, counted through, the real ones are,
+    token: torch.Tensor  # (B, T) and which of the real ones each is, at padding any
+    longest: int  # the most tokens that a row has with these
 
     def by_row(self, x):
-        return x[self.token].squeeze(2)
+        return x[self.token]
 
 
 class LayerCache:
@@ -172,33 +160,29 @@ class LayerCache:
         self.sinks, self.ring = (sinks, filter.recent + 1) if self.filters else (0, 0)
         self.front = self.sinks + self.ring
         self.most = sinks if self.closed else self.front + self.window  # slots that may ever be needed
-        self.kv = torch.zeros(2, B, config.kv_heads, BLOCK + 1, config.head_dim, dtype=dtype, device=device)  # (2, B, KVH, S, D)
-        self.at = torch.full((B, BLOCK + 1), -1, device=device)  # the positions of the tokens in the slots, -1 where there is none
+        slots = max(self.front, BLOCK) + 1  # the last stays empty: for what goes nowhere
+        self.kv = torch.zeros(2, B, config.kv_heads, slots, config.head_dim, dtype=dtype, device=device)  # (2, B, KVH, S, D)
+        self.at = torch.full((B, slots), -1, device=device)  # the positions of the tokens in the slots, -1 where there is none
         self.kept = torch.zeros(B, self.front, dtype=torch.bool, device=device)  # who of the sinks and the ring
         self.far = torch.zeros(B, dtype=torch.int64, device=device)  # how many are far ones, or under a window have been
         self.skipped, self.read = torch.zeros_like(self.far), torch.zeros_like(self.far)  # redundant tokens; slots that queries have read
-        self.used = 0  # slots filled in the longest row, when the host last looked
         self.state = self.ratio = self.redundant = self.score = None  # the last two for whoever wants to look: (B, T), the latest
         if self.filters:
             exact = torch.promote_types(dtype, torch.float32)
             self.state = FilterState(B, config.kv_heads, config.head_dim, filter, layer, exact, device)
             self.ratio = torch.full((), ratio, dtype=torch.float64, device=device)  # a number would be compiled in, layer by layer
 
-    def slots_for(self, used, rest):
-        """How many slots to have when `used` are filled, and `rest` more tokens are known to come."""
-        more = math.ceil((1 - self.share) * rest) + (BLOCK // 2 if self.share else 0) if rest else max(used // 8, BLOCK)
-        return min(used + more, self.most) + 1  # the last: for what goes nowhere
-
-    def free(self):
-        """How many more tokens there are slots for, whatever is kept."""
-        return self.at.shape[1] - 1 - self.used if self.at.shape[1] <= self.most else FAR
+    def free(self, used):
+        """How many more tokens there are slots for, whatever is kept, when `used` slots are filled in the longest row."""
+        return self.at.shape[1] - 1 - used if self.at.shape[1] <= self.most else FAR
 
     def resize(self, slots):
-        n = slots - self.at.shape[1]  # a negative number cuts
+        """To so many, and the empty one."""
+        n = max(slots, self.front) + 1 - self.at.shape[1]  # a negative number cuts
         self.kv, self.at = F.pad(self.kv, (0, 0, 0, n)), F.pad(self.at, (0, n), value=-1)
 
     def put(self, k, v, redundant, step: Step):
-        """Decode: one token a row, k, v (B, 1, KVH, D), redundant (B,) or None, into its slot. Returns how many slots it may see,
+        """Decode: one token a row, k, v (B, KVH, D), redundant (B,) or None, into its slot. Returns how many slots it may see,
         itself included, (B,), and under a sliding window which of them, (B, S).
         """
         row, slot, front, position = step.row, step.slot, step.front if self.ring else 0, step.start
@@ -214,7 +198,7 @@ class LayerCache:
             slot = last
             self.far += 1 if redundant is None else ~redundant
             position = position if redundant is None else position.masked_fill(redundant, -1)
-        self.kv[:, row, :, slot] = torch.stack((k, v), dim=2)[:, 0]
+        self.kv[:, row, :, slot] = torch.stack((k, v), dim=1)
         self.at[row, slot] = position
         far, mask = self.far, None
         if self.window < FAR:
@@ -232,16 +216,15 @@ class LayerCache:
         keys and values (2, B, KVH, K, D); their positions (B, K), -1 where there is none; whether they are kept, (B, K); and their
         place when all are stored, (B, K): that of a slot in order, FAR for what nobody will see any more.
         """
-        front, far = min(self.front, self.used), max(self.used - self.front, 0)
 
         def joined(old, new, dim):
-            near, beyond = old.narrow(dim, 0, self.used).split((front, far), dim)
-            return torch.cat((beyond, near, new), dim)
+            near, far = old.tensor_split((self.front,), dim)
+            return torch.cat((far, near, new), dim)
 
-        end = (chunk.start + chunk.n)[:, None]
-        at = joined(self.at, chunk.position.masked_fill(chunk.position >= end, -1), 1)
-        kept = torch.cat((self.kept[:, :front], torch.ones_like(chunk.position > 0) if redundant is None else ~redundant), dim=1)
-        kept, near = F.pad(kept, (far, 0), value=True), (at < self.sinks) | (at >= end - self.ring)
+        end = (chunk.position[:, 0] + chunk.n)[:, None]
+        at = joined(self.at, chunk.position.masked_fill(~chunk.real, -1), 1)
+        kept = joined(F.pad(self.kept, (0, self.at.shape[1] - self.front), value=True), chunk.real if redundant is None else ~redundant, 1)
+        near = (at < self.sinks) | (at >= end - self.ring)
         stays = (at >= 0) & (near | (kept & (at >= end - self.window)))
         place = torch.where(near, front_slot(at, self.sinks, self.ring), self.front + at)
         return joined(self.kv, kv, 3), at, kept, place.masked_fill(~stays, FAR)
@@ -252,14 +235,14 @@ class LayerCache:
         sight = (at > query - self.ring) | (at < self.sinks)
         return (at >= 0) & (at <= query) & (at > query - self.window) & (sight if near else sight | kept)
 
-    def store(self, kv, at, kept, place, used, rest):
-        """Prefill: lay out anew what in_reach() gave, of which at most `used` of a row stay, with slots for some of `rest` to come."""
-        slots, stays = self.slots_for(used, rest), (place < FAR).sum(1, keepdim=True)
-        order = F.pad(place.argsort(1)[:, :used], (0, slots - used))  # no slot between filled ones is empty
+    def store(self, kv, at, kept, place, used):
+        """Prefill: lay out anew what in_reach() gave, of which at most `used` of a row stay."""
+        stays = (place < FAR).sum(1, keepdim=True)
+        order = place.argsort(1)[:, : max(used, self.front) + 1]  # no slot between filled ones is empty
         self.kv = kv.gather(3, order[:, None, :, None].expand(2, -1, kv.shape[2], -1, kv.shape[4]))
-        self.at = at.gather(1, order).masked_fill(torch.arange(slots, device=at.device) >= stays, -1)
-        self.kept = F.pad(kept.gather(1, order) & (self.at >= 0), (0, self.front - slots))
-        self.far, self.used = (stays[:, 0] - self.front).clamp(min=0), used
+        self.at = at.gather(1, order).masked_fill(torch.arange(order.shape[1], device=at.device) >= stays, -1)
+        self.kept = kept.gather(1, order[:, : self.front]) & (self.at[:, : self.front] >= 0)
+        self.far = (stays[:, 0] - self.front).clamp(min=0)
 
     def select(self, rows):
         """Keep these rows, an int64 tensor, in this order."""
@@ -297,49 +280,47 @@ class KVCache:
         self.layers = [LayerCache(config, B, *layer, filter, self.sinks, criterion, dtype, device) for layer in enumerate(ratios)]
         self.slot_bytes = 2 * config.kv_heads * config.head_dim * dtype.itemsize  # K and V of one token in one layer
 
-    def place(self, position, packed, dtype) -> Step:
-        """Of tokens at position (B, T), of which the real ones are packed (N,)."""
-        ring, front = self.filter.recent + 1, self.position + 1
-        slot, row = front_slot(self.position, self.sinks, ring), torch.arange(len(position), device=position.device)
-        cos, sin = rope_table(packed[:, None], self.frequencies, dtype)
-        return Step(position, cos, sin, self.position, slot, front.clamp(max=self.sinks + ring), row)
+    def step(self, dtype) -> Step:
+        """Decode: one more token of each row."""
+        ring, row = self.filter.recent + 1, torch.arange(len(self.position), device=self.position.device)
+        slot, front = front_slot(self.position, self.sinks, ring), (self.position + 1).clamp(max=self.sinks + ring)
+        return Step(self.position[:, None], self.position, *rope_table(self.position, self.frequencies, dtype), slot, front, row)
 
     def advance(self, n_new, T, dtype) -> Chunk:
         """Prefill: n_new[b] more tokens of each row (host), in T columns."""
-        self.look()
-        self.replaced()
-        device, real = self.position.device, torch.arange(T) < n_new[:, None]
+        self.cut()
+        real = torch.arange(T) < n_new[:, None]
         token = (real.flatten().cumsum(0) - 1).clamp(min=0).view(real.shape)
-        (everyone,), _ = grouped(real[None], token)  # on the host, so this waits for nothing
-        everyone.step, everyone.token, everyone.seat = (x.to(device) for x in (everyone.step, everyone.token, everyone.seat))
-        position, n = self.position[:, None] + torch.arange(T, device=device), n_new.to(device)
-        place = self.place(position, position.flatten()[everyone.step], dtype)
-        self.idle, self.room = int(self.seen.min()) >= self.sinks, 0
+        packed = real.flatten().nonzero()[:, 0]  # still on the host
+        n, real, token, packed = (x.to(self.position.device) for x in (n_new, real, token, packed))
+        position = self.position[:, None] + torch.arange(T, device=n.device)
+        cos, sin = rope_table(position.flatten()[packed], self.frequencies, dtype)
+        self.idle = int(self.seen.min()) >= self.sinks
         self.seen, self.position = self.seen + n_new, self.position + n
-        end = int(self.seen.max())
-        return Chunk(**vars(place), n=n, token=token.to(device), everyone=everyone, end=end, rest=max(self.length - end, 0))
+        return Chunk(position, cos, sin, n, real, packed, token, int(self.seen.max()))
 
-    def replaced(self):
-        """A recorded step would not see the new tensors."""
-        self.steps, self.replay = 0, None
-
-    def look(self):
-        """Have the host know how many slots are filled: the one wait of decode."""
+    def used(self) -> list[int]:
+        """Slots filled in each layer's longest row: the one wait of decode."""
         seen = max(self.seen.tolist(), default=0)
         far = torch.stack([F.pad(layer.far, (0, 1)).max() for layer in self.layers]).cpu().tolist()
-        for layer, n in zip(self.layers, far):
-            layer.used = min(seen, layer.front) + min(n, self.window)
+        return [min(seen, layer.front) + min(n, self.window) for layer, n in zip(self.layers, far)]
+
+    def cut(self):
+        """Leave no slot empty, for what follows replaces the cache's tensors anyway, so that a recorded step would not see them."""
+        for layer, used in zip(self.layers, self.used()):
+            if layer.free(used):
+                layer.resize(used)
+        self.room, self.steps, self.replay = 0, 0, None
 
     def make_room(self):
-        """Let every layer have slots for some steps of decode to come, and hardly more than it needs."""
-        self.look()
-        rest, short = max(self.length - max(self.seen.tolist(), default=0), 0), min(layer.free() for layer in self.layers) < 1
-        for layer in self.layers:
-            slots, wanted = layer.at.shape[1], layer.slots_for(layer.used, rest)
-            if slots > 1.1 * wanted or (short and layer.free() < BLOCK):
-                layer.resize(wanted)
-                self.replaced()
-        self.room = min(layer.free() for layer in self.layers)
+        """Let every layer have slots for some steps of decode: for what is known to follow at its ratio, or for an eighth more."""
+        used, rest = self.used(), max(self.length - int(self.seen.max()), 0)
+        if min(map(LayerCache.free, self.layers, used)) < 1:
+            for layer, n in zip(self.layers, used):
+                more = math.ceil((1 - layer.share) * rest) + (BLOCK // 2 if layer.share else 0) if rest else max(n // 8, BLOCK)
+                layer.resize(min(n + more, layer.most))
+            self.steps, self.replay = 0, None
+        self.room = min(map(LayerCache.free, self.layers, used))
 
     @torch.inference_mode()
     def select(self, rows):
@@ -349,8 +330,7 @@ class KVCache:
         self.seen, self.position = self.seen[rows.cpu()], self.position[on_device]
         for layer in self.layers:
             layer.select(on_device)
-        self.replaced()
-        self.make_room()
+        self.cut()
 
     def usage(self):
         """(B, 5) int64 on the host, of each row: (token, layer) pairs fed, those found redundant, slots in use; slots that all queries
@@ -403,61 +383,59 @@ class Attention(nn.Module):
     def forward(self, x, chunk: Step, cache: LayerCache):
         """x (N, C), the residual stream after its norm -> what attention adds to it, (N, C)."""
         # keys and values
-        raw_k = self.k_norm(self.k(x).unflatten(-1, (1, self.kv_heads, self.head_dim)))  # (N, 1, KVH, D)
-        k, v = rotate(raw_k, chunk.cos, chunk.sin), self.v(x).unflatten(-1, (1, self.kv_heads, self.head_dim))
-        k, v = chunk.by_row(k), chunk.by_row(v)  # (B, T, KVH, D)
+        raw_k = self.k_norm(self.k(x).unflatten(-1, (self.kv_heads, self.head_dim)))  # (N, KVH, D)
+        k, v = rotate(raw_k, chunk.cos, chunk.sin), self.v(x).unflatten(-1, (self.kv_heads, self.head_dim))
 
         # filter
         redundant = chunk.position >= cache.most if cache.closed else None  # (B, T)
         if cache.filters:
-            compared = k if cache.filter.keys == "rotated" else chunk.by_row(raw_k)
-            n = chunk.n if isinstance(chunk, Chunk) else None
-            redundant, score = cache.criterion(compared, v, n, cache.state, cache.ratio, cache.filter)  # (B, T) both
+            compared, n = k if cache.filter.keys == "rotated" else raw_k, chunk.n if isinstance(chunk, Chunk) else None
+            compared, values = chunk.by_row(compared), chunk.by_row(v)  # (B, T, KVH, D)
+            redundant, score = cache.criterion(compared, values, n, cache.state, cache.ratio, cache.filter)  # (B, T) both
             cache.redundant, cache.score = redundant, score
 
         # store, attend, and add
         if isinstance(chunk, Chunk):
-            return self.prefill(x, k, v, redundant, chunk, cache)
+            kv = chunk.by_row(torch.stack((k, v), dim=1)).permute(2, 0, 3, 1, 4)  # (2, B, KVH, T, D)
+            return self.prefill(x, kv, redundant, chunk, cache)
         n, mask = cache.put(k, v, None if redundant is None else redundant[:, 0], chunk)
-        added = self.o(attend(self.queries(x, chunk.cos, chunk.sin), cache.kv[0], cache.kv[1], n, mask).flatten(1))
+        q = self.queries(x, chunk.cos, chunk.sin)[:, :, None]  # (B, H, 1, D)
+        added = self.o(attend(q, cache.kv[0], cache.kv[1], n, mask).flatten(1))
         return added if redundant is None or cache.filter.mode != "skip" else added.masked_fill(redundant, 0)
 
     def queries(self, x, cos, sin):
-        """(N, H, 1, D)"""
-        return rotate(self.q_norm(self.q(x).unflatten(-1, (self.heads, 1, self.head_dim))), cos, sin)
+        """(N, H, D)"""
+        return rotate(self.q_norm(self.q(x).unflatten(-1, (self.heads, self.head_dim))), cos, sin)
 
-    def prefill(self, x, k, v, redundant, chunk: Chunk, cache: LayerCache):
+    def prefill(self, x, kv, redundant, chunk: Chunk, cache: LayerCache):
         """The same for any number of tokens a row: those that skip are left out of the products with q and o too."""
-        kv, at, kept, place = cache.in_reach(torch.stack((k, v)).transpose(2, 3), redundant, chunk)
-        groups, used, added = [chunk.everyone], min(chunk.end, cache.window), torch.zeros_like(x)
+        (B, T), (kv, at, kept, place) = chunk.position.shape, cache.in_reach(kv, redundant, chunk)
+        groups, used, added = [(chunk.packed, chunk.packed, T)], min(chunk.longest, cache.window), torch.zeros_like(x)
         if redundant is not None:
-            real = chunk.position < (chunk.start + chunk.n)[:, None]
-            attends = {"skip": [real & ~redundant], "local": [real & ~redundant, redundant], "cache": [real]}[cache.filter.mode]
-            groups, (used,) = grouped(torch.stack(attends), chunk.token, (place < FAR).sum(1).max())
+            attends = {"skip": [~redundant], "local": [~redundant, redundant], "cache": [chunk.real]}[cache.filter.mode]
+            attends = [some & chunk.real for some in attends]
+            *counts, stay = torch.stack([some.sum(1) for some in (*attends, place < FAR)]).cpu().tolist()  # the one wait of a layer
+            groups, used = [to_front(some, count) for some, count in zip(attends, counts)], max(stay)
             cache.skipped += redundant.sum(1)
-        for group, near in zip(groups, (False, True)):  # near: redundant ones in mode "local", which read no far key
-            if group.longest:
-                q = self.queries(x[group.token], chunk.cos[group.token], chunk.sin[group.token])
-                added[group.token] = self.o(self.attend_group(q, group, near, kv, at, kept, chunk, cache))
-        cache.store(kv, at, kept, place, used, chunk.rest)
+        for (step, seat, longest), near in zip(groups, (False, True)):  # near: redundant ones in mode "local", which read no far key
+            if longest:
+                token, far = chunk.token.flatten()[step], at.shape[1] - T - cache.front if near else 0
+                q = self.queries(x[token], chunk.cos[token], chunk.sin[token])  # (N', H, D)
+                position, queries = at.new_full((B * longest,), -1), q.new_zeros(B * longest, *q.shape[1:])
+                position[seat], queries[seat] = chunk.position.flatten()[step], q
+                mask = cache.visible(position.view(B, longest), at[:, far:], kept[:, far:], near)  # (B, T', K)
+                cache.read += mask.sum((1, 2))
+                y = self.attend_all(queries.view(B, longest, *q.shape[1:]), kv[0, :, :, far:], kv[1, :, :, far:], mask)
+                added[token] = self.o(y.flatten(0, 1)[seat])
+        cache.store(kv, at, kept, place, used)
         return added
 
-    def attend_group(self, q, group: Group, near, kv, at, kept, chunk: Chunk, cache: LayerCache):
-        """The queries q (N', H, 1, D) of a group over what is in reach, QUERIES of each row at a time -> (N', H * D)."""
-        (B, T), longest, far = chunk.position.shape, group.longest, max(cache.used - cache.front, 0) if near else 0
-        position, queries = at.new_full((B * longest,), -1), q.new_zeros(B * longest, *q.shape[1:])
-        position[group.seat], queries[group.seat] = chunk.position.flatten()[group.step], q
-        position, queries = position.view(B, longest), queries.view(B, longest, self.kv_heads, -1, self.head_dim)
-        queries, (keys, values), y = queries.permute(0, 2, 3, 1, 4), kv, []  # (B, KVH, H/KVH, T', D)
-        for start, end in zip(range(0, longest, QUERIES), group.ends):
-            some, sight = slice(start, start + QUERIES), slice(far, at.shape[1] - T + end)
-            mask = cache.visible(position[:, some], at[:, sight], kept[:, sight], near)
-            cache.read += mask.sum((1, 2))
-            mask = mask.repeat(1, queries.shape[2], 1)[:, None]  # query heads that share a key/value head are queries of one head
-            q = queries[:, :, :, some].flatten(2, 3)
-            part = F.scaled_dot_product_attention(q, keys[:, :, sight], values[:, :, sight], attn_mask=mask)
-            y.append(part.unflatten(2, (queries.shape[2], -1)))
-        return torch.cat(y, dim=3).permute(0, 3, 1, 2, 4).reshape(B * longest, -1)[group.seat]
+    def attend_all(self, q, k, v, mask):
+        """q (B, T', H, D) over those of k, v (B, KVH, K, D) that mask (B, T', K) shows -> (B, T', H * D)."""
+        together = self.heads // self.kv_heads  # query heads that share a key/value head are queries of one head
+        q = q.unflatten(2, (self.kv_heads, together)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (B, KVH, H/KVH * T', D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, together, 1)[:, None])
+        return y.unflatten(2, (together, -1)).permute(0, 3, 1, 2, 4).flatten(2)
 
 
 class MLP(nn.Module):
@@ -551,7 +529,7 @@ class Transformer(nn.Module):
             logits = self.decode(tokens, cache)
             return logits if last else logits[:, None]
         chunk = cache.advance(n_new, T, weight.dtype)
-        x = self.embed(tokens.flatten()[chunk.everyone.step])  # (N, C)
+        x = self.embed(tokens.flatten()[chunk.packed])  # (N, C)
         with sdpa_kernel(KERNELS):
             for block, layer in zip(self.blocks, cache.layers):
                 x = block(x, chunk, layer, layer.closed and cache.idle)
@@ -571,8 +549,7 @@ class Transformer(nn.Module):
         if cache.room == 0:
             cache.make_room()
         if cache.idle != (idle := int(cache.seen.min()) >= cache.sinks):
-            cache.idle = idle
-            cache.replaced()
+            cache.idle, cache.steps, cache.replay = idle, 0, None
         if cache.steps == 0 and self.decode_block is not Block.forward:
             for layer in cache.layers:  # numbers of slots alone are no numbers to the compiler: it makes one graph for all of them
                 for tensor, slots in ((layer.kv, 3), (layer.at, 1)):
@@ -589,7 +566,7 @@ class Transformer(nn.Module):
     def step(self, tokens, cache: KVCache):
         """A decode step: nothing in it comes from the host or waits for the device, and no tensor that the next one needs is replaced."""
         x = self.embed(tokens[:, 0])  # (B, C)
-        here = cache.place(cache.position[:, None], cache.position, x.dtype)
+        here = cache.step(x.dtype)
         for block, layer in zip(self.blocks, cache.layers):
             x = self.decode_block(block, x, here, layer, layer.closed and cache.idle)
         cache.position += 1

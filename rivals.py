@@ -82,14 +82,14 @@ def oracle(model, rows, filter):
     worth = torch.zeros(c.n_layers, len(rows), max(map(len, rows)), device=device, dtype=torch.promote_types(dtype, torch.float32))
     for row, ids in enumerate(rows):
         t, x = torch.arange(len(ids), device=device), model.embed(torch.tensor([ids], device=device))  # (1, T, C)
-        cos, sin = rope_table(t[:, None], rope_frequencies(c).to(device, worth.dtype), dtype)  # (T, 1, 1, R)
+        cos, sin = rope_table(t, rope_frequencies(c).to(device, worth.dtype), dtype)  # (T, 1, R)
         ago = t[:, None] - t  # (T, T)
         hidden = (ago < 0) | (ago >= (c.window or math.inf))
         for layer, block in enumerate(model.blocks):
             attn, h = block.attn, block.attn_norm(x)
             k, v = (part(h).view(-1, c.kv_heads, c.head_dim) for part in (attn.k, attn.v))  # (T, KVH, D)
-            k, v = rotate(attn.k_norm(k), cos[:, 0], sin[:, 0]), v.repeat_interleave(c.heads // c.kv_heads, dim=1)
-            k, q = k.repeat_interleave(c.heads // c.kv_heads, dim=1), attn.queries(h[0], cos, sin)[:, :, 0]  # (T, H, D)
+            k, v = rotate(attn.k_norm(k), cos, sin), v.repeat_interleave(c.heads // c.kv_heads, dim=1)
+            k, q = k.repeat_interleave(c.heads // c.kv_heads, dim=1), attn.queries(h[0], cos, sin)  # (T, H, D)
             attention = (torch.einsum("qhd,khd->hqk", q, k) / c.head_dim**0.5).masked_fill(hidden, -math.inf).softmax(-1)
             got = attention.masked_fill(ago <= filter.recent, 0).sum(1) * v.norm(dim=-1).T  # (H, T)
             worth[layer, row, : len(ids)] = got.mean(0) / (ago > filter.recent).sum(0).clamp(min=1)

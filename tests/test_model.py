@@ -263,7 +263,7 @@ def test_usage_and_live_bytes_are_what_is_in_use(name, window, sizes):
 @pytest.mark.parametrize("prompt, new", [(512, 100), (40, 600)])
 @pytest.mark.parametrize("name", NAMES)
 def test_hardly_more_is_allocated_than_is_in_use(name, prompt, new):
-    """At the end of a text whose length was known, and nothing is replaced on the way; heads as large as a real model's."""
+    """At the end of a text whose length was known, and after the first step nothing is replaced on the way; heads as in a real model."""
     model = Transformer(ModelConfig(97, 64, 6, 9, 3, 64, 48, 10000.0, 1e-5, 1024, False)).requires_grad_(False)
     cache = model.new_cache(2, filter_of(name), length=prompt + new)
     model(torch.randint(0, 97, (2, prompt)), cache)
@@ -273,7 +273,7 @@ def test_hardly_more_is_allocated_than_is_in_use(name, prompt, new):
         model(torch.randint(0, 97, (2, 1)), cache)
         replaced.append(slots != [layer.at.shape[1] for layer in cache.layers])
     assert cache.live_bytes() <= cache.nbytes() <= 1.15 * cache.live_bytes()
-    assert sum(replaced) <= (0 if name is None else 2)
+    assert sum(replaced[1:]) <= (0 if name is None else 2)
 
 
 @pytest.mark.parametrize("name", NAMES)
