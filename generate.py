@@ -37,8 +37,7 @@ def check_settings(max_new_tokens=1, temperature=0.0, top_k=0, top_p=1.0, seed=0
             raise ValueError(f"{name} is {value!r}, not {words}")
 
 
-def read_arguments(argv=None):
-    """The command's arguments, and the texts of the prompts. Exits with one line where they make no sense, alone or together."""
+def flags() -> Parser:
     parser = Parser(description="Generate text with token filtering.")
     add_model_arguments(parser)
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue (-: stdin's); many of them are one batch")
@@ -64,7 +63,12 @@ def read_arguments(argv=None):
     parser.add_argument("--skip-map", metavar="FILE", help="each layer's decision on each token, and its score: FILE.html, a page to take "
                         "apart in a browser, or FILE.png, a picture (needs matplotlib)")  # fmt: skip
     add_filter_arguments(parser)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def read_arguments(argv=None):
+    """The command's arguments, and the texts of the prompts. Exits with one line where they make no sense, alone or together."""
+    args = flags().parse_args(argv)
     try:
         check_settings(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed or 0)
     except ValueError as e:
@@ -106,7 +110,7 @@ from tqdm import tqdm
 
 from checkpoint_files import checkpoint_folder
 from load_weights import CheckpointError, Tokenizer, load, read_config
-from model import KVCache, Transformer
+from model import KVCache, ModelConfig, Transformer
 from skip_map import Decisions, paint, paint_legend, token_pieces, write_skip_map
 from token_filter import FilterConfig
 
@@ -189,13 +193,21 @@ def generate(
     check_settings(max_new_tokens, temperature, top_k, top_p, seed, chunk)
     if filter is not None and not isinstance(filter, FilterConfig):
         raise ValueError(f"filter is {filter!r}, not None or a FilterConfig, as token_filter.preset(name) makes it")
+    prompts = checked(prompts, max_new_tokens, model.config, cache)
+    sampling, chunk = (temperature, top_k, top_p), chunk if watch is None else max(map(len, prompts))
+    stats, ended = Stats() if stats is None else stats, set[int]() if ended is None else ended
+    return _steps(model, prompts, max_new_tokens, filter, eos_ids, sampling, seed, chunk, stats, watch, cache, ended)
+
+
+def checked(prompts, max_new_tokens, config: ModelConfig, cache: KVCache | None) -> list[list[int]]:
+    """The prompts, or ValueError, as generate() raises it."""
     try:
         prompts = [[operator.index(token) for token in prompt] for prompt in prompts]
     except TypeError:
         raise ValueError("prompts is not a list of lists of token ids, as tokenizer.encode(text) makes one") from None
     if not prompts:
         raise ValueError("there is no prompt")
-    context, vocab = model.config.max_positions, model.config.vocab_size
+    context, vocab = config.max_positions, config.vocab_size
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {row + 1} is empty")
@@ -206,10 +218,7 @@ def generate(
             raise ValueError(f"prompt {row + 1} has the token {unknown[0]}: the model knows those from 0 to {vocab - 1}")
     if cache is not None and (len(cache.seen) != len(prompts) or any(map(operator.ge, cache.seen.tolist(), map(len, prompts)))):
         raise ValueError(f"cache holds texts of {cache.seen.tolist()} tokens: it is for as many prompts, each longer than its text")
-
-    sampling, chunk = (temperature, top_k, top_p), chunk if watch is None else max(map(len, prompts))
-    stats, ended = Stats() if stats is None else stats, set[int]() if ended is None else ended
-    return _steps(model, prompts, max_new_tokens, filter, eos_ids, sampling, seed, chunk, stats, watch, cache, ended)
+    return prompts
 
 
 def _steps(model, prompts, max_new_tokens, filter, eos_ids, sampling: tuple[float, int, float], seed, chunk, figures, watch, cache, enough):
@@ -217,12 +226,11 @@ def _steps(model, prompts, max_new_tokens, filter, eos_ids, sampling: tuple[floa
     cache = model.new_cache(len(different), filter) if cache is None else cache
     cache.length = max(map(len, prompts)) + max_new_tokens
     new = [prompt[seen:] for prompt, seen in zip(different, cache.seen.tolist())]
-    figures.prompt_tokens = sum(map(len, new))
-    figures.row_skip_ratio = [0.0] * len(prompts)
+    figures.prompt_tokens, figures.row_skip_ratio, figures.slot_bytes = sum(map(len, new)), [0.0] * len(prompts), cache.slot_bytes
     rngs = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
     rows, made = list(range(len(prompts))), 0  # the cache's
     live, ride = set(rows), watch is None and model.fixed_batch()  # of these the ones to go on; ended ones ride along for a while
-    figures.slot_bytes = cache.slot_bytes
+    said: list[list[int]] = [[] for _ in prompts]
 
     started = time.perf_counter()
     logits = model.prefill(new, cache, chunk)
@@ -230,7 +238,6 @@ def _steps(model, prompts, max_new_tokens, filter, eos_ids, sampling: tuple[floa
         fork = [different.index(tuple(prompt)) for prompt in prompts]
         cache.select(fork)
         logits = logits[fork]
-    said: list[list[int]] = [[] for _ in prompts]
     while live:
         finite, tokens = torch.stack((logits.isfinite().all(1), logits.argmax(1))).tolist()  # the one wait of a greedy step
         for row, fine in zip(rows, finite):
@@ -253,13 +260,10 @@ def _steps(model, prompts, max_new_tokens, filter, eos_ids, sampling: tuple[floa
         ended = {row: i for i, row in enumerate(rows) if row in live and (tokens[i] in eos_ids or row in enough or made == max_new_tokens)}
         usage = cache.usage().tolist() if ended else []
         for row, i in ended.items():
-            figures.row_skip_ratio[row] = usage[i][1] / usage[i][0]
-            for name, value in zip(("pairs", "skipped", "held", "read", "dense_read"), usage[i]):
-                setattr(figures, name, getattr(figures, name) + value)
+            figures.end(row, usage[i])
         live -= set(ended)
-        size = len(live)
-        if ride:  # until half have ended; then the batch is halved
-            size = len(rows) // 2 if size <= len(rows) // 2 else len(rows)
+        half = len(rows) // 2
+        size = len(live) if not ride else half if len(live) <= half else len(rows)  # who rides along does so until half have ended
         if live and size < len(rows):
             stay = sorted(sorted(range(len(rows)), key=lambda i: rows[i] not in live)[:size])
             cache.select(stay)
@@ -310,15 +314,9 @@ def warn(model, settings, longest):
               "dense and all presets one after another", file=sys.stderr)  # fmt: skip
 
 
-def main(argv=None, given=None):
-    from chat import begin, talk  # which import this file
-
-    args, texts_in = given or read_arguments(argv)
-    settings: list[tuple[str, FilterConfig | None]] = [("dense", None)] * (args.compare or not args.prune)
-    settings += filters_from(args, PRESETS if args.compare else [args.preset or "paper"], [args.prune or 0])
-    coloured = args.show_skips and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    if args.show_skips and not coloured:
-        print("note: --show-skips has no effect where stdout is not a terminal, or NO_COLOR is set", file=sys.stderr)
+def prepare(args, texts):
+    """Model and tokenizer, the messages that a conversation begins with, and the prompts as tokens."""
+    from chat import begin  # which imports this file
 
     try:
         folder = checkpoint_folder(args.checkpoint)
@@ -326,70 +324,83 @@ def main(argv=None, given=None):
             fail(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in the model's context of {context}")
         model, tokenizer = load(folder, args.device, args.dtype, progress=sys.stderr.isatty())
         opening = begin(tokenizer, args.system) if args.chat else []
-        chats = ([*opening, {"role": "user", "content": text}] for text in texts_in)
-        prompts = [*map(tokenizer.chat, chats)] if args.chat else [*map(tokenizer.encode, texts_in)]
+        chats = ([*opening, {"role": "user", "content": text}] for text in texts)
+        prompts = [*map(tokenizer.chat, chats)] if args.chat else [*map(tokenizer.encode, texts)]
     except CheckpointError as e:
         fail(e)
     model.capture = None if args.no_graph else model.capture
-    if compiled := args.compile and compile_decode(model):
-        print("compiling ...", file=sys.stderr, flush=True)
+    return model, tokenizer, opening, prompts
 
-    warn(model, settings, max(map(len, prompts), default=context) + args.max_new_tokens)
-    if not prompts:
-        return talk(model, tokenizer, opening, args)
-    echoes = ["" if args.no_echo else f"{text}\n" for text in texts_in]
-    stream = len(prompts) == 1 and not args.json and not coloured
-    waiting = list[str]()  # the prompt, until there is something to stand under it
+
+def show(model, tokenizer, prompts, echoes, args, title, filter, decisions: Decisions, coloured):
+    """As run(), which it calls, and prints the answers."""
+    waiting, stream = echoes[:1], len(prompts) == 1 and not args.json and not coloured  # the prompt, until something stands under it
 
     def echo(text):
         print(*waiting, text, sep="", end="", flush=True)
         waiting.clear()
 
-    results, undrawn = list[dict](), False
+    watch = decisions.watch if coloured or args.skip_map else None
+    try:
+        for n in [len(prompts) >> i for i in range(len(prompts).bit_length())] if args.compile else ():  # also when rows have left
+            list(islice(generate(model, prompts[:n], args.max_new_tokens, filter), 40 * n))
+        answers, stats, stopped = run(model, tokenizer, prompts, args, filter, echo if stream else None, watch)
+    except (ValueError, FloatingPointError) as e:
+        fail(e)
+    if stream:
+        print(*waiting)
+    elif coloured:
+        for i, (prompt, answer) in enumerate(zip(prompts, answers)):
+            number = f"[{i + 1}] " if len(prompts) > 1 else ""
+            print(number + paint(token_pieces(tokenizer, prompt) + answer, len(prompt), decisions.redundant[i]))
+    elif not args.json:
+        for i, answer in enumerate(answers):
+            print(f"[{i + 1}] {echoes[i]}{''.join(answer)}\n")
+    if not args.json and not stopped:  # a comparison's figures belong to its texts; otherwise stdout is for the text alone
+        print(f"{title}: {stats.line()}", file=sys.stdout if args.compare else sys.stderr, flush=True)
+    return answers, stats, stopped
+
+
+def main(argv=None, given=None):
+    from chat import talk
+
+    args, texts = given or read_arguments(argv)
+    settings: list[tuple[str, FilterConfig | None]] = [("dense", None)] * (args.compare or not args.prune)
+    settings += filters_from(args, PRESETS if args.compare else [args.preset or "paper"], [args.prune or 0])
+    coloured = args.show_skips and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    if args.show_skips and not coloured:
+        print("note: --show-skips has no effect where stdout is not a terminal, or NO_COLOR is set", file=sys.stderr)
+    model, tokenizer, opening, prompts = prepare(args, texts)
+    args.compile = args.compile and compile_decode(model)
+    if args.compile:
+        print("compiling ...", file=sys.stderr, flush=True)
+    warn(model, settings, max(map(len, prompts), default=model.config.max_positions) + args.max_new_tokens)
+    if not prompts:
+        return talk(model, tokenizer, opening, args)
     if coloured:
         print(paint_legend())
+    results = list[dict]()
     for name, filter in settings:
         title = name if filter is None else f"{name}, prune {filter.prune}"
         if args.compare and not args.json:
             print(f"\n=== {title}")
-        waiting[:], decisions = echoes[:1], Decisions(len(prompts), model.config.n_layers)
-        watch = decisions.watch if coloured or args.skip_map else None
-        try:
-            for n in [len(prompts) >> i for i in range(len(prompts).bit_length())] if compiled else ():  # also when rows have left
-                list(islice(generate(model, prompts[:n], args.max_new_tokens, filter), 40 * n))
-            answers, stats, stopped = run(model, tokenizer, prompts, args, filter, echo if stream else None, watch)
-        except (ValueError, FloatingPointError) as e:
-            fail(e)
-        texts = ["".join(answer) for answer in answers]
+        echoes = ["" if args.no_echo else f"{text}\n" for text in texts]
+        decisions = Decisions(len(prompts), model.config.n_layers)
+        answers, stats, stopped = show(model, tokenizer, prompts, echoes, args, title, filter, decisions, coloured)
         shares = {"skip_ratio": stats.skip_ratio, "kv_held": stats.kv_held, "kv_read": stats.kv_read}
-        results.append({"setting": name, "filter": filter and asdict(filter), "texts": texts, **shares, **asdict(stats)})
-        if stream:
-            print(*waiting)
-        elif coloured:
-            for i, (prompt, answer) in enumerate(zip(prompts, answers)):
-                number = f"[{i + 1}] " if len(prompts) > 1 else ""
-                print(number + paint(token_pieces(tokenizer, prompt) + answer, len(prompt), decisions.redundant[i]))
-        elif not args.json:
-            for i, text in enumerate(texts):
-                print(f"[{i + 1}] {echoes[i]}{text}\n")
+        said = {"texts": [*map("".join, answers)], **shares, **asdict(stats)}
+        results.append({"setting": name, "filter": filter and asdict(filter), **said})
         if stopped:
             break
-        if not args.json:  # a comparison's figures belong to its texts; otherwise stdout is for the text alone
-            print(f"{title}: {stats.line()}", file=sys.stdout if args.compare else sys.stderr, flush=True)
-        if args.skip_map and filter:
-            try:
-                write_skip_map(args.skip_map, title, token_pieces(tokenizer, prompts[0]) + answers[0], len(prompts[0]), decisions, filter,
-                               model.config.window)  # fmt: skip
-            except KeyboardInterrupt:  # which says so itself
-                undrawn = True
-                break
     if args.json:
-        print_json({"prompts": texts_in, "results": results})
+        print_json({"prompts": texts, "results": results})
     if stopped:
         unwritten = f"; {args.skip_map} was not written" if args.skip_map else ""
         print(f"interrupted: what was generated until then is above, figures are not complete{unwritten}", file=sys.stderr)
-    if stopped or undrawn:
         raise SystemExit(130)
+    if args.skip_map:
+        pieces = token_pieces(tokenizer, prompts[0]) + answers[0]
+        write_skip_map(args.skip_map, title, pieces, len(prompts[0]), decisions, filter, model.config.window)
 
 
 if __name__ == "__main__":

@@ -231,9 +231,10 @@ class LayerCache:
 
     def visible(self, query, at, kept, near):
         """Prefill: (B, T', K), which tokens at (B, K) those at query (B, T') may look at; near: no far one."""
-        query, at, kept = query[..., None], at[:, None], kept[:, None]
-        sight = (at > query - self.ring) | (at < self.sinks)
-        return (at >= 0) & (at <= query) & (at > query - self.window) & (sight if near else sight | kept)
+        query, at = query[..., None], at.masked_fill(at < 0, FAR)[:, None]
+        always = (at < self.sinks) | (kept[:, None] & (not near))
+        mask = (at <= query) & (always | (at > query - self.ring))
+        return mask & (at > query - self.window) if self.window < FAR else mask
 
     def store(self, kv, at, kept, place, used):
         """Prefill: lay out anew what in_reach() gave, of which at most `used` of a row stay."""
@@ -432,10 +433,10 @@ class Attention(nn.Module):
 
     def attend_all(self, q, k, v, mask):
         """q (B, T', H, D) over those of k, v (B, KVH, K, D) that mask (B, T', K) shows -> (B, T', H * D)."""
-        together = self.heads // self.kv_heads  # query heads that share a key/value head are queries of one head
-        q = q.unflatten(2, (self.kv_heads, together)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # (B, KVH, H/KVH * T', D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, together, 1)[:, None])
-        return y.unflatten(2, (together, -1)).permute(0, 3, 1, 2, 4).flatten(2)
+        mask = torch.where(mask, 0.0, -math.inf).to(q.dtype)[:, None]
+        q = q.unflatten(2, (self.kv_heads, -1)).permute(3, 0, 2, 1, 4)  # the H/KVH query heads of a key/value head take turns
+        y = torch.stack([F.scaled_dot_product_attention(part, k, v, attn_mask=mask) for part in q], dim=3)  # (B, KVH, T', H/KVH, D)
+        return y.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):

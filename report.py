@@ -83,6 +83,12 @@ class Stats:
         """Slots that were read over those that would have been without a filter."""
         return self.read / max(self.dense_read, 1)
 
+    def end(self, row, usage):
+        """Adds what KVCache.usage() says of a row at its end."""
+        self.row_skip_ratio[row] = usage[1] / usage[0]
+        for name, value in zip(("pairs", "skipped", "held", "read", "dense_read"), usage):
+            setattr(self, name, getattr(self, name) + value)
+
     def line(self) -> str:
         """The figures in one line."""
         prefill = self.prompt_tokens / max(self.prefill_seconds, 1e-9)
