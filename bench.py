@@ -37,7 +37,7 @@ SIZES: dict[str, tuple] = {  # of published models, as ModelConfig takes them
 }
 
 
-def read_arguments(argv=None):
+def flags() -> Parser:
     parser = Parser(description="Time and memory of dense and filtered generation, side by side.")
     add_model_arguments(parser)
     parser.add_argument("--shape", choices=SIZES, help="random weights of this shape in place of a checkpoint")
@@ -63,8 +63,11 @@ def read_arguments(argv=None):
     parser.add_argument("--json", metavar="FILE", help="write all figures, after each batch and context")
     parser.add_argument("--plot", metavar="FILE.png", help="draw time and cache against batch or context (needs matplotlib)")
     add_filter_arguments(parser, several=True, default="all of them")
-    args = parser.parse_args(argv)
+    return parser
 
+
+def read_arguments(argv=None):
+    args = flags().parse_args(argv)
     numbers = [*args.batch, *args.context, args.new_tokens, args.repeat, args.distinct or 1]
     if min(numbers) < 1:
         fail("--batch, --context, --new-tokens, --repeat and --distinct must be at least 1")
@@ -243,6 +246,17 @@ def profiled(side, cache, tokens, device, show):
     }
 
 
+def filter_share(side, cache, steps, device):
+    """Of the time of steps of their own, as the stopwatch makes the device wait."""
+    side.clocked, side.filter_seconds = True, 0.0
+    started = time.perf_counter()
+    for token in steps:
+        side.step(cache, token)
+    wait(device)
+    side.clocked = False
+    return side.filter_seconds / (time.perf_counter() - started)
+
+
 def session(side, device, tokens, rows, context, new_tokens, profile=False):
     """One run of one setting, as a generator that hands over after each measured piece; its last word is the result."""
     copies, cache = [i % rows for i in range(len(tokens))], None
@@ -278,14 +292,8 @@ def session(side, device, tokens, rows, context, new_tokens, profile=False):
         result["kv_read"] = read / dense_read
     if device.type == "cuda":
         result["peak_bytes"] = torch.cuda.max_memory_allocated(device)
-    if side.filter is not None and side.eager:  # the filter's share, on two steps of their own: the stopwatch makes the device wait
-        side.clocked, side.filter_seconds = True, 0.0
-        started = time.perf_counter()
-        for token in steps[-2:]:
-            side.step(cache, token)
-        wait(device)
-        result["filter_share"] = side.filter_seconds / (time.perf_counter() - started)
-        side.clocked = False
+    if side.filter is not None and side.eager:
+        result["filter_share"] = filter_share(side, cache, steps[-2:], device)
     yield result | (profiled(side, cache, steps[-1], device, profile) if side.eager or profile else {})
 
 
@@ -404,56 +412,67 @@ def read_model(args, longest):
     return model, stream
 
 
-def main(argv=None, given=None):
-    args = given or read_arguments(argv)
-    names, longest = args.preset or list(PRESETS), max(args.context) + args.new_tokens + WARM + 2
-    filters = filters_from(args, names, args.prune, with_ratio=True)
-    model, stream = read_model(args, longest)
-    device, dtype = model.embed.weight.device, model.embed.weight.dtype
-    captured = device.type == "cuda" and not args.no_graph
-    model.capture = Replay if captured else None
-    compiled, criterion = args.compile and compile_decode(model), drawn if args.shape else token_filter
-    eager = not compiled and not captured
+def settings(args, model, eager) -> list:
+    """What is measured: dense, filtered, and what else was asked for."""
+    filters = filters_from(args, args.preset or list(PRESETS), args.prune, with_ratio=True)
+    criterion = drawn if args.shape else token_filter
     sides: list[Ours | Transformers] = [Ours(name, model, filter, eager, criterion) for name, filter in [("dense", None), *filters]]
     if args.nothing_skipped:
         sides += [Ours("none skipped", model, FilterConfig(schedule="uniform"), eager, none_skipped)]
     if args.vs:
-        sides += [Transformers(None if args.shape else checkpoint_folder(args.checkpoint), SHAPES.get(args.shape), device, dtype)]
+        weight, folder = model.embed.weight, None if args.shape else checkpoint_folder(args.checkpoint)
+        sides += [Transformers(folder, SHAPES.get(args.shape), weight.device, weight.dtype)]
+    return sides
+
+
+def measure(args, sides, device, tokens, context, weights) -> list[dict]:
+    """One batch and context: its rows, printed; none where the memory is not enough."""
+    batch, pieces = len(tokens), (args.new_tokens + 2) * len(sides) * args.repeat
+    rows, case = min(args.distinct or batch, batch), f"batch {batch}, context {context}"
+    with tqdm(total=pieces, desc=case, leave=False, unit="piece") as bar:
+        try:
+            results = run(sides, device, tokens, rows, context, args.new_tokens, args.repeat, bar, args.profile)
+        except torch.OutOfMemoryError:
+            results = None
+    free()
+    if results is None:
+        print(f"\n{case}: out of memory", file=sys.stderr)
+        return []
+    table = summarise(results, batch, context, weights)
+    more = [key for key in MORE if any(key in row for row in table)]
+    copied = f" ({rows} rows prefilled and copied)" if rows < batch else ""
+    print(f"\n{case}{copied}\n{HEAD}{''.join(f'{MORE[key]:>10}' for key in more)}")
+    for row in table:
+        print(line(row, more), flush=True)
+    return table
+
+
+def main(argv=None, given=None):
+    args = given or read_arguments(argv)
+    longest = max(args.context) + args.new_tokens + WARM + 2
+    model, stream = read_model(args, longest)
+    device, dtype = model.embed.weight.device, str(model.embed.weight.dtype)[6:]
+    captured = device.type == "cuda" and not args.no_graph
+    model.capture = Replay if captured else None
+    compiled = args.compile and compile_decode(model)
+    sides = settings(args, model, eager=not compiled and not captured)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     if not model.config.tied:  # of the embedding, a step reads a few rows only
         weights -= model.embed.weight.numel() * model.embed.weight.element_size()
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    title = f"{args.shape or args.checkpoint}; {name}; torch {torch.__version__}; {str(dtype)[6:]}; weights {weights / 1e9:.3f} GB"
-    how = " and ".join(word for word, is_so in (("compiled", compiled), ("captured", captured), ("eager", eager)) if is_so)
+    title = f"{args.shape or args.checkpoint}; {name}; torch {torch.__version__}; {dtype}; weights {weights / 1e9:.3f} GB"
+    how = " and ".join(word for word, is_so in (("compiled", compiled), ("captured", captured)) if is_so) or "eager"
     how += ", verdicts drawn at the ratio" if args.shape else ""
     print(f"{title}\n{args.new_tokens} decode steps, {args.repeat} repetitions, ours {how}")
-    table = []
-    cases = [(batch, context) for batch in args.batch for context in args.context]
-    pieces = (args.new_tokens + 2) * len(sides) * args.repeat
-    for batch, context in cases:
+    table: list[dict] = []
+    for batch, context in [(batch, context) for batch in args.batch for context in args.context]:
         offsets = (torch.arange(batch) * 997) % (len(stream) - longest + 1)
         tokens = stream[offsets[:, None] + torch.arange(context + longest - max(args.context))]  # (B, what this case needs)
-        rows = min(args.distinct or batch, batch)
-        with tqdm(total=pieces, desc=f"batch {batch}, context {context}", leave=False, unit="piece") as bar:
-            try:
-                results = run(sides, device, tokens, rows, context, args.new_tokens, args.repeat, bar, args.profile)
-            except torch.OutOfMemoryError:
-                print(f"\nbatch {batch}, context {context}: out of memory", file=sys.stderr)
-                results = None
-        free()
-        if results is None:
-            continue
-        copied = f" ({rows} rows prefilled and copied)" if rows < batch else ""
-        rows_of = summarise(results, batch, context, weights)
-        more = [key for key in MORE if any(key in row for row in rows_of)]
-        print(f"\nbatch {batch}, context {context}{copied}\n{HEAD}{''.join(f'{MORE[key]:>10}' for key in more)}")
-        for row in rows_of:
-            print(line(row, more), flush=True)
+        table += measure(args, sides, device, tokens, context, weights)
         if RANKS > 1:
             ms = parallel.seconds_of_sums(model, batch) * 1e3
             print(f"{RANKS} processes, each with {weights / 1e9:.3f} GB of weights; their sums in a dense step, timed alone: {ms:.2f} ms")
-        table += rows_of
         if args.json:  # after each case, so that an interrupted run keeps what it has
             Path(args.json).write_text(json.dumps({"settings": title, "command": sys.argv, "rows": table}, indent=1))
     if device.type == "cpu":

@@ -151,6 +151,22 @@ def command(line: str, args) -> None:
     args.prune, args.preset = prune, value if name == "/preset" else args.preset
 
 
+def turn(conversation: Conversation, message: str, terminal: bool, say):
+    """Prints the answer to a message, and says what there is to say of it."""
+    with interruptible(terminal) as presses:
+        answer = conversation.answer(message)
+        for piece in answer:
+            print(piece, end="", flush=True)
+            if presses:
+                answer.close()
+    print(" (stopped)" if presses else "", flush=True)
+    if conversation.anew:
+        say("note: rendered again, what was said before has other tokens than the cache holds, so all was fed anew")
+    say(figures(conversation))
+    if len(conversation.ids) + 1 >= (context := conversation.model.config.max_positions):
+        say(f"the model's context of {context} tokens is full: /reset starts anew")
+
+
 def talk(model: Transformer, tokenizer: Tokenizer, messages: Sequence[dict], args) -> None:
     """Lines in, answers out, until the end of stdin; figures, notes and faults on stderr, where a fault ends a script with exit code 2."""
     if sys.stdin is None:
@@ -178,18 +194,7 @@ def talk(model: Transformer, tokenizer: Tokenizer, messages: Sequence[dict], arg
                 command(line.strip(), args)
                 conversation = start()
             elif line.strip():
-                with interruptible(terminal) as presses:
-                    answer = conversation.answer(line.strip())
-                    for piece in answer:
-                        print(piece, end="", flush=True)
-                        if presses:
-                            answer.close()
-                print(" (stopped)" if presses else "", flush=True)
-                if conversation.anew:
-                    say("note: rendered again, what was said before has other tokens than the cache holds, so all was fed anew")
-                say(figures(conversation))
-                if len(conversation.ids) + 1 >= model.config.max_positions:
-                    say(f"the model's context of {model.config.max_positions} tokens is full: /reset starts anew")
+                turn(conversation, line.strip(), terminal, say)
         except (ValueError, FloatingPointError, CheckpointError) as e:
             if not terminal:
                 fail(e)

@@ -20,8 +20,7 @@ from command_line import KNOBS, PRESETS, PRUNE, Parser, add_filter_arguments, ad
 from report import COLUMNS, Report, add_report_arguments, check_report_arguments, read_text
 
 
-def read_arguments(argv=None):
-    """The command's arguments, checked as far as they can be without the model, and the text."""
+def flags() -> Parser:
     parser = Parser(description="What filtering costs: perplexity of a text, ablations, rival methods.")
     add_model_arguments(parser)
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text, tokenised whole")
@@ -43,8 +42,12 @@ def read_arguments(argv=None):
                         "(default: 0)")  # fmt: skip
     add_report_arguments(parser)
     add_filter_arguments(parser, several=True, default="all of them; with --ablate local cache")
-    args = parser.parse_args(argv)
+    return parser
 
+
+def read_arguments(argv=None):
+    """The command's arguments, checked as far as they can be without the model, and the text."""
+    args = flags().parse_args(argv)
     if min(args.window, args.max_tokens or 2) < 2 or args.max_tokens == 0 or args.batch < 1:
         fail("--window and --max-tokens must be at least 2, --batch at least 1")
     if args.stride is not None and (args.offsets or not 1 <= args.stride <= args.window - args.bos):
@@ -116,13 +119,7 @@ class Score:
 
 @torch.no_grad()
 def evaluate(
-    model: Transformer,
-    windows: list[list[int]],
-    filter: FilterConfig | None,
-    batch: int = 4,
-    chunk: int = 128,
-    overlap: int = 0,
-    criterion=token_filter,
+    model: Transformer, windows: list[list[int]], filter: FilterConfig | None, batch=4, chunk=128, overlap=0, criterion=token_filter
 ) -> Iterator[Score]:
     """Score every token of every window but its first; yields the running Score after each chunk of a batch.
 

@@ -137,6 +137,20 @@ def alike(contexts):
     return shared if len(contexts) > 1 and shared >= SHARED else 0
 
 
+def read_contexts(model: Transformer, contexts, filter, criterion):
+    """A cache that was fed these, what they share once, and the logits after each, (B, 1, V)."""
+    different = list(dict.fromkeys(contexts))
+    fork, shared = [different.index(context) for context in contexts], alike(different)
+    cache = model.new_cache(1 if shared else len(different), filter, criterion)
+    if shared:
+        model.prefill([list(different[0][:shared])], cache)
+        cache.select([0] * len(different))
+    logits = model.prefill([list(context[shared:]) for context in different], cache)[fork][:, None]
+    if len(different) < len(contexts):
+        cache.select(fork)
+    return cache, logits
+
+
 def score(model: Transformer, pairs, filter: FilterConfig | None, criterion=token_filter, chunk=128):
     """Score pairs (context, continuation) of token tuples, none empty, each from an empty cache, as one batch.
 
@@ -145,17 +159,7 @@ def score(model: Transformer, pairs, filter: FilterConfig | None, criterion=toke
     model.new_cache, `chunk` bounds the memory the logits take. Raises ValueError beyond the model's context,
     FloatingPointError where logits are not finite.
     """
-    contexts = list(dict.fromkeys(context for context, _ in pairs))
-    fork = [contexts.index(context) for context, _ in pairs]
-    shared = alike(contexts)
-    cache = model.new_cache(1 if shared else len(contexts), filter, criterion)
-    if shared:
-        model.prefill([list(contexts[0][:shared])], cache)
-        cache.select([0] * len(contexts))
-    logits = model.prefill([list(context[shared:]) for context in contexts], cache)[fork][:, None]  # (B, 1, V)
-    if len(contexts) < len(pairs):
-        cache.select(fork)
-
+    cache, logits = read_contexts(model, [context for context, _ in pairs], filter, criterion)
     n = torch.tensor([len(continuation) for _, continuation in pairs])
     targets = torch.nn.utils.rnn.pad_sequence([torch.tensor(c) for _, c in pairs], batch_first=True)  # (B, T)
     nll, greedy = torch.zeros(len(pairs), dtype=torch.float64), torch.ones(len(pairs), dtype=torch.bool)
@@ -344,34 +348,37 @@ class FilteredLM(TemplateLM):
         with tqdm(total=len(prompts), desc=self.title, unit=" texts", leave=False) as bar:
             for start in range(0, len(order), self.batch):
                 rows = order[start : start + self.batch]
-                rngs = {i: torch.Generator().manual_seed(self.seed + i) for i in rows}
-                cache = self.model.new_cache(len(rows), self.filter, self.criterion)
-                logits = self.model.prefill([prompts[i] for i in rows], cache)
-                while rows:
-                    stay: list[int] = []
-                    together: dict[tuple[float, int, float], list[int]] = defaultdict(list)  # rows that are sampled alike
-                    drawn: dict[int, int] = {}  # each row's token
-                    for b, i in enumerate(rows):
-                        together[options[i]["temperature"], options[i]["top_k"], options[i]["top_p"]].append(b)
-                    for sampling, some in together.items():
-                        drawn |= zip(some, sample_rows(logits[some], *sampling, [rngs[rows[b]] for b in some]).tolist())
-                    for b, i in enumerate(rows):
-                        answer, option = answers[i], options[i]
-                        if not logits[b].isfinite().all():
-                            raise FloatingPointError(overflow(self.model, prompts[i] + answer.ids, self.filter))
-                        most = option["max_gen_toks"]
-                        if len(answer.ids) < most and not answer.push(drawn[b]) and len(answer.ids) < most:
-                            stay.append(b)
-                    if len(stay) < len(rows):
-                        usage = cache.usage().tolist()
-                        for b in set(range(len(rows))) - set(stay):
-                            self.used[requests[rows[b]].task_name].append(usage[b])
-                            bar.update()
-                        cache.select(stay)  # copies what stays
-                        rows = [rows[b] for b in stay]
-                    if rows:
-                        logits = self.model(torch.tensor([answers[i].ids[-1:] for i in rows]), cache, last=True)
+                for i, used in self.generate_batch(rows, prompts, options, answers):
+                    self.used[requests[i].task_name].append(used)
+                    bar.update()
         return [answer.text() for answer in answers]
+
+    def generate_batch(self, rows, prompts, options, answers):
+        """Continues the prompts of these rows until all have ended; yields (row, its part of cache.usage()) as one does."""
+        rngs = {i: torch.Generator().manual_seed(self.seed + i) for i in rows}
+        cache = self.model.new_cache(len(rows), self.filter, self.criterion)
+        logits = self.model.prefill([prompts[i] for i in rows], cache)
+        while rows:
+            together: dict[tuple[float, int, float], list[int]] = defaultdict(list)  # rows that are sampled alike
+            for b, i in enumerate(rows):
+                together[options[i]["temperature"], options[i]["top_k"], options[i]["top_p"]].append(b)
+            drawn: dict[int, int] = {}  # each row's token
+            for sampling, some in together.items():
+                drawn |= zip(some, sample_rows(logits[some], *sampling, [rngs[rows[b]] for b in some]).tolist())
+            stay: list[int] = []
+            for b, i in enumerate(rows):
+                answer, most = answers[i], options[i]["max_gen_toks"]
+                if not logits[b].isfinite().all():
+                    raise FloatingPointError(overflow(self.model, prompts[i] + answer.ids, self.filter))
+                if len(answer.ids) < most and not answer.push(drawn[b]) and len(answer.ids) < most:
+                    stay.append(b)
+            if len(stay) < len(rows):
+                usage = cache.usage().tolist()
+                yield from ((i, usage[b]) for b, i in enumerate(rows) if b not in stay)
+                cache.select(stay)  # copies what stays
+                rows = [rows[b] for b in stay]
+            if rows:
+                logits = self.model(torch.tensor([answers[i].ids[-1:] for i in rows]), cache, last=True)
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -473,6 +480,19 @@ def print_table(title, table, width, head=False):
             print(f"{title:<{width}}  {name:<{name_width}}  {metric:<13}", *cells, flush=True)
 
 
+def prepare(args):
+    """load_tasks() of what the arguments name, with as many solved examples as they want."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # one bar for each task, and MMLU has 57: ours are enough
+    random.seed(args.seed)  # a few tasks shuffle their choices with it
+    loaded, lines = load_tasks(args.tasks, [str(Path(__file__).resolve().parent / "tasks"), *(args.include_path or [])])
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None or (args.num_fewshot is not None and task.get_config("num_fewshot") > 0):
+            task.set_config("num_fewshot", args.num_fewshot or 0)  # a 0 in a task's own file stays, as in the harness
+    return loaded, lines
+
+
 def main(argv=None, given=None):
     args = given or read_arguments(argv)
     settings = {} if all(args.prune) else {"dense": (None, token_filter)}
@@ -480,15 +500,7 @@ def main(argv=None, given=None):
         settings[title] = config, token_filter
         if args.rivals:
             settings[f"{title}, random"] = config, partial(by_chance, seed=args.seed)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # one bar for each task, and MMLU has 57: ours are enough
-    random.seed(args.seed)  # a few tasks shuffle their choices with it
-    include_path = [str(Path(__file__).resolve().parent / "tasks"), *(args.include_path or [])]
-    loaded, lines = load_tasks(args.tasks, include_path)
-    for task in loaded["tasks"].values():
-        if task.get_config("num_fewshot") is None or (args.num_fewshot is not None and task.get_config("num_fewshot") > 0):
-            task.set_config("num_fewshot", args.num_fewshot or 0)  # a 0 in a task's own file stays, as in the harness
+    loaded, lines = prepare(args)
     try:
         model, tokenizer = load(args.checkpoint, args.device, args.dtype, progress=sys.stderr.isatty())
     except CheckpointError as e:

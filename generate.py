@@ -221,23 +221,28 @@ def checked(prompts, max_new_tokens, config: ModelConfig, cache: KVCache | None)
     return prompts
 
 
-def _steps(model, prompts, max_new_tokens, filter, eos_ids, sampling: tuple[float, int, float], seed, chunk, figures, watch, cache, enough):
+def _prefill(model, prompts, max_new_tokens, filter, chunk, figures, watch, cache):
+    """A cache that has been fed the prompts, equal ones once, and the logits after each."""
     different = list(dict.fromkeys(map(tuple, prompts))) if cache is None and watch is None else prompts
     cache = model.new_cache(len(different), filter) if cache is None else cache
     cache.length = max(map(len, prompts)) + max_new_tokens
     new = [prompt[seen:] for prompt, seen in zip(different, cache.seen.tolist())]
     figures.prompt_tokens, figures.row_skip_ratio, figures.slot_bytes = sum(map(len, new)), [0.0] * len(prompts), cache.slot_bytes
-    rngs = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
-    rows, made = list(range(len(prompts))), 0  # the cache's
-    live, ride = set(rows), watch is None and model.fixed_batch()  # of these the ones to go on; ended ones ride along for a while
-    said: list[list[int]] = [[] for _ in prompts]
-
-    started = time.perf_counter()
     logits = model.prefill(new, cache, chunk)
     if len(different) < len(prompts):
         fork = [different.index(tuple(prompt)) for prompt in prompts]
         cache.select(fork)
         logits = logits[fork]
+    return cache, logits
+
+
+def _steps(model, prompts, max_new_tokens, filter, eos_ids, sampling: tuple[float, int, float], seed, chunk, figures, watch, cache, enough):
+    rngs = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
+    rows, made, said = list(range(len(prompts))), 0, [list[int]() for _ in prompts]  # rows: the cache's
+    live, ride = set(rows), watch is None and model.fixed_batch()  # of these the ones to go on; ended ones ride along for a while
+
+    started = time.perf_counter()
+    cache, logits = _prefill(model, prompts, max_new_tokens, filter, chunk, figures, watch, cache)
     while live:
         finite, tokens = torch.stack((logits.isfinite().all(1), logits.argmax(1))).tolist()  # the one wait of a greedy step
         for row, fine in zip(rows, finite):
@@ -257,11 +262,10 @@ def _steps(model, prompts, max_new_tokens, filter, eos_ids, sampling: tuple[floa
                     yield row, token
 
         started = time.perf_counter()
-        ended = {row: i for i, row in enumerate(rows) if row in live and (tokens[i] in eos_ids or row in enough or made == max_new_tokens)}
-        usage = cache.usage().tolist() if ended else []
-        for row, i in ended.items():
-            figures.end(row, usage[i])
-        live -= set(ended)
+        ended = [i for i, row in enumerate(rows) if row in live and (tokens[i] in eos_ids or row in enough or made == max_new_tokens)]
+        for i, usage in zip(ended, cache.usage()[ended].tolist() if ended else ()):
+            figures.end(rows[i], usage)
+        live -= {rows[i] for i in ended}
         half = len(rows) // 2
         size = len(live) if not ride else half if len(live) <= half else len(rows)  # who rides along does so until half have ended
         if live and size < len(rows):
@@ -332,8 +336,9 @@ def prepare(args, texts):
     return model, tokenizer, opening, prompts
 
 
-def show(model, tokenizer, prompts, echoes, args, title, filter, decisions: Decisions, coloured):
+def show(model, tokenizer, prompts, texts, args, title, filter, decisions: Decisions, coloured):
     """As run(), which it calls, and prints the answers."""
+    echoes = ["" if args.no_echo else f"{text}\n" for text in texts]
     waiting, stream = echoes[:1], len(prompts) == 1 and not args.json and not coloured  # the prompt, until something stands under it
 
     def echo(text):
@@ -384,9 +389,8 @@ def main(argv=None, given=None):
         title = name if filter is None else f"{name}, prune {filter.prune}"
         if args.compare and not args.json:
             print(f"\n=== {title}")
-        echoes = ["" if args.no_echo else f"{text}\n" for text in texts]
         decisions = Decisions(len(prompts), model.config.n_layers)
-        answers, stats, stopped = show(model, tokenizer, prompts, echoes, args, title, filter, decisions, coloured)
+        answers, stats, stopped = show(model, tokenizer, prompts, texts, args, title, filter, decisions, coloured)
         shares = {"skip_ratio": stats.skip_ratio, "kv_held": stats.kv_held, "kv_read": stats.kv_read}
         said = {"texts": [*map("".join, answers)], **shares, **asdict(stats)}
         results.append({"setting": name, "filter": filter and asdict(filter), **said})

@@ -124,26 +124,28 @@ def read_config(folder: str | Path) -> ModelConfig:
     return _read_config(checkpoint_folder(folder))[0]
 
 
-def _read_config(folder: Path) -> tuple[ModelConfig, Family]:
+def _source(folder: Path) -> tuple[JsonObject, Family]:
+    """The file with the dimensions, and whose conventions it follows."""
     if not os.path.lexists(folder / "config.json") and os.path.lexists(folder / PARAMS.config):
-        family, config = PARAMS, JsonObject.read(folder / PARAMS.config, aliases=PARAMS_KEYS)
+        config = JsonObject.read(folder / PARAMS.config, aliases=PARAMS_KEYS)
         for key, value in config.values.items():
             if key not in PARAMS_KEYS.values() and value not in (None, False):
                 raise config.error(key, f"is {value!r:.80}, which is not supported")
         config.values.setdefault("max_position_embeddings", 32768)  # often not said; the context of Mistral's 7B models
-    else:
-        config = JsonObject.read(folder / "config.json")
-        name = config.get("model_type", str)
-        if name not in FAMILIES:
-            raise config.error("model_type", f"{name!r} is not supported (supported: {', '.join(FAMILIES)})")
-        family = FAMILIES[name]
+        return config, PARAMS
+    config = JsonObject.read(folder / "config.json")
+    name = config.get("model_type", str)
+    if name not in FAMILIES:
+        raise config.error("model_type", f"{name!r} is not supported (supported: {', '.join(FAMILIES)})")
+    return config, FAMILIES[name]
 
-    activation = config.get("hidden_act", str, "silu")
-    if activation not in ("silu", "swish"):  # two names of one function
+
+def _read_config(folder: Path) -> tuple[ModelConfig, Family]:
+    config, family = _source(folder)
+    if (activation := config.get("hidden_act", str, "silu")) not in ("silu", "swish"):  # two names of one function
         raise config.error("hidden_act", f"{activation!r} is not supported (supported: silu)")
     attention_bias, mlp_bias = (key in family.biases and config.get(key, bool, False) for key in ("attention_bias", "mlp_bias"))
-    quantised = config.raw("quantization_config")
-    if quantised is not None:
+    if (quantised := config.raw("quantization_config")) is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise config.error("quantization_config", f"is set ({method!r:.80}); use the checkpoint with unquantised weights")
 

@@ -95,13 +95,55 @@ def paint_legend() -> str:
     return f"redundant in {shades} of the layers; {BOLD}answer{RESET}; {UNDERLINE}last token{RESET}, which no layer has seen"
 
 
+def strips(T, n_prompt) -> tuple[int, list[int], str]:
+    """How T tokens are wrapped: the most of a strip, the first of each, and what is to be said of tokens left out."""
+    n_strips = min(math.ceil(T / STRIP), MOST_STRIPS)
+    width = min(math.ceil(T / n_strips), STRIP)
+    if T <= STRIP * MOST_STRIPS:
+        return width, [width * i for i in range(n_strips)], ""
+    second = max(STRIP, min(n_prompt - STRIP, T - STRIP * (MOST_STRIPS - 1)))
+    starts = [0, *(second + STRIP * i for i in range(MOST_STRIPS - 1))]
+    gap = f"{STRIP - 1} and {second} to " if second > STRIP else ""
+    return width, starts, f" (tokens 0 to {gap}{starts[-1] + STRIP - 1} of {T} are drawn)"
+
+
+def tick_label(piece, fonts) -> str:
+    """␣ is a space, ↵ a line's end, · a token that ends within a character, U+72D0 a letter that the fonts lack."""
+    text = ""
+    for letter in piece.replace("\n", "↵").strip() or ("␣" if piece else "·"):
+        known = all(font.get_char_index(ord(letter)) for font in fonts)
+        if len(text := text + (letter if known else f"U+{ord(letter):04X}")) >= 12:
+            break
+    return text
+
+
+def draw_strip(share, layers, at, start, width, redundant, image, labels, n_prompt, warmup):
+    """Tokens `at` of a skip map: in panel `share` the layers that found each redundant, in panel `layers` every decision."""
+    share.bar(at, redundant[:, at].mean(0), width=1, color="#fd9a3c")
+    share.set(ylim=(0, 1), xticks=[], yticks=[0, 1], ylabel="share of\nlayers")
+    corners = (at[0] - 0.5, at[-1] + 0.5, -0.5, len(redundant) - 0.5)
+    layers.imshow(image[:, at], extent=corners, origin="lower", aspect="auto", interpolation="nearest")
+    layers.set_ylabel("layer")
+    layers.yaxis.get_major_locator().set_params(integer=True)
+    share.set_title(f"tokens {at[0]} to {at[-1]}", loc="right", fontsize=9)
+    layers.set_xticks(at, [labels[i] for i in at], rotation=90, fontsize=9, fontfamily="DejaVu Sans")
+    for i, tick in zip(at, layers.get_xticklabels()):
+        tick.set(parse_math=False, fontweight="bold" if i >= n_prompt else "normal")  # "$" is a token like others
+    for panel in (share, layers):
+        panel.set_xlim(start - 0.5, start + width - 0.5)
+        for edge, name in ((max(warmup, 1), "warm-up ends"), (n_prompt, "answer")):
+            if edge in at:
+                panel.axvline(edge - 0.5, color="black", linewidth=1.2)
+                if panel is share:
+                    panel.text(edge - 0.5, 1.05, name, fontsize=9)
+
+
 def draw_skip_map(path, title, pieces: list[str], n_prompt: int, redundant, score, warmup: int):
     """A row as a PNG picture, layers by tokens: orange where redundant, blue where kept, the darker the higher the score.
 
     pieces: the text of each token, n_prompt of them the prompt's; redundant, score (L, T): as in Decisions. Wrapped after
     STRIP tokens; what MOST_STRIPS strips cannot hold is left out between the first strip and the answer, then at the end, and the
-    title says so. In the labels ␣ is a space, ↵ a line's end, · a token that ends within a character, U+72D0 a letter that the
-    font lacks.
+    title says so.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
@@ -111,54 +153,20 @@ def draw_skip_map(path, title, pieces: list[str], n_prompt: int, redundant, scor
 
     redundant, score = redundant.numpy(), np.ma.masked_invalid(score.double().numpy())  # masked: no score
     L, T = redundant.shape
-    title += f": {redundant.mean():.1%} of (token, layer) pairs redundant"
-    n_strips = min(math.ceil(T / STRIP), MOST_STRIPS)
-    width = min(math.ceil(T / n_strips), STRIP)
-    starts = [width * i for i in range(n_strips)]
-    if T > STRIP * MOST_STRIPS:
-        second = max(STRIP, min(n_prompt - STRIP, T - STRIP * (MOST_STRIPS - 1)))
-        starts[1:] = [second + STRIP * i for i in range(MOST_STRIPS - 1)]
-        gap = f"{STRIP - 1} and {second} to " if second > STRIP else ""
-        title += f" (tokens 0 to {gap}{starts[-1] + STRIP - 1} of {T} are drawn)"
-
-    fonts = [get_font(findfont(f"DejaVu Sans:weight={weight}")) for weight in ("normal", "bold")]
-
-    def label(piece):
-        text = ""
-        for letter in piece.replace("\n", "↵").strip() or ("␣" if piece else "·"):
-            known = all(font.get_char_index(ord(letter)) for font in fonts)
-            if len(text := text + (letter if known else f"U+{ord(letter):04X}")) >= 12:
-                break
-        return text
-
+    width, starts, left_out = strips(T, n_prompt)
     known = score.compressed()
     scale = Normalize(*(np.quantile(known, (0.03, 1)) if known.size else (0, 1)))  # the lowest would take most of it
     blue = LinearSegmentedColormap.from_list("kept", ["#f4f9fe", "#6aaed6", "#08306b"]).with_extremes(bad="#cccccc")
     orange = LinearSegmentedColormap.from_list("redundant", ["#fff3c4", "#fd9a3c", "#a02c00"]).with_extremes(bad="#3d1000")
     image = np.where(redundant[..., None], orange(scale(score)), blue(scale(score)))  # (L, T, RGBA)
+    fonts = [get_font(findfont(f"DejaVu Sans:weight={weight}")) for weight in ("normal", "bold")]
+    labels = [tick_label(piece, fonts) for piece in pieces]
 
     tall = 0.1 * max(L, 8)  # inches of a strip
-    figure = Figure(figsize=(13, 0.6 + n_strips * (1.8 + tall)), layout="constrained")
-    panels = figure.subplots(2 * n_strips, 1, squeeze=False, height_ratios=[0.5, tall] * n_strips)[:, 0]
-    for start, share, layers in zip(starts, panels[::2], panels[1::2]):
-        at = range(start, min(start + width, T))
-        share.bar(at, redundant[:, at].mean(0), width=1, color="#fd9a3c")
-        share.set(ylim=(0, 1), xticks=[], yticks=[0, 1], ylabel="share of\nlayers")
-        corners = (at[0] - 0.5, at[-1] + 0.5, -0.5, L - 0.5)
-        layers.imshow(image[:, at], extent=corners, origin="lower", aspect="auto", interpolation="nearest")
-        layers.set_ylabel("layer")
-        layers.yaxis.get_major_locator().set_params(integer=True)
-        share.set_title(f"tokens {at[0]} to {at[-1]}", loc="right", fontsize=9)
-        layers.set_xticks(at, [label(pieces[i]) for i in at], rotation=90, fontsize=9, fontfamily="DejaVu Sans")
-        for i, tick in zip(at, layers.get_xticklabels()):
-            tick.set(parse_math=False, fontweight="bold" if i >= n_prompt else "normal")  # "$" is a token like others
-        for panel in (share, layers):
-            panel.set_xlim(start - 0.5, start + width - 0.5)
-            for edge, name in ((max(warmup, 1), "warm-up ends"), (n_prompt, "answer")):
-                if edge in at:
-                    panel.axvline(edge - 0.5, color="black", linewidth=1.2)
-                    if panel is share:
-                        panel.text(edge - 0.5, 1.05, name, fontsize=9)
+    figure = Figure(figsize=(13, 0.6 + len(starts) * (1.8 + tall)), layout="constrained")
+    panels = figure.subplots(2 * len(starts), 1, squeeze=False, height_ratios=[0.5, tall] * len(starts))[:, 0]
+    for start, *pair in zip(starts, panels[::2], panels[1::2]):
+        draw_strip(*pair, range(start, min(start + width, T)), start, width, redundant, image, labels, n_prompt, warmup)
     for name, colours in (("redundant", orange), ("kept", blue)):
         bar = figure.colorbar(ScalarMappable(scale, colours), ax=panels, extend="min", aspect=40, pad=0.01)
         bar.set_label(f"score of {name} tokens")
@@ -166,7 +174,7 @@ def draw_skip_map(path, title, pieces: list[str], n_prompt: int, redundant, scor
     patches = [Patch(color=tuple(colours.get_bad()), label=name) for here, colours, name in missing if (here & score.mask).any()]
     if patches:
         figure.legend(handles=patches, loc="outside lower right", ncols=2, frameon=False, fontsize=9)
-    figure.suptitle(title)
+    figure.suptitle(f"{title}: {redundant.mean():.1%} of (token, layer) pairs redundant{left_out}")
     figure.savefig(path, format="png", dpi=110)
 
 
@@ -200,23 +208,19 @@ def write_skip_page(path, title, pieces: list[str], n_prompt: int, decisions: De
         score, weight        of each layer a list over tokens, s_t and w_k; null for a layer that scores none
         cosine_k, cosine_v   the same, c_k and c_v: of each token a list over heads
     """
-    redundant, (w_k, cosine) = decisions.redundant[0], (decisions.w_k[0], decisions.cosine[0])
-    L = len(redundant)
+    redundant, w_k, cosine = decisions.redundant[0], decisions.w_k[0], decisions.cosine[0]
 
     def listed(layers, column=...):
         return [np.round(torch.cat(parts).numpy(), 4)[:, column].tolist() if parts else None for parts in layers]
 
-    share, T = redundant.double().mean(), redundant.shape[1]
-    about = f"{share:.1%} of {redundant.numel()} (token, layer) pairs are redundant; {T} tokens, {L} layers"
+    (L, T), share = redundant.shape, redundant.double().mean()
+    about = f"{share:.1%} of {L * T} (token, layer) pairs are redundant; {T} tokens, {L} layers"
     data = {
         "title": title,
         "about": about + (f"; a sliding window of {window} tokens may hide more than is said here" if window else ""),
         "pieces": pieces,
         "prompt": n_prompt,
-        "mode": filter.mode,
-        "recent": filter.recent,
-        "warmup": filter.warmup,
-        "history": filter.history,
+        **{name: getattr(filter, name) for name in ("mode", "recent", "warmup", "history")},
         "ratios": layer_ratios(filter, L),
         "redundant": ["".join("01"[flag] for flag in row) for row in redundant.tolist()],
         "score": [row.tolist() if parts else None for row, parts in zip(decisions.score[0], w_k)],

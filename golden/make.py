@@ -265,6 +265,16 @@ def in_sight(t, redundant, config):
     return [j for j in range(t + 1) if j < sinks or t - j <= config.recent or (far and not redundant[j])]
 
 
+def attended(q, keys, values):
+    """What a token's queries (H, D) find in the keys and values (n, KVH, D) that it sees, (H * D,)."""
+    heads, shared = [], len(q) // keys.shape[1]
+    for h, query in enumerate(q):
+        logit = keys[:, h // shared] @ query / math.sqrt(len(query))
+        weight = np.exp(logit - logit.max())
+        heads.append(weight / weight.sum() @ values[:, h // shared])
+    return np.concatenate(heads)
+
+
 def slow_model(weights, tokens, config):
     """One sequence through the model: logits (T, V) and, by (T, L), what else TENSORS names."""
     W = {name: w.astype(np.float64) for name, w in weights.items()}
@@ -298,12 +308,7 @@ def slow_model(weights, tokens, config):
             out["redundant"][t, l], out["n"][t, l] = redundant, len(seen)
 
             if seen:
-                keys, values, heads = np.array(past[l][0])[seen], np.array(past[l][1])[seen], []
-                for h in range(H):
-                    logit = keys[:, h * KVH // H] @ q[h] / math.sqrt(D)
-                    weight = np.exp(logit - logit.max())
-                    heads.append(weight / weight.sum() @ values[:, h * KVH // H])
-                x = x + w["attn.o.weight"] @ np.concatenate(heads)
+                x = x + w["attn.o.weight"] @ attended(q, *(np.array(part)[seen] for part in past[l][:2]))
             normed = rms_norm(x, w["mlp_norm.weight"])
             gate = w["mlp.gate.weight"] @ normed
             x = x + w["mlp.down.weight"] @ (gate / (1 + np.exp(-gate)) * (w["mlp.up.weight"] @ normed))

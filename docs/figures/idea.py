@@ -184,6 +184,15 @@ def draw_flow(panel):
     arrow(82.5, 5, 88.5, 10, ORANGE)
 
 
+def draw_slot(panel, row, left, right, piece, inside, sink, new):
+    from matplotlib.patches import Rectangle
+
+    left, width = left + 0.04, right - left - 0.08
+    panel.add_patch(Rectangle((left, row - 0.33), width, 0.66, facecolor=inside, edgecolor="#b8c4d0", linewidth=0.8))
+    look = {"fontsize": 7.5, "color": "#888888"} if sink else {"fontsize": 8.5, "color": "black"}
+    panel.text(left + width / 2, row, piece, ha="center", va="center", fontweight="bold" if new else "normal", **look)
+
+
 def draw_cache(panel, pieces, found, warm):
     """A layer's slots in mode "local" after each token from FIRST on, a row each, and how many slots the token sees in each mode's run."""
     from matplotlib.patches import Rectangle
@@ -194,8 +203,7 @@ def draw_cache(panel, pieces, found, warm):
     edge = [0.75 * slot + 0.75 * max(0, slot - warm) for slot in range(front + len(states[-1][1]) + 2)]
     columns = {name: edge[-1] + 1 + 2 * i for i, name in enumerate(found)}
     panel.set(xlim=(-0.05, columns["cache"] + 0.8), ylim=(last + 0.8, -1.7), xticks=[])
-    title = "what it holds after each token, and what the token sees"
-    panel.set_title(f"3. The cache under local, with recent = {RECENT}: {title}", loc="left")
+    panel.set_title(f"3. The cache under local, with recent = {RECENT}: what it holds after each token, and what that sees", loc="left")
     parts = (0, warm, f"sinks: the first {warm}"), (warm, front, f"ring: the latest {RECENT + 1}"), (front, -1, "far: kept")
     for start, end, name in parts:
         panel.plot((edge[start] + 0.1, edge[end] - 0.1), (-0.65, -0.65), color="#888888", linewidth=1)
@@ -205,14 +213,10 @@ def draw_cache(panel, pieces, found, warm):
         panel.text(x, -0.8, name, ha="center", va="center", fontsize=9.5)
 
     for row, t in enumerate(range(FIRST, len(pieces))):
-        near, far = states[t]
-        everything, colour = len(near + far), ORANGE if redundant[t] else BLUE
+        (near, far), colour = states[t], ORANGE if redundant[t] else BLUE
         for slot, held in enumerate(near + far):
             inside = "#f3f3f3" if slot < warm else PALE[ORANGE if redundant[held] else BLUE]
-            width, weight = edge[slot + 1] - edge[slot] - 0.08, "bold" if held == t else "normal"
-            panel.add_patch(Rectangle((edge[slot] + 0.04, row - 0.33), width, 0.66, facecolor=inside, edgecolor="#b8c4d0", linewidth=0.8))
-            panel.text(edge[slot] + 0.04 + width / 2, row, pieces[held], ha="center", va="center", fontsize=8.5 if slot >= warm else 7.5,
-                       fontweight=weight, color="#888888" if slot < warm else "black")  # fmt: skip
+            draw_slot(panel, row, edge[slot], edge[slot + 1], pieces[held], inside, slot < warm, held == t)
         for name, x in columns.items():
             ring, beyond = map(len, held_by[name][t])
             sees = {"skip": 0, "local": ring, "cache": ring + beyond}[name] if found[name][t] else ring + beyond
@@ -220,10 +224,10 @@ def draw_cache(panel, pieces, found, warm):
             if name == "local":
                 panel.add_patch(Rectangle((0, row - 0.42), edge[sees], 0.84, fill=False, edgecolor=colour, linewidth=1.8))
         if far != states[t - 1][1]:  # a kept token has left the ring
-            left, to = edge[states[t - 1][0].index(far[-1])] + 0.75, edge[everything - 1] + 0.4
+            left, to = edge[states[t - 1][0].index(far[-1])] + 0.75, edge[len(near + far) - 1] + 0.4
             panel.annotate("", (to, row - 0.34), (left, row - 0.64), arrowprops={"arrowstyle": "-|>", "color": BLUE, "linewidth": 1.5})
-        name = f'"{pieces[t]}" is {"redundant" if redundant[t] else "kept"}'
-        panel.text(-0.2, row, name, ha="right", va="center", fontsize=9.5, color=colour)
+        verdict = "redundant" if redundant[t] else "kept"
+        panel.text(-0.2, row, f'"{pieces[t]}" is {verdict}', ha="right", va="center", fontsize=9.5, color=colour)
     panel.text(0, last - 0.3, "Bold: the new token. Framed: what it sees, always the first so many slots. Blue: kept; orange:"
                " redundant, gone once out of the ring.\nArrow: a kept token leaves the ring and becomes a far one.",
                fontsize=9.5, va="top", color="#555555")  # fmt: skip
