@@ -99,8 +99,7 @@ def compiles():
         return False
 
 
-@pytest.mark.parametrize("window", [None, 9])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name, window", [*((name, None) for name in NAMES), ("cache", 9)])
 def test_compiled_steps_equal_plain_ones_and_compile_once(name, window):
     """With fullgraph=True in compile_decode, so whatever breaks the graph raises."""
     if not compiles():

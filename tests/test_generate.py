@@ -464,10 +464,10 @@ def test_ctrl_c_while_skips_are_drawn_leaves_no_file_and_says_so(checkpoint, cap
     flags = [str(checkpoint), "--prompt", LONG, "--skip-map", str(path), *SKIPS, "--json"]
     with monkeypatch.context() as patch:
         patch.setattr(skip_map, name, lambda part, *_: (Path(part).write_text("half"), never()))
-        with pytest.raises(SystemExit) as end:
+        with pytest.raises(KeyboardInterrupt):  # as_process's business
             main(flags)
     out, err = capsys.readouterr()
-    assert end.value.code == 130 and err.splitlines()[-1] == f"interrupted: no {kind} was written to {path}"
+    assert err.splitlines()[-1] == f"interrupted: no {kind} was written to {path}"
     assert json.loads(out)["results"][0]["texts"] and path.read_text() == "of before" and len(list(tmp_path.iterdir())) == 1
     plain = generate_module.generate
     monkeypatch.setattr(generate_module, "generate", lambda *a, **k: (never() if i == 3 else step for i, step in enumerate(plain(*a, **k))))

@@ -41,7 +41,7 @@ def results(folder) -> dict[str, torch.Tensor]:
 
 def torchrun(n, *command):
     """Runs a command of this project in n processes: its exit code, stdout, stderr."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), *map(str, command)]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), *map(str, command)]
     return subprocess.run(run, cwd=HERE, capture_output=True, text=True, timeout=300, check=False)
 
 

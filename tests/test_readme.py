@@ -70,6 +70,7 @@ def reader(demo, tmp_path, monkeypatch):
     (tmp_path / "wikitext-2-test.txt").write_text(README, encoding="utf-8")
     for module, loader in ((generate, load), (load_weights, load), (eval_ppl, load_tiny), (eval_passkey, load_tiny), (bench, load_tiny)):
         monkeypatch.setattr(module, "load", loader)
+    monkeypatch.setattr(bench, "compile_decode", lambda model: False)  # which takes long, and test_bench.py does
 
 
 def main_of_eval_tasks(monkeypatch):
