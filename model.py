@@ -134,7 +134,7 @@ class Chunk:
     real: torch.Tensor  # (B, T) which they are,
     packed: torch.Tensor  # (N,) which of the B * T, counted through, the real ones are,
     token: torch.Tensor  # (B, T) and which of the real ones each is, at padding any
-    longest: int  # the most tokens that a row has with these
+    end: int  # the most tokens that a row has with these
 
     def by_row(self, x):
         return x[self.token]
@@ -381,7 +381,7 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x, chunk: Step, cache: LayerCache):
+    def forward(self, x, chunk: Step | Chunk, cache: LayerCache):
         """x (N, C), the residual stream after its norm -> what attention adds to it, (N, C)."""
         # keys and values
         raw_k = self.k_norm(self.k(x).unflatten(-1, (self.kv_heads, self.head_dim)))  # (N, KVH, D)
@@ -411,7 +411,7 @@ class Attention(nn.Module):
     def prefill(self, x, kv, redundant, chunk: Chunk, cache: LayerCache):
         """The same for any number of tokens a row: those that skip are left out of the products with q and o too."""
         (B, T), (kv, at, kept, place) = chunk.position.shape, cache.in_reach(kv, redundant, chunk)
-        groups, used, added = [(chunk.packed, chunk.packed, T)], min(chunk.longest, cache.window), torch.zeros_like(x)
+        groups, used, added = [(chunk.packed, chunk.packed, T)], min(chunk.end, cache.window), torch.zeros_like(x)  # all, as they stand
         if redundant is not None:
             attends = {"skip": [~redundant], "local": [~redundant, redundant], "cache": [chunk.real]}[cache.filter.mode]
             attends = [some & chunk.real for some in attends]
@@ -458,7 +458,7 @@ class Block(nn.Module):
         self.attn_norm, self.attn = nn.RMSNorm(config.width, config.norm_eps), Attention(config)
         self.mlp_norm, self.mlp = nn.RMSNorm(config.width, config.norm_eps), MLP(config)
 
-    def forward(self, x, chunk: Step, cache: LayerCache, idle=False):
+    def forward(self, x, chunk: Step | Chunk, cache: LayerCache, idle=False):
         """x (N, C), the residual stream -> the same after this layer; idle: no token attends."""
         if not idle:
             x = x + self.attn(self.attn_norm(x), chunk, cache)

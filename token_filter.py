@@ -81,14 +81,18 @@ class FilterState:
 def running_average(x, start, gamma):
     """A_0 = start (B, ...), A_{t+1} = gamma A_t + (1-gamma) x_t: all of A_0..A_T, (B, T+1, ...), for x (B, T, ...).
 
-    Unrolled, A_t = gamma^t A_0 + (1-gamma) sum_{s<t} gamma^(t-1-s) x_s. The sums are built by doubling: log2(T) passes
-    over the whole chunk instead of T steps, none of which lets a token reach back to an earlier one.
+    Unrolled, A_t = gamma^t (A_0 + (1-gamma) sum_{s<t} gamma^-(s+1) x_s): a running sum, in which no token reaches back to an
+    earlier one. Its terms grow, and its rounding errors with them, so that in A_t they are small; it starts anew after `most`
+    tokens, before the terms leave float32's range.
     """
-    average, span = torch.cat((start[:, None], (1 - gamma) * x), dim=1), 1
-    while span < average.shape[1]:  # each entry sums the `span` terms up to its own; after this pass, twice as many
-        more = torch.add(average[:, span:], average[:, :-span], alpha=gamma**span)
-        average = torch.cat((average[:, :span], more), dim=1)
-        span *= 2
+    gamma, average = max(gamma, 1e-25), torch.cat((start[:, None], x), dim=1)  # at 0 there would be 0 times infinity
+    most = max(1, int(60 / -math.log(gamma)))  # e^60 is 1e26
+    power = gamma ** torch.arange(min(most, x.shape[1]) + 1, dtype=torch.float64, device=x.device)
+    power = power.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
+    for first in range(0, x.shape[1], most):
+        part = average[:, first : first + most + 1]  # A_first, then x
+        part[:, 1:] *= (1 - gamma) / power[1 : part.shape[1]]
+        part.cumsum_(1).mul_(power[: part.shape[1]])
     return average
 
 

@@ -29,6 +29,7 @@ from checkpoint_files import CheckpointError, JsonObject, added_tokens, read_fil
 
 MARK = "\ufdd0"  # one of the characters that Unicode sets aside for a program's own use, never to be part of a text
 
+
 @contextmanager
 def _tokenizing(path: Path, doing: str) -> Iterator[None]:
     """`tokenizers` raises bare Exceptions, and where a file makes no sense its Rust code may panic."""
