@@ -8,7 +8,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from command_line import PRESETS, PRUNE, fail, filters_from, one_line
@@ -34,7 +34,7 @@ class Conversation:
         self.most, self.seed, self.settings = max_new_tokens, seed, {"eos_ids": tokenizer.eos_ids} | settings
         self.cache, self.ids, self.anew = model.new_cache(1, filter), list[int](), False
 
-    def answer(self, text: str) -> Iterator[str]:
+    def answer(self, text: str) -> Generator[str, None, None]:
         """The answer to a user's message, as it comes. A caller that closes the iterator stops it: what was said by then is the answer.
 
         Raises CheckpointError where the template refuses the message, ValueError where the context is full: then it was not said.

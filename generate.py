@@ -402,7 +402,7 @@ def main(argv=None, given=None):
         unwritten = f"; {args.skip_map} was not written" if args.skip_map else ""
         print(f"interrupted: what was generated until then is above, figures are not complete{unwritten}", file=sys.stderr)
         raise SystemExit(130)
-    if args.skip_map:
+    if args.skip_map and filter:
         pieces = token_pieces(tokenizer, prompts[0]) + answers[0]
         write_skip_map(args.skip_map, title, pieces, len(prompts[0]), decisions, filter, model.config.window)
 

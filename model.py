@@ -285,7 +285,8 @@ class KVCache:
         """Decode: one more token of each row."""
         ring, row = self.filter.recent + 1, torch.arange(len(self.position), device=self.position.device)
         slot, front = front_slot(self.position, self.sinks, ring), (self.position + 1).clamp(max=self.sinks + ring)
-        return Step(self.position[:, None], self.position, *rope_table(self.position, self.frequencies, dtype), slot, front, row)
+        cos, sin = rope_table(self.position, self.frequencies, dtype)
+        return Step(self.position[:, None], self.position, cos, sin, slot, front, row)
 
     def advance(self, n_new, T, dtype) -> Chunk:
         """Prefill: n_new[b] more tokens of each row (host), in T columns."""

@@ -165,8 +165,8 @@ def draw_skip_map(path, title, pieces: list[str], n_prompt: int, redundant, scor
     tall = 0.1 * max(L, 8)  # inches of a strip
     figure = Figure(figsize=(13, 0.6 + len(starts) * (1.8 + tall)), layout="constrained")
     panels = figure.subplots(2 * len(starts), 1, squeeze=False, height_ratios=[0.5, tall] * len(starts))[:, 0]
-    for start, *pair in zip(starts, panels[::2], panels[1::2]):
-        draw_strip(*pair, range(start, min(start + width, T)), start, width, redundant, image, labels, n_prompt, warmup)
+    for start, share, layers in zip(starts, panels[::2], panels[1::2]):
+        draw_strip(share, layers, range(start, min(start + width, T)), start, width, redundant, image, labels, n_prompt, warmup)
     for name, colours in (("redundant", orange), ("kept", blue)):
         bar = figure.colorbar(ScalarMappable(scale, colours), ax=panels, extend="min", aspect=40, pad=0.01)
         bar.set_label(f"score of {name} tokens")

@@ -316,7 +316,8 @@ def test_speed_and_pass_keys_say_what_was_measured():
     for case, dense, *others in cells("docs/results.md", "| batch, context | dense, ms"):
         batch, context = case.split(", ")
         block = re.search(rf"^batch {batch}, context {context}\b.*\n.*\n((?:\S.*\n)+)", raw, re.M)[1].splitlines()
-        ms, ratio, bound, speed = zip(*(re.match(r".{18} +\S+ +\S+ +\S+ +(\S+) +\S+ +(\S+) +\S+ +(\S+) +\S+ +(\S+)", line).groups() for line in block))
+        wanted = r".{18}" + 3 * r" +\S+" + 3 * r" +(\S+) +\S+" + r" +(\S+)"
+        ms, ratio, bound, speed = zip(*(re.match(wanted, line).groups() for line in block))
         assert dense == f"{float(ms[0]):.0f} ({float(speed[0]):.0f})", case
         shown = [f"{float(x):.2f}" for x in ratio[1:]]
         assert [cell.split(" ")[0] for cell in others] == shown, case
