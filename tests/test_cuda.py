@@ -23,16 +23,24 @@ WINDOWS = [None, 9, 50]  # none; shorter than the recent tokens; longer
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+def addresses(cache):
+    """Of all that a cache keeps from step to step: what the latest step gave is not."""
+    holders = [cache, *cache.layers, *(layer.state for layer in cache.layers if layer.state)]
+    own = [(i, key, t) for i, holder in enumerate(holders) for key, t in vars(holder).items() if isinstance(t, torch.Tensor)]
+    return {(i, key): t.data_ptr() for i, key, t in own if key not in ("redundant", "score", "seen")}
+
+
 class Again:
-    """Replay's stand-in: the step once more, into the same logits."""
+    """Replay's stand-in: the step once more, on the tensors that it was recorded with, or it fails."""
 
     made = 0
 
     def __init__(self, step, tokens, cache):
-        self.step, self.cache, self.tokens, self.logits = step, cache, tokens.clone(), None
+        self.step, self.cache, self.tokens, self.recorded = step, cache, tokens.clone(), addresses(cache)
         Again.made += 1
 
     def __call__(self, tokens):
+        assert addresses(self.cache) == self.recorded  # a graph knows no others
         self.tokens.copy_(tokens)
         return self.step(self.tokens, self.cache)
 
@@ -49,8 +57,8 @@ def feed(model, filter, length=0, lengths=(12, 3, 40), steps=70):
     for t in range(steps):
         logits.append(model(tokens[:, max(lengths) + t, None], cache)[:, 0].cpu())
         redundant.append([None if layer.redundant is None else layer.redundant.tolist() for layer in cache.layers])
-        if t in (30, 50):
-            cache.select([2, 0, 1] if t == 30 else [1, 1, 0])
+        if t in (36, 50):  # by 36 the cache has grown, unless its length was known
+            cache.select([2, 0, 1] if t == 36 else [1, 1, 0])
         if t == 60:
             logits.append(model(tokens[:, :7], cache, [7, 2, 5], last=True).cpu())
     return torch.stack(logits), redundant, cache.usage()
@@ -169,17 +177,10 @@ def test_a_step_replaces_no_tensor(name, length):
     cache = model.new_cache(3, filter_of(name, 3), length=length)
     model(torch.arange(120).view(3, 40) % 97, cache, [12, 3, 40])
     step(model, cache)  # makes room
-
-    def addresses():
-        """Of all that is kept from step to step: what the latest step gave is not."""
-        holders = [cache, *cache.layers, *(layer.state for layer in cache.layers if layer.state)]
-        own = [(i, key, t) for i, holder in enumerate(holders) for key, t in vars(holder).items() if isinstance(t, torch.Tensor)]
-        return {(i, key): t.data_ptr() for i, key, t in own if key not in ("redundant", "score", "seen")}
-
-    before = addresses()
+    before = addresses(cache)
     for t in range(20):
         step(model, cache, t)
-    assert addresses() == before and len(before) > 20
+    assert addresses(cache) == before and len(before) > 20
 
 
 class NoHost(TorchDispatchMode):
