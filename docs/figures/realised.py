@@ -35,11 +35,11 @@ def realised(model, texts, prompts, filter, criterion):
 def main():
     parser = argparse.ArgumentParser(description="What share of (token, layer) pairs is really skipped, against what was asked for.")
     parser.add_argument("--text", required=True, help="prose, UTF-8")
+    prose = Path(parser.parse_args().text).read_text(encoding="utf-8")
     model, tokenizer = load(DEMO, "cpu")
     code = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("token_filter.py", "model.py"))
     numbers = ", ".join(str(n) for n in range(1, 400))
-    texts = [Path(parser.parse_args().text).read_text(encoding="utf-8"), code, numbers]
-    ids = [tokenizer.encode(text, bos=False)[:WINDOW] for text in texts]
+    ids = [tokenizer.encode(text, bos=False)[:WINDOW] for text in (prose, code, numbers)]
     question = tokenizer.chat([{"role": "user", "content": "Why is the sky blue?"}])
     prompts = [question, tokenizer.encode("The history of the city begins in the year")]
 
