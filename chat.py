@@ -106,11 +106,12 @@ def lines(terminal: bool, echo: bool) -> Iterator[str]:
     with suppress(ImportError):
         import readline  # noqa: F401 (with it, a line can be edited)
     while True:
+        line = ""
         try:
             line = input("> ")
         except KeyboardInterrupt:
-            line = ""
-            print("\n(Ctrl-D ends)")
+            with suppress(KeyboardInterrupt):  # a second one
+                print("\n(Ctrl-D ends)", flush=True)
         except EOFError:
             return print()
         yield line

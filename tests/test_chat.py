@@ -211,11 +211,11 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_the_program(demo):
     seen = ""
 
     def until(text, again=b""):
-        """Reads on until the text comes, and drops what was read; types `again` every second."""
+        """Reads on until the text comes, and drops what was read; types `again` after every three seconds of silence."""
         nonlocal seen
         ends = time.monotonic() + 60
         while text not in seen and time.monotonic() < ends:
-            if not select.select([leader], [], [], 1)[0]:
+            if not select.select([leader], [], [], 3)[0]:
                 os.write(leader, again)
                 continue
             try:
