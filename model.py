@@ -176,9 +176,13 @@ class LayerCache:
         """How many more tokens there are slots for, whatever is kept, when `used` slots are filled in the longest row."""
         return self.at.shape[1] - 1 - used if self.at.shape[1] <= self.most else FAR
 
+    def wanted(self, used, rest):
+        """How many slots to have then: for what is known to follow, `rest` tokens a row, at the layer's ratio, or for an eighth more."""
+        more = math.ceil((1 - self.share) * rest) + (BLOCK // 2 if self.share else 0) if rest else max(used // 8, BLOCK)
+        return max(min(used + more, self.most), self.front) + 1
+
     def resize(self, slots):
-        """To so many, and the empty one."""
-        n = max(slots, self.front) + 1 - self.at.shape[1]  # a negative number cuts
+        n = slots - self.at.shape[1]  # a negative number cuts
         self.kv, self.at = F.pad(self.kv, (0, 0, 0, n)), F.pad(self.at, (0, n), value=-1)
 
     def put(self, k, v, redundant, step: Step):
@@ -245,11 +249,12 @@ class LayerCache:
         self.kept = kept.gather(1, order[:, : self.front]) & (self.at[:, : self.front] >= 0)
         self.far = (stays[:, 0] - self.front).clamp(min=0)
 
-    def select(self, rows):
-        """Keep these rows, an int64 tensor, in this order."""
-        for name in ("at", "kept", "far", "skipped", "read"):
+    def select(self, rows, slots):
+        """Keep these rows, an int64 tensor, in this order, and no more slots than that."""
+        for name in ("kept", "skipped", "read"):
             setattr(self, name, getattr(self, name)[rows])
-        self.kv, self.redundant, self.score = self.kv[:, rows], None, None
+        self.kv, self.at = self.kv[:, rows, :, :slots], self.at[rows, :slots]
+        self.redundant = self.score = None
         if self.state is not None:
             self.state.select(rows)
 
@@ -290,7 +295,10 @@ class KVCache:
 
     def advance(self, n_new, T, dtype) -> Chunk:
         """Prefill: n_new[b] more tokens of each row (host), in T columns."""
-        self.cut()
+        for layer, used in zip(self.layers, self.used()):
+            if layer.free(used):
+                layer.resize(max(used, layer.front) + 1)  # no query is to look at empty slots
+        self.room, self.steps, self.replay = 0, 0, None  # all tensors are about to be replaced
         real = torch.arange(T) < n_new[:, None]
         token = (real.flatten().cumsum(0) - 1).clamp(min=0).view(real.shape)
         packed = real.flatten().nonzero()[:, 0]  # still on the host
@@ -307,20 +315,16 @@ class KVCache:
         far = torch.stack([F.pad(layer.far, (0, 1)).max() for layer in self.layers]).cpu().tolist()
         return [min(seen, layer.front) + min(n, self.window) for layer, n in zip(self.layers, far)]
 
-    def cut(self):
-        """Leave no slot empty, for what follows replaces the cache's tensors anyway, so that a recorded step would not see them."""
-        for layer, used in zip(self.layers, self.used()):
-            if layer.free(used):
-                layer.resize(used)
-        self.room, self.steps, self.replay = 0, 0, None
+    def rest(self) -> int:
+        """How many more tokens a row is known to have."""
+        return max(self.length - max(self.seen.tolist(), default=0), 0)
 
     def make_room(self):
-        """Let every layer have slots for some steps of decode: for what is known to follow at its ratio, or for an eighth more."""
-        used, rest = self.used(), max(self.length - int(self.seen.max()), 0)
+        """Let every layer have slots for some steps of decode."""
+        used = self.used()
         if min(map(LayerCache.free, self.layers, used)) < 1:
             for layer, n in zip(self.layers, used):
-                more = math.ceil((1 - layer.share) * rest) + (BLOCK // 2 if layer.share else 0) if rest else max(n // 8, BLOCK)
-                layer.resize(min(n + more, layer.most))
+                layer.resize(layer.wanted(n, self.rest()))
             self.steps, self.replay = 0, None
         self.room = min(map(LayerCache.free, self.layers, used))
 
@@ -331,8 +335,10 @@ class KVCache:
         on_device = rows.to(self.position.device)
         self.seen, self.position = self.seen[rows.cpu()], self.position[on_device]
         for layer in self.layers:
-            layer.select(on_device)
-        self.cut()
+            layer.far = layer.far[on_device]
+        for layer, used in zip(self.layers, self.used()):
+            layer.select(on_device, layer.wanted(used, self.rest()))
+        self.room, self.steps, self.replay = 0, 0, None
 
     def usage(self):
         """(B, 5) int64 on the host, of each row: (token, layer) pairs fed, those found redundant, slots in use; slots that all queries
