@@ -1,5 +1,6 @@
 """A conversation is the same in one cache, turn by turn, as fed at once; the terminal loop; stop texts, samples, system, stdin."""
 
+import fcntl
 import io
 import itertools
 import json
@@ -8,8 +9,10 @@ import pty
 import random
 import select
 import shutil
+import signal
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -205,8 +208,13 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_the_program(demo):
     leader, follower = pty.openpty()
     command = [sys.executable, generate_module.__file__, demo, "--chat", "--ignore-eos", "--max-new-tokens", "4000", "--device", "cpu"]
     environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"} | {"TERM": "dumb"}
+
+    def on_a_terminal():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell has what it runs in the background ignore it
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
     process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, env=environment, start_new_session=True,
-                               preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0))  # fmt: skip
+                               preexec_fn=on_a_terminal)  # fmt: skip
     os.close(follower)
     seen = ""
 

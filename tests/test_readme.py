@@ -204,9 +204,8 @@ def figures_of(head, name, column):
         table = sizes.rows(MODELS["135M"], WINDOWS[name])
         return [table["dense", 0][0]] if column == "dense" else [table[column.strip("`"), p][0] for p in (0.2, 0.5)]
     if head == "| `paper`, perplexity at":
-        size, before = name.removesuffix(" †"), ", history 256" if "†" in name else ""
-        setting = "paper" if column == "`tail`" else f"paper, schedule {column.strip('`')}{before}"
-        return [sizes.rows(MODELS[size])[setting, p][0] for p in (0.2, 0.5)]
+        setting = "paper" if column == "`tail`" else f"paper, schedule {column.strip('`')}"
+        return [sizes.rows(MODELS[name])[setting, p][0] for p in (0.2, 0.5)]
     assert head == "| changed |"
     table, preset, fields = sizes.rows(MODELS["135M"]), column.split(" ")[0].strip("`"), {"warm-up": "warmup", "$\\gamma$": "gamma"}
     field, values = name.split(": ") if ": " in name else ("keys", "rotated / unrotated")
