@@ -76,6 +76,8 @@ def as_process(function, *arguments):
     try:
         result = function(*arguments)
         sys.stdout.flush()
+        if parallel := sys.modules.get("parallel"):
+            parallel.leave()
         return result
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -35,6 +35,12 @@ def meet(device: torch.device):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
 
 
+def leave():
+    """Part from them at the end: a process that only ends may be aborted by threads that still run."""
+    if STORE:
+        dist.destroy_process_group()
+
+
 def first_to_fail() -> bool:
     """Whether no other rank has said why all of them end."""
     with suppress(RuntimeError):  # the store may be gone

@@ -129,6 +129,7 @@ def work():
     else:
         for folder in map(Path, sys.argv[2:]):
             save_file(results(folder), f"{sys.argv[1]}/{folder.name}-{parallel.RANK}.safetensors")
+        parallel.leave()
 
 
 if __name__ == "__main__":
