@@ -295,7 +295,7 @@ class KVCache:
 
     def advance(self, n_new, T, dtype) -> Chunk:
         """Prefill: n_new[b] more tokens of each row (host), in T columns."""
-        for layer, used in zip(self.layers, self.used()):
+        for layer, used, _ in self.look():
             if layer.free(used):
                 layer.resize(max(used, layer.front) + 1)  # no query is to look at empty slots
         self.room, self.steps, self.replay = 0, 0, None  # all tensors are about to be replaced
@@ -309,24 +309,21 @@ class KVCache:
         self.seen, self.position = self.seen + n_new, self.position + n
         return Chunk(position, cos, sin, n, real, packed, token, int(self.seen.max()))
 
-    def used(self) -> list[int]:
-        """Slots filled in each layer's longest row: the one wait of decode."""
+    def look(self):
+        """(layer, slots filled in its longest row, slots that it should have) of each layer: the one wait of decode."""
         seen = max(self.seen.tolist(), default=0)
         far = torch.stack([F.pad(layer.far, (0, 1)).max() for layer in self.layers]).cpu().tolist()
-        return [min(seen, layer.front) + min(n, self.window) for layer, n in zip(self.layers, far)]
-
-    def rest(self) -> int:
-        """How many more tokens a row is known to have."""
-        return max(self.length - max(self.seen.tolist(), default=0), 0)
+        used = [min(seen, layer.front) + min(n, self.window) for layer, n in zip(self.layers, far)]
+        return [(layer, n, layer.wanted(n, max(self.length - seen, 0))) for layer, n in zip(self.layers, used)]
 
     def make_room(self):
         """Let every layer have slots for some steps of decode."""
-        used = self.used()
-        if min(map(LayerCache.free, self.layers, used)) < 1:
-            for layer, n in zip(self.layers, used):
-                layer.resize(layer.wanted(n, self.rest()))
+        looked = self.look()
+        if min(layer.free(used) for layer, used, _ in looked) < 1:
+            for layer, _, slots in looked:
+                layer.resize(slots)
             self.steps, self.replay = 0, None
-        self.room = min(map(LayerCache.free, self.layers, used))
+        self.room = min(layer.free(used) for layer, used, _ in looked)
 
     @torch.inference_mode()
     def select(self, rows):
@@ -336,8 +333,8 @@ class KVCache:
         self.seen, self.position = self.seen[rows.cpu()], self.position[on_device]
         for layer in self.layers:
             layer.far = layer.far[on_device]
-        for layer, used in zip(self.layers, self.used()):
-            layer.select(on_device, layer.wanted(used, self.rest()))
+        for layer, _, slots in self.look():
+            layer.select(on_device, slots)
         self.room, self.steps, self.replay = 0, 0, None
 
     def usage(self):

@@ -82,13 +82,11 @@ def running_average(x, start, gamma):
     """A_0 = start (B, ...), A_{t+1} = gamma A_t + (1-gamma) x_t: all of A_0..A_T, (B, T+1, ...), for x (B, T, ...).
 
     Unrolled, A_t = gamma^t (A_0 + (1-gamma) sum_{s<t} gamma^-(s+1) x_s): a running sum, in which no token reaches back to an
-    earlier one. Its terms grow, and its rounding errors with them, so that in A_t they are small; it starts anew after `most`
-    tokens, before the terms leave float32's range.
+    earlier one. Its terms grow, and roundings with them, so that those of A_t stay small; it starts anew every `most` tokens.
     """
     gamma, average = max(gamma, 1e-25), torch.cat((start[:, None], x), dim=1)  # at 0 there would be 0 times infinity
-    most = max(1, int(60 / -math.log(gamma)))  # e^60 is 1e26
-    power = gamma ** torch.arange(min(most, x.shape[1]) + 1, dtype=torch.float64, device=x.device)
-    power = power.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
+    most = max(1, int(60 / -math.log(gamma)))  # until terms are e^60, 1e26, times larger: float32 ends at 3e38
+    power = (gamma ** torch.arange(min(most, x.shape[1]) + 1, device=x.device).double()).to(x.dtype).view(-1, *[1] * (x.ndim - 2))
     for first in range(0, x.shape[1], most):
         part = average[:, first : first + most + 1]  # A_first, then x
         part[:, 1:] *= (1 - gamma) / power[1 : part.shape[1]]
