@@ -72,10 +72,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from generate import overflow, sample_rows
+from generate import generate, overflow
 from load_weights import CheckpointError, Tokenizer, load
 from model import Transformer
-from report import finite, print_json
+from report import Stats, finite, print_json
 from rivals import by_chance, last_layers
 from token_filter import FilterConfig, token_filter
 from tokenizer import MARK
@@ -195,12 +195,10 @@ class Answer:
         self.stream, self.eos_ids = tokenizer.stream(start=True), tokenizer.eos_ids
         self.special = {tokenizer._backend.vocab[token]: token for token in tokenizer._backend.special}
         self.stops = [stop for stop in stops if stop]
-        self.ids: list[int] = []
         self.parts = [""]  # text, then by turns a special token and text
 
     def push(self, token) -> bool:
         """Whether the text ends with this token."""
-        self.ids.append(token)
         if token in self.special:
             self.parts[-1] += self.stream.flush()
             self.parts += [self.special[token], ""]
@@ -333,52 +331,32 @@ class FilteredLM(TemplateLM):
 
         Greedy, unless the task asks for sampling. Raises ValueError for generation settings that are not known here.
         """
-        prompts, options, answers = [], [], []
-        for request in requests:
+        prompts, answers = [], []
+        together: dict[tuple, list[int]] = defaultdict(list)  # texts that are to be generated alike
+        for i, request in enumerate(requests):
             context, given = request.args
-            option = normalize_gen_kwargs(given, default_max_gen_toks=256)
+            option = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, **normalize_gen_kwargs(given, default_max_gen_toks=256)}
             room = self.context - option["max_gen_toks"]
-            if set(option) - GENERATION or not 1 <= room <= self.context:
+            if set(option) - GENERATION or not 1 <= room < self.context:
                 raise ValueError(f"{request.task_name}: cannot generate with {given} in a context of {self.context} tokens")
             prompts.append(self.tok_encode(context)[-room:] or [self.prefix_token_id])
-            options.append({"temperature": 0.0, "top_k": 0, "top_p": 1.0, **option})
             answers.append(Answer(self.tokenizer, [*option["until"], self.tokenizer._template_tokens.get("eos_token")]))
+            together[tuple(option[name] for name in ("max_gen_toks", "temperature", "top_k", "top_p"))].append(i)
 
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         with tqdm(total=len(prompts), desc=self.title, unit=" texts", leave=False) as bar:
-            for start in range(0, len(order), self.batch):
-                rows = order[start : start + self.batch]
-                for i, used in self.generate_batch(rows, prompts, options, answers):
-                    self.used[requests[i].task_name].append(used)
-                    bar.update()
+            for (most, temperature, top_k, top_p), texts in together.items():
+                texts.sort(key=lambda i: -len(prompts[i]))
+                for start in range(0, len(texts), self.batch):
+                    rows, stats, ended = texts[start : start + self.batch], Stats(), set[int]()
+                    settings = most, self.filter, frozenset[int](), temperature, top_k, top_p, self.seed + start
+                    cache = self.model.new_cache(len(rows), self.filter, self.criterion)
+                    for row, token in generate(self.model, [prompts[i] for i in rows], *settings, stats=stats, cache=cache, ended=ended):
+                        if answers[rows[row]].push(token):
+                            ended.add(row)
+                    for i, used in zip(rows, stats.rows):
+                        self.used[requests[i].task_name].append([*used.values()])
+                    bar.update(len(rows))
         return [answer.text() for answer in answers]
-
-    def generate_batch(self, rows, prompts, options, answers):
-        """Continues the prompts of these rows until all have ended; yields (row, its part of cache.usage()) as one does."""
-        rngs = {i: torch.Generator().manual_seed(self.seed + i) for i in rows}
-        cache = self.model.new_cache(len(rows), self.filter, self.criterion)
-        logits = self.model.prefill([prompts[i] for i in rows], cache)
-        while rows:
-            together: dict[tuple[float, int, float], list[int]] = defaultdict(list)  # rows that are sampled alike
-            for b, i in enumerate(rows):
-                together[options[i]["temperature"], options[i]["top_k"], options[i]["top_p"]].append(b)
-            drawn: dict[int, int] = {}  # each row's token
-            for sampling, some in together.items():
-                drawn |= zip(some, sample_rows(logits[some], *sampling, [rngs[rows[b]] for b in some]).tolist())
-            stay: list[int] = []
-            for b, i in enumerate(rows):
-                answer, most = answers[i], options[i]["max_gen_toks"]
-                if not logits[b].isfinite().all():
-                    raise FloatingPointError(overflow(self.model, prompts[i] + answer.ids, self.filter))
-                if len(answer.ids) < most and not answer.push(drawn[b]) and len(answer.ids) < most:
-                    stay.append(b)
-            if len(stay) < len(rows):
-                usage = cache.usage().tolist()
-                yield from ((i, usage[b]) for b, i in enumerate(rows) if b not in stay)
-                cache.select(stay)  # copies what stays
-                rows = [rows[b] for b in stay]
-            if rows:
-                logits = self.model(torch.tensor([answers[i].ids[-1:] for i in rows]), cache, last=True)
 
 
 # ------------------------------------------------------------------------------------------------ the command line

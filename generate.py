@@ -227,7 +227,7 @@ def _prefill(model, prompts, max_new_tokens, filter, chunk, figures, watch, cach
     cache = model.new_cache(len(different), filter) if cache is None else cache
     cache.length = max(map(len, prompts)) + max_new_tokens
     new = [prompt[seen:] for prompt, seen in zip(different, cache.seen.tolist())]
-    figures.prompt_tokens, figures.row_skip_ratio, figures.slot_bytes = sum(map(len, new)), [0.0] * len(prompts), cache.slot_bytes
+    figures.prompt_tokens, figures.rows, figures.slot_bytes = sum(map(len, new)), [{} for _ in prompts], cache.slot_bytes
     logits = model.prefill(new, cache, chunk)
     if len(different) < len(prompts):
         fork = [different.index(tuple(prompt)) for prompt in prompts]

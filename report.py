@@ -61,43 +61,41 @@ class Stats:
     new_tokens: int = 0  # sampled, an end-of-text token included
     prefill_seconds: float = 0.0  # up to and including each row's first new token
     decode_seconds: float = 0.0  # all further ones
-    pairs: int = 0  # of a token and a layer
-    skipped: int = 0  # of these, where the token was redundant
-    held: int = 0  # slots of the cache, of one token in one layer each, in use by each row when it ended
-    read: int = 0  # slots that queries have read
-    dense_read: int = 0  # slots that they would have read without a filter
     slot_bytes: int = 0
-    row_skip_ratio: list[float] = field(default_factory=list)
+    rows: list[dict[str, int]] = field(default_factory=list)  # of each row that has ended what it used, by name: see end()
+
+    def end(self, row, usage):
+        """Keep what KVCache.usage() says of a row: pairs of a token and a layer, those skipped, slots held at the end, slots that its
+        queries have read, and those that they would have read without a filter.
+        """
+        self.rows[row] = dict(zip(("pairs", "skipped", "held", "read", "dense_read"), usage))
+
+    def total(self, name) -> int:
+        return sum(row.get(name, 0) for row in self.rows)
 
     @property
     def skip_ratio(self) -> float:
-        return self.skipped / max(self.pairs, 1)
+        return self.total("skipped") / max(self.total("pairs"), 1)
 
     @property
     def kv_held(self) -> float:
         """Share of the keys and values in the cache; without a filter, 1."""
-        return self.held / max(self.pairs, 1)
+        return self.total("held") / max(self.total("pairs"), 1)
 
     @property
     def kv_read(self) -> float:
         """Slots that were read over those that would have been without a filter."""
-        return self.read / max(self.dense_read, 1)
-
-    def end(self, row, usage):
-        """Adds what KVCache.usage() says of a row at its end."""
-        self.row_skip_ratio[row] = usage[1] / usage[0]
-        for name, value in zip(("pairs", "skipped", "held", "read", "dense_read"), usage):
-            setattr(self, name, getattr(self, name) + value)
+        return self.total("read") / max(self.total("dense_read"), 1)
 
     def line(self) -> str:
         """The figures in one line."""
         prefill = self.prompt_tokens / max(self.prefill_seconds, 1e-9)
-        decoded = self.new_tokens - len(self.row_skip_ratio)
+        decoded = self.new_tokens - len(self.rows)
         decode = f"{decoded / self.decode_seconds:.1f} tokens/s" if self.decode_seconds else "none"
         return (
             f"prefill {self.prompt_tokens} tokens at {prefill:.1f} tokens/s; decode {decode}; "
             f"skipped {self.skip_ratio:.1%} of (token, layer) pairs; "
-            f"KV held {self.kv_held:.0%} ({self.held * self.slot_bytes / 1e6:.2f} MB), read {self.kv_read:.0%} of dense"
+            f"KV held {self.kv_held:.0%} ({self.total('held') * self.slot_bytes / 1e6:.2f} MB), read {self.kv_read:.0%} of dense"
         )
 
 

@@ -351,14 +351,14 @@ def test_without_a_context_or_without_anything(tiny):
         ids = ids if ids[0] == lm.prefix_token_id else [lm.prefix_token_id, *ids]
         ((logprob, _),) = lm.loglikelihood(instances("loglikelihood", [(context, continuation)]))
         assert logprob == pytest.approx(one_by_one(lm, ids[:1], ids[1:])[0], abs=1e-9)
-    assert answers(lm, ["the fox", " ", ""], until=["."], max_gen_toks=0) == [""] * 3
     assert [lm.loglikelihood([]), lm.loglikelihood_rolling([]), lm.generate_until([])] == [[], [], []]
     assert lm.loglikelihood_rolling(instances("loglikelihood_rolling", [("",)])) == [0]
     for pair in (("", ""), ("the", "")):
         with pytest.raises(ValueError, match="a continuation has 0 tokens"):
             lm.loglikelihood(instances("loglikelihood", [pair]))
-    with pytest.raises(ValueError, match=r"cannot generate with .*-1"):
-        answers(lm, ["the"], until=[], max_gen_toks=-1)
+    for most in (0, -1, lm.context):
+        with pytest.raises(ValueError, match=rf"cannot generate with .*{most}"):
+            answers(lm, ["the"], until=[], max_gen_toks=most)
 
 
 def test_the_cache_is_copied_only_when_a_row_leaves(tiny, monkeypatch):
@@ -367,8 +367,11 @@ def test_the_cache_is_copied_only_when_a_row_leaves(tiny, monkeypatch):
     lm = FilteredLM(*tiny, FILTERS[1])
     lm.tokenizer = SimpleNamespace(**{name: getattr(lm.tokenizer, name) for name in ("encode", "stream", "bos_id", "_backend")},
                                    eos_ids=frozenset(), _template_tokens={})  # fmt: skip
-    lm.generate_until(instances("generate_until", [(text, {"max_gen_toks": n}) for text, n in zip(GENERATE, (9, 2, 9, 5))]))
-    assert kept == [3, 2, 0]
+    free = answers(lm, GENERATE, until=[], max_gen_toks=9)
+    assert not kept
+    stops = zip(GENERATE, (free[0][:4], free[1][:2], "never there", free[3][:3]))
+    lm.generate_until(instances("generate_until", [(text, {"until": [stop], "max_gen_toks": 9}) for text, stop in stops]))
+    assert 1 < len(kept) <= 3 and kept == sorted(set(kept), reverse=True) and kept[0] < 4
     kept.clear()
     score(lm.model, [((1, 2), (3, 4)), ((2, 2), (3,) * 30)], lm.filter)
     assert kept == [1]
@@ -383,7 +386,7 @@ def test_the_line_on_overflow_is_about_the_whole_text(tiny, monkeypatch):
         return forward(self, tokens, *rest, **more) * (1 if len(fed) < 4 else math.nan)
 
     monkeypatch.setattr(Transformer, "forward", broken)
-    monkeypatch.setattr(eval_tasks, "overflow", lambda model, tokens, filter: str(tokens))
+    monkeypatch.setattr("generate.overflow", lambda model, tokens, filter: str(tokens))
     with pytest.raises(FloatingPointError) as caught:
         answers(FilteredLM(*tiny), [FERRY[:40]], until=[], max_gen_toks=9)
     assert str(caught.value) == str(torch.cat(fed, dim=1)[0].tolist())

@@ -29,7 +29,7 @@ def realised(model, texts, prompts, filter, criterion):
     cache = model.new_cache(len(prompts), filter, criterion, max(map(len, prompts)) + ANSWER)
     for _ in generate(model, prompts, ANSWER, filter, stats=stats, cache=cache):
         pass
-    return [*(skipped / pairs).tolist(), *stats.row_skip_ratio]
+    return [*(skipped / pairs).tolist(), *(row["skipped"] / row["pairs"] for row in stats.rows)]
 
 
 def main():
