@@ -13,7 +13,7 @@ import sys
 from collections import defaultdict
 from dataclasses import asdict
 from functools import partial
-from itertools import groupby, takewhile
+from itertools import groupby
 from pathlib import Path
 
 from command_line import PRUNE, Parser, add_filter_arguments, add_model_arguments, as_process, check_filter, fail
@@ -72,7 +72,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from generate import generate, overflow
+from generate import feed, generate, in_common, overflow
 from load_weights import CheckpointError, Tokenizer, load
 from model import Transformer
 from report import Stats, finite, print_json
@@ -94,7 +94,6 @@ except ModuleNotFoundError as e:
         raise
     fail(f"{e}: the harness is an extra, pip install -r requirements-extra.txt")
 
-SHARED = 128  # tokens that contexts have in common, such as solved examples, from which on they are fed once
 AVERAGED = ("acc", "acc_norm", "exact_match")  # metrics that mean the same on every task
 GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}  # what generate_until understands
 
@@ -110,7 +109,7 @@ def batches(pairs, size):
     """
     begun, family = (), {}  # family: of each context that shares its beginning, the first that has it
     for context in sorted({context for context, _ in pairs}):
-        if alike([begun, context]):
+        if in_common([begun, context]):
             family[begun] = family[context] = begun
         else:
             begun = context
@@ -130,27 +129,6 @@ def batches(pairs, size):
         yield batch
 
 
-def alike(contexts):
-    """How many tokens all of these contexts begin with, the last of each left out, or 0 if not worth being fed apart."""
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(min(contexts)[:-1], max(contexts)))
-    shared = len(list(same))
-    return shared if len(contexts) > 1 and shared >= SHARED else 0
-
-
-def read_contexts(model: Transformer, contexts, filter, criterion):
-    """A cache that was fed these, what they share once, and the logits after each, (B, 1, V)."""
-    different = list(dict.fromkeys(contexts))
-    fork, shared = [different.index(context) for context in contexts], alike(different)
-    cache = model.new_cache(1 if shared else len(different), filter, criterion)
-    if shared:
-        model.prefill([list(different[0][:shared])], cache)
-        cache.select([0] * len(different))
-    logits = model.prefill([list(context[shared:]) for context in different], cache)[fork][:, None]
-    if len(different) < len(contexts):
-        cache.select(fork)
-    return cache, logits
-
-
 def score(model: Transformer, pairs, filter: FilterConfig | None, criterion=token_filter, chunk=128):
     """Score pairs (context, continuation) of token tuples, none empty, each from an empty cache, as one batch.
 
@@ -159,7 +137,8 @@ def score(model: Transformer, pairs, filter: FilterConfig | None, criterion=toke
     model.new_cache, `chunk` bounds the memory the logits take. Raises ValueError beyond the model's context,
     FloatingPointError where logits are not finite.
     """
-    cache, logits = read_contexts(model, [context for context, _ in pairs], filter, criterion)
+    cache = model.new_cache(len(pairs), filter, criterion)
+    logits = feed(model, [context for context, _ in pairs], cache)[0][:, None]
     n = torch.tensor([len(continuation) for _, continuation in pairs])
     targets = torch.nn.utils.rnn.pad_sequence([torch.tensor(c) for _, c in pairs], batch_first=True)  # (B, T)
     nll, greedy = torch.zeros(len(pairs), dtype=torch.float64), torch.ones(len(pairs), dtype=torch.bool)

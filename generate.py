@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from itertools import islice
+from itertools import islice, takewhile
 from numbers import Integral, Real
 
 from command_line import PRESETS, PRUNE, Parser, add_filter_arguments, add_model_arguments, alone, as_process, check_filter, fail, number
@@ -114,6 +114,8 @@ from model import KVCache, ModelConfig, Transformer
 from skip_map import Decisions, paint, paint_legend, token_pieces, write_skip_map
 from token_filter import FilterConfig
 
+SHARED = 128  # tokens that prompts have in common, such as instructions or solved examples, from which on they are fed once
+
 # ---------------------------------------------------------------------------------------------- from Python
 
 
@@ -181,7 +183,7 @@ def generate(
     A row ends at a token of eos_ids, which is not yielded, or after max_new_tokens, and leaves the batch. Each row has
     its own random numbers (seed + row), so what it says does not depend on its neighbours: in float64 and, nearly always, in
     float32. In half precision, other neighbours mean other rounding of the logits, and sooner or later another token, greedy
-    or not. Prompts are prefilled `chunk` tokens at a time; equal ones are fed once, and the cache is forked.
+    or not. Prompts are prefilled `chunk` tokens at a time, what all begin with and equal ones once: the cache is forked.
     `stats`, if given, is complete once the iterator is exhausted.
     `watch(rows, cache)`, if given, is called after each forward with the numbers of the rows in the cache, whose layers hold
     their latest decisions; prompts are then prefilled in one go, each by itself.
@@ -221,19 +223,29 @@ def checked(prompts, max_new_tokens, config: ModelConfig, cache: KVCache | None)
     return prompts
 
 
-def _prefill(model, prompts, max_new_tokens, filter, chunk, figures, watch, cache):
-    """A cache that has been fed the prompts, equal ones once, and the logits after each."""
-    different = list(dict.fromkeys(map(tuple, prompts))) if cache is None and watch is None else prompts
-    cache = model.new_cache(len(different), filter) if cache is None else cache
-    cache.length = max(map(len, prompts)) + max_new_tokens
-    new = [prompt[seen:] for prompt, seen in zip(different, cache.seen.tolist())]
-    figures.prompt_tokens, figures.rows, figures.slot_bytes = sum(map(len, new)), [{} for _ in prompts], cache.slot_bytes
-    logits = model.prefill(new, cache, chunk)
+def in_common(prompts) -> int:
+    """How many tokens all of these begin with, the last of each left out, or 0 if not worth being fed apart."""
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(min(prompts)[:-1], max(prompts))))
+    return shared if len(prompts) > 1 and shared >= SHARED else 0
+
+
+def feed(model, prompts, cache: KVCache, chunk=512):
+    """Prefill an empty cache, with equal prompts and what all of them begin with once: logits (B, vocab) after each, and how many
+    tokens that took.
+    """
+    different = list(dict.fromkeys(map(tuple, prompts)))
+    shared = in_common(different)
+    if (rows := 1 if shared else len(different)) < len(prompts):
+        cache.select(range(rows))
+    if shared:
+        model.prefill([different[0][:shared]], cache, chunk)
+        cache.select([0] * len(different))
+    logits = model.prefill([prompt[shared:] for prompt in different], cache, chunk)
     if len(different) < len(prompts):
         fork = [different.index(tuple(prompt)) for prompt in prompts]
         cache.select(fork)
         logits = logits[fork]
-    return cache, logits
+    return logits, shared + sum(len(prompt) - shared for prompt in different)
 
 
 def _steps(model, prompts, max_new_tokens, filter, eos_ids, sampling: tuple[float, int, float], seed, chunk, figures, watch, cache, enough):
@@ -242,7 +254,14 @@ def _steps(model, prompts, max_new_tokens, filter, eos_ids, sampling: tuple[floa
     live, ride = set(rows), watch is None and model.fixed_batch()  # of these the ones to go on; ended ones ride along for a while
 
     started = time.perf_counter()
-    cache, logits = _prefill(model, prompts, max_new_tokens, filter, chunk, figures, watch, cache)
+    cache = model.new_cache(len(prompts), filter) if cache is None else cache
+    cache.length = max(map(len, prompts)) + max_new_tokens
+    if watch is None and not cache.seen.any():
+        logits, figures.prompt_tokens = feed(model, prompts, cache, chunk)
+    else:  # what is watched is each prompt by itself
+        new = [prompt[seen:] for prompt, seen in zip(prompts, cache.seen.tolist())]
+        logits, figures.prompt_tokens = model.prefill(new, cache, chunk), sum(map(len, new))
+    figures.rows, figures.slot_bytes = [{} for _ in prompts], cache.slot_bytes
     while live:
         finite, tokens = torch.stack((logits.isfinite().all(1), logits.argmax(1))).tolist()  # the one wait of a greedy step
         for row, fine in zip(rows, finite):

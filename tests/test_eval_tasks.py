@@ -28,7 +28,7 @@ import report
 import skip_map
 from checkpoint_files import CheckpointError
 from eval_tasks import SUITES, FilteredLM, batches, compare, load_tasks, main, score, summarise
-from generate import generate
+from generate import SHARED, generate
 from load_weights import load
 from model import KVCache, Transformer
 from test_generate import FILTERS
@@ -414,7 +414,7 @@ def test_a_shared_context_is_fed_once(tiny, monkeypatch):
 @pytest.mark.parametrize("filter", FILTERS)
 def test_solved_examples_are_fed_once(tiny, filter, monkeypatch):
     """Contexts that begin alike give what each gives alone, and their beginning is one row of one prefill."""
-    monkeypatch.setattr(eval_tasks, "SHARED", 20)
+    monkeypatch.setattr("generate.SHARED", 20)
     lm = FilteredLM(*tiny, filter, batch=4)
     solved, other = " ".join(f"{i} and {i} make {2 * i}." for i in range(8)), " ".join(f"{i} is odd." for i in range(1, 19, 2))
     texts = [*(f"{solved} Next: {word}" for word in ("seven", "a", "the river")), *(f"{other} {i}" for i in range(2)), "Alone"]
@@ -443,8 +443,8 @@ def test_batches_keep_together_what_begins_alike_and_their_size():
     cut = list(batches(pairs, 4))
     assert sorted(itertools.chain(*cut)) == list(range(17)) and max(map(len, cut)) == 4
     assert [0, 1] in cut and [2, 3, 4] in cut
-    solved = [((end % 2,) * eval_tasks.SHARED + (end,), (0,)) for end in range(7)]  # two beginnings, taking turns
-    short = [((end % 2,) * (eval_tasks.SHARED - 1) + (end,), (0,)) for end in range(7)]
+    solved = [((end % 2,) * SHARED + (end,), (0,)) for end in range(7)]  # two beginnings, taking turns
+    short = [((end % 2,) * (SHARED - 1) + (end,), (0,)) for end in range(7)]
     assert sorted(map(sorted, batches(solved, 8))) == [[0, 2, 4, 6], [1, 3, 5]] and len(list(batches(short, 8))) == 1
 
 
@@ -468,8 +468,9 @@ def decisions(monkeypatch, work):
         return logits
 
     def forked(self, rows):
+        before = getattr(self, "rows", [((), ())] * len(self.seen))
         select(self, rows)
-        self.rows = [self.rows[row] for row in rows]
+        self.rows = [before[row] for row in rows]
 
     with monkeypatch.context() as patch:
         patch.setattr(Transformer, "forward", recorded)

@@ -23,6 +23,7 @@ import skip_map
 import token_filter
 from generate import Stats, generate, main, sample, sample_rows
 from load_weights import load
+from model import Transformer
 from skip_map import BOLD, Decisions, decisions, paint, paint_legend, token_pieces
 from test_model import LENGTHS, small, texts
 from token_filter import PRESETS, preset
@@ -104,6 +105,23 @@ def test_stats_add_up(filter):
         f"skipped {skipped / pairs:.1%} of (token, layer) pairs; "
         f"KV held {held / pairs:.0%} ({megabytes:.2f} MB), read {read / dense_read:.0%} of dense"
     )
+
+
+@pytest.mark.parametrize("filter", FILTERS, ids=["dense", *PRESETS])
+def test_what_prompts_have_in_common_is_fed_once(filter, monkeypatch):
+    """And equal prompts are; each is answered as if alone."""
+    monkeypatch.setattr(generate_module, "SHARED", 40)
+    model, fed, forward = small(), [], Transformer.forward
+    monkeypatch.setattr(Transformer, "forward", lambda self, t, *a, **k: fed.append(t) or forward(self, t, *a, **k))
+    prompts = [texts()[0, :50].tolist() + end for end in ([1, 2, 3], [4], [1, 2, 3], [5, 6])]
+    alone = [collect(1, generate(model, [prompt], 9, filter))[0] for prompt in prompts]
+    for some, tokens in ((prompts, 50 + 3 + 1 + 2), ([prompts[0]] * 3, 53), ([prompts[1], PROMPTS[1]], 51 + LENGTHS[1])):
+        fed.clear()
+        stats = Stats()
+        answers = collect(len(some), generate(model, some, 9, filter, stats=stats))
+        assert answers[0] == alone[prompts.index(some[0])] and (some != prompts or answers == alone)
+        assert stats.prompt_tokens == tokens
+    assert fed[0].shape[0] == 2  # these begin otherwise
 
 
 def test_a_random_number_belongs_to_a_token():
