@@ -191,7 +191,7 @@ def figures_of(head, name, column):
         preset, size = name.split(", ")
         return [measured(sizes.rows(MODELS[size]), preset, prunes[0])[1]]
     if head == "| times dense | `paper` 0.2":
-        windows, size = name.removesuffix(" †").split(", ")
+        windows, size = name.split(", ")
         table, preset = sizes.rows(MODELS[size], WINDOWS[windows]), column.split(" ")[0].strip("`")
         prunes = prunes[:2] if windows == "windows of 128" else prunes
         return [table.get((preset, p), (0, math.nan))[1] for p in prunes]
