@@ -1,165 +1,225 @@
 """Token Filtering: decide, while the model runs, which tokens a layer can do without (arXiv 2512.07090).
 
-A token is redundant in a layer when its key and value look like running averages (anchors) of the latest before it.
-The function `token_filter`, at the end, decides; schedule.py says what share of its tokens a layer is to find redundant.
+A token is redundant in a layer when its key and value look like running averages (anchors) of the
+tokens just before it. `token_filter`, at the end of this file, is the whole method.
 
 Shapes: B sequences, T new tokens, KVH key/value heads, D head size, W scores remembered.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args, get_type_hints
+from collections.abc import Callable
 
 import torch
+
+from filter_config import FilterConfig
 
 EPS = 1e-6  # keeps w_k defined, and at 1/2, when the heads agree perfectly on both sides
 
 
-@dataclass(frozen=True)
-class FilterConfig:
-    """How to filter; the defaults are preset "paper". A value out of range raises ValueError, naming the field."""
-
-    prune: float = 0.5  # p in [0, 1): the share of (token, layer) pairs to find redundant
-    # a redundant token does not attend | attends to the first and the latest tokens alone | to all; it is never cached for long
-    mode: Literal["skip", "local", "cache"] = "skip"
-    recent: int = 0  # G: a token and the G before it are in sight of whatever attends, redundant or not
-    schedule: Literal["tail", "uniform", "head", "last"] = "tail"  # how p is spread over the layers: schedule.py
-    gamma: float = 0.9  # decay of the running averages, in [0, 1)
-    warmup: int = 16  # the first max(warmup, 1) tokens of a sequence, its sinks, are always kept and in sight
-    history: int = 64  # W: how many past scores a new score is ranked among
-    fusion: Literal["variance", "equal", "key", "value"] = "variance"  # key and value similarity -> one score
-    keys: Literal["rotated", "unrotated"] = "rotated"  # keys are compared as the cache holds them, after RoPE | before it
-
-    def __post_init__(self):
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
-        for name in ("prune", "gamma"):
-            if not isinstance(value := getattr(self, name), (int, float)) or not 0 <= value < 1:
-                raise ValueError(f"{name}={value!r} is not a number in [0, 1)")
-        for name, least in (("recent", 0), ("warmup", 0), ("history", 1)):
-            if type(value := getattr(self, name)) is not int or value < least:
-                raise ValueError(f"{name}={value!r} is not a whole number of at least {least}")
-
-
-CHOICES = {name: get_args(hint) for name, hint in get_type_hints(FilterConfig).items() if get_args(hint)}
-PRESETS: dict[str, dict] = {
-    "paper": {},
-    "local": {"mode": "local", "recent": 32, "schedule": "uniform"},
-    "cache": {"mode": "cache", "recent": 32, "schedule": "uniform", "fusion": "key", "keys": "unrotated"},
-}
-
-
-def preset(name, **overrides) -> FilterConfig:
-    """The named preset with some fields changed, preset("cache", prune=0.3); ValueError for an unknown name."""
-    if name not in PRESETS:
-        raise ValueError(f"preset {name!r} is not one of {', '.join(PRESETS)}")
-    return FilterConfig(**PRESETS[name] | overrides)
-
-
 class FilterState:
-    """What one layer's filter remembers of each sequence; float32, or float64 in a float64 model."""
+    """What one layer's filter remembers of B sequences, in float32 (float64 in a float64 model)."""
 
-    var_mean = staticmethod(lambda cosine: torch.var_mean(cosine, dim=-1, correction=0))  # over all heads: see parallel.py
-
-    def __init__(self, B, kv_heads, head_dim, config: FilterConfig, layer, dtype, device):
-        self.anchor = torch.zeros(B, 2, kv_heads, head_dim, dtype=dtype, device=device)  # averages of keys [:, 0], of values [:, 1]
-        # the latest scores, that of position p in column p mod W; NaN where there is none yet
+    def __init__(
+        self,
+        B,
+        kv_heads,
+        head_dim,
+        config: FilterConfig,
+        layer,
+        dtype,
+        device,
+        sum_over_devices: Callable | None = None,
+    ):
+        # Running averages of keys [:, 0] and of values [:, 1].
+        self.anchor = torch.zeros(B, 2, kv_heads, head_dim, dtype=dtype, device=device)
+        # The latest W scores, that of position p in column p mod W. NaN where there is none yet.
         self.history = torch.full((B, config.history), math.nan, dtype=dtype, device=device)
-        self.count = torch.zeros(B, dtype=torch.int64, device=device)  # tokens seen = position of the next
-        self.layer = torch.full((), layer, device=device)  # for criteria that go by it; a number would be compiled in, layer by layer
-        self.latest: tuple | None = None  # for whoever wants to look: cosine and w_k of the latest chunk
+        # How many tokens it has seen, so the position of the next one.
+        self.count = torch.zeros(B, dtype=torch.int64, device=device)
+        # The layer's number, for filter functions that go by it. It is a tensor because
+        # torch.compile would compile a plain number in, and so compile every layer anew.
+        self.layer = torch.full((), layer, device=device)
+        # On several devices, each of which has some of the heads: the function that adds a tensor
+        # over all of them. None on one device.
+        self.sum_over_devices = sum_over_devices
+        # Of the latest chunk, for whoever wants to look: the cosines (B, T, 2, KVH) and w_k (B, T).
+        self.latest_cosine: torch.Tensor | None = None
+        self.latest_w_k: torch.Tensor | None = None
 
     def select(self, rows):
-        """Keep these rows, an int64 tensor, in this order."""
-        self.anchor, self.history, self.count = self.anchor[rows], self.history[rows], self.count[rows]
+        """Keep these rows, an int64 tensor, in this order. A row named twice is copied."""
+        self.anchor = self.anchor[rows]
+        self.history = self.history[rows]
+        self.count = self.count[rows]
+        self.latest_cosine = None
+        self.latest_w_k = None
 
     def nbytes(self) -> int:
         return self.anchor.nbytes + self.history.nbytes + self.count.nbytes
 
 
-def running_average(x, start, gamma):
-    """A_0 = start (B, ...), A_{t+1} = gamma A_t + (1-gamma) x_t: all of A_0..A_T, (B, T+1, ...), for x (B, T, ...).
+def running_averages(x, start, gamma, block=64):
+    """A_0 = start (B, ...), A_{t+1} = gamma A_t + (1-gamma) x_t for x (B, T, ...).
 
-    Unrolled, A_t = gamma^t (A_0 + (1-gamma) sum_{s<t} gamma^-(s+1) x_s): a running sum, in which no token reaches back to an
-    earlier one. Its terms grow, and roundings with them, so that those of A_t stay small; it starts anew every `most` tokens.
+    Returns A_0 .. A_T, (B, T+1, ...). Within a block of tokens
+        A_t = gamma^t A_0 + (1-gamma) sum_{s<t} gamma^(t-1-s) x_s,
+    which is one matrix product. For three tokens its matrix is, times (1-gamma):
+        1        0      0
+        gamma    1      0
+        gamma^2  gamma  1
     """
-    gamma, average = max(gamma, 1e-25), torch.cat((start[:, None], x), dim=1)  # at 0 there would be 0 times infinity
-    most = max(1, int(60 / -math.log(gamma)))  # until terms are e^60, 1e26, times larger: float32 ends at 3e38
-    power = (gamma ** torch.arange(min(most, x.shape[1]) + 1, device=x.device).double()).to(x.dtype).view(-1, *[1] * (x.ndim - 2))
-    for first in range(0, x.shape[1], most):
-        part = average[:, first : first + most + 1]  # A_first, then x
-        part[:, 1:] *= (1 - gamma) / power[1 : part.shape[1]]
-        part.cumsum_(1).mul_(power[: part.shape[1]])
-    return average
+    t = torch.arange(1, block + 1, device=x.device)
+    lag = t[:, None] - t  # (block, block): how many tokens before A_t's latest one x_s stands
+    # Powers are taken in float64, as in a chunk of another length they must come out the same.
+    weight = torch.where(lag >= 0, (1 - gamma) * gamma ** lag.clamp(min=0).double(), 0).to(x.dtype)
+    decay = (gamma ** t.double()).to(x.dtype)  # of A_0 in A_t
+    averages = [start[:, None]]
+    for part in x.split(block, dim=1):
+        n = part.shape[1]
+        first = averages[-1][:, -1:]  # (B, 1, ...)
+        old = decay[:n].view(n, *[1] * (x.ndim - 2)) * first
+        new = torch.einsum("ts,bs...->bt...", weight[:n, :n], part)
+        averages.append(old + new)
+    return torch.cat(averages, dim=1)
 
 
-def above_threshold(score, past, n, ratio):
+def exceeds_quantile(score, past, n, ratio):
     """Which scores are above the (1-ratio) quantile of the n scores before them: (B, T) bool.
 
-    That is n > 0 and c >= ceil((1-ratio) n - 1e-9), c of the n being strictly below, so ties are not above. NaN is
-    neither above nor below anything; nothing is above at ratio 0. score, n (B, T); past (B, T, W): the n scores, in any
-    order, and NaN; ratio: a float, or a float64 tensor, () or (B, 1).
+    If `below` of the n scores are strictly below, n - below are as high or higher. The score
+    exceeds the quantile if those are at most ratio * n. So ties do not exceed, NaN never does, and
+    nothing does at ratio 0 or with n = 0.
+
+    score, n (B, T); past (B, T, W), of which all but n are NaN; ratio: a float, or a float64 tensor
+    () or (B, 1).
     """
-    below, above = (past < score[..., None]).sum(-1), n.double() * ratio  # c, and how many may be above
-    return (n - below <= above + 1e-9) & (above > 0) & (score == score)
+    below = (past < score[..., None]).sum(-1)
+    allowed = n.double() * ratio  # how many may be as high or higher
+    # 1e-9: ratio * n is a little off a whole number where ratio is, say, 1 - 23/26.
+    return (n - below <= allowed + 1e-9) & (allowed > 0) & ~score.isnan()
 
 
-def rank(score, n_new, state: FilterState, ratio, config: FilterConfig):
-    """Which new scores (B, T) are above the threshold past the warm-up, (B, T) bool, and the scores, NaN at padding. `state`
-    remembers them. Other arguments as in token_filter, n_new None only for one token a row.
+def rank_scores(score, lengths, state: FilterState, ratio, config: FilterConfig):
+    """Say which new scores (B, T) are redundant ones, and move state.history and state.count on.
+
+    Returns redundant (B, T) bool and the scores, with NaN at padding. Other arguments as in
+    token_filter. A filter function with a score of its own ends with this call.
     """
-    (_, T), W, count = score.shape, config.history, state.count[:, None]
-    if n_new is None:
-        position, past, column, latest = count, state.history[:, None], count % W, score  # past (B, 1, W)
+    T = score.shape[1]
+    W = config.history
+    count = state.count[:, None]  # (B, 1), the position of the first new token
+
+    if lengths is None:  # decode: one new score replaces the oldest
+        position = count
+        past = state.history[:, None]  # (B, 1, W)
+        columns = count % W
+        latest = score
+        n_new = 1
     else:
-        window, step = torch.arange(W, device=score.device), torch.arange(T, device=score.device)
-        position, score = count + step, score.masked_fill(step >= n_new[:, None], math.nan)
-        scores = torch.cat((state.history.gather(1, (count + window) % W), score), dim=1)  # oldest first
-        past, last = scores[:, :-1].unfold(1, W, 1), n_new[:, None] + window  # (B, T, W); (B, W), where the latest are
-        column, latest = (count + last) % W, scores.gather(1, last)
-    redundant = above_threshold(score, past, position.clamp(max=W), ratio) & (position >= max(config.warmup, 1))
-    state.history.scatter_(1, column, latest)
-    state.count += 1 if n_new is None else n_new
+        step = torch.arange(T, device=score.device)
+        position = count + step  # (B, T)
+        score = score.masked_fill(step >= lengths[:, None], math.nan)
+        offset = torch.arange(W, device=score.device)
+        oldest_first = state.history.gather(1, (count + offset) % W)
+        scores = torch.cat((oldest_first, score), dim=1)  # (B, W + T)
+        past = scores[:, :-1].unfold(1, W, 1)  # (B, T, W): the W scores before each new one
+        last_W = lengths[:, None] + offset  # (B, W): where the latest W scores of each row are
+        columns = (count + last_W) % W
+        latest = scores.gather(1, last_W)
+        n_new = lengths
+
+    n_past = position.clamp(max=W)
+    past_warmup = position >= config.n_sinks
+    redundant = exceeds_quantile(score, past, n_past, ratio) & past_warmup
+    state.history.scatter_(1, columns, latest)
+    state.count += n_new
     return redundant, score
 
 
-def token_filter(k, v, n_new, state: FilterState, ratio, config: FilterConfig):
+def mean_and_variance(cosine, sum_over_devices):
+    """Mean and population variance of cosine (..., KVH) over the heads of all devices: (...) each."""
+    if sum_over_devices is None:
+        variance, mean = torch.var_mean(cosine, dim=-1, correction=0)
+        return mean, variance
+    # In float64 the difference of two squares is exact enough.
+    wide = cosine.double()
+    sums = torch.stack((torch.ones_like(wide), wide, wide.square())).sum(-1)
+    n_heads, total, squares = sum_over_devices(sums)
+    mean = total / n_heads
+    variance = (squares / n_heads - mean.square()).clamp(min=0)
+    return mean.to(cosine.dtype), variance.to(cosine.dtype)
+
+
+def token_filter(k, v, lengths, state: FilterState, ratio, config: FilterConfig):
     """Score a chunk of one layer's new tokens, say which are redundant, and move `state` past them.
 
-    For token t, with A_K and A_V as they are before t, means and population variances over the KVH heads:
+    For token t, with anchors A_K and A_V as they are before t, over the KVH heads h:
         c_k[h] = cos(k_t[h], A_K[h]),  c_v[h] = cos(v_t[h], A_V[h]);  0 where a norm is 0
-        w_k    = (var(c_v) + eps) / (var(c_k) + var(c_v) + 2 eps);    the side whose heads agree counts more
+        w_k    = (var(c_v) + eps) / (var(c_k) + var(c_v) + 2 eps)
         s_t    = w_k mean(c_k) + (1 - w_k) mean(c_v)
-        t is redundant if past the warm-up and s_t is above the (1 - ratio) quantile of the W scores before it
-        A     <- gamma A + (1-gamma) (k_t, v_t);                      started at the first token's own k, v
+        t is redundant if it is past the warm-up and s_t exceeds the (1 - ratio) quantile of the
+        latest W scores before it
+        A     <- gamma A + (1-gamma) (k_t, v_t), started at the first token's own k, v
 
-    k, v (B, T, KVH, D); n_new (B,) int64: row b's first n_new[b] tokens are real, the rest is padding; None: all are.
-    ratio: r_l, as above_threshold takes it. Returns redundant (B, T) bool and score (B, T); padding is False and NaN.
+    k, v (B, T, KVH, D), any float dtype. lengths (B,) int64: the first lengths[b] tokens of row b
+    are real, the rest is padding; None: all are (decode: T = 1). ratio: r_l, a float, or a float64
+    tensor () or (B, 1).
+    Returns redundant (B, T) bool and score (B, T); padding is False and NaN.
+
+    The contract of a filter function. Any function with this signature can take this one's place
+    (`model.new_cache(B, config, filter_fn=...)`). It must
+    - decide on a token from that token and those before it in its row alone, so that chunks and
+      neighbours change nothing: what it remembers between two calls is in `state`;
+    - add each row's number of new tokens to state.count, which is the position of the next token;
+    - write into the tensors of `state` in place (copy_, scatter_, +=), as a recorded decode step
+      knows their addresses, and select() finds rows in them by name;
+    - read nothing back from the device (no .item(), no `if` on a tensor);
+    - return False for padding and for a row's first config.n_sinks tokens.
+    Ranking among past scores is done by rank_scores, which also moves count and history on:
+
+        def long_values(k, v, lengths, state, ratio, config):
+            '''Tokens with long values are redundant.'''
+            if lengths is None and k.shape[1] > 1:
+                lengths = torch.full_like(state.count, k.shape[1])
+            score = v.to(state.history.dtype).norm(dim=-1).mean(-1)  # (B, T)
+            return rank_scores(score, lengths, state, ratio, config)
     """
-    # anchors: before each token, and after the last real one
-    n_new = torch.full_like(state.count, k.shape[1]) if n_new is None and k.shape[1] > 1 else n_new
+    B, T = k.shape[:2]
+    if lengths is None and T > 1:
+        lengths = torch.full_like(state.count, T)
     x = torch.stack((k, v), dim=2).to(state.anchor.dtype)  # (B, T, 2, KVH, D)
-    start = torch.where((state.count == 0).view(-1, 1, 1, 1), x[:, 0], state.anchor)
-    if n_new is None:
-        before, after = start[:, None], start.lerp(x[:, 0], 1 - config.gamma)
+
+    # 1. Anchors, before each token and after the last real one.
+    is_first = (state.count == 0).view(B, 1, 1, 1)
+    start = torch.where(is_first, x[:, 0], state.anchor)
+    if lengths is None:  # decode
+        anchor = start[:, None]
+        last = start.lerp(x[:, 0], 1 - config.gamma)
     else:
-        anchors = running_average(x, start, config.gamma)  # (B, T+1, 2, KVH, D)
-        before, after = anchors[:, :-1], anchors[torch.arange(len(k), device=k.device), n_new]
+        averages = running_averages(x, start, config.gamma)  # (B, T+1, 2, KVH, D)
+        anchor = averages[:, :-1]
+        last = averages[torch.arange(B, device=k.device), lengths]
+    state.anchor.copy_(last)
 
-    # similarity
-    norms = x.norm(dim=-1) * before.norm(dim=-1)
-    cosine = ((x * before).sum(-1) / norms).masked_fill(norms == 0, 0)  # (B, T, 2, KVH)
+    # 2. Similarity: a cosine for each side and head.
+    norms = x.norm(dim=-1) * anchor.norm(dim=-1)
+    cosine = ((x * anchor).sum(-1) / norms).masked_fill(norms == 0, 0)  # (B, T, 2, KVH)
 
-    # fusion
-    var, mean = state.var_mean(cosine)
-    (var_k, var_v), (mean_k, mean_v) = (var + EPS).unbind(-1), mean.unbind(-1)  # (B, T) each
-    w_k = var_v / (var_k + var_v)
-    if config.fusion != "variance":
-        w_k = torch.full_like(w_k, {"equal": 0.5, "key": 1.0, "value": 0.0}[config.fusion])
+    # 3. Fusion: where the heads of one side agree more than those of the other, it has more weight.
+    mean, variance = mean_and_variance(cosine, state.sum_over_devices)  # (B, T, 2) each
+    mean_k, mean_v = mean.unbind(-1)
+    var_k, var_v = (variance + EPS).unbind(-1)
+    if config.fusion == "variance":
+        w_k = var_v / (var_k + var_v)
+    elif config.fusion == "equal":
+        w_k = torch.full_like(var_k, 0.5)
+    elif config.fusion == "key":
+        w_k = torch.ones_like(var_k)
+    else:
+        w_k = torch.zeros_like(var_k)
     score = torch.lerp(mean_v, mean_k, w_k)
+    state.latest_cosine = cosine
+    state.latest_w_k = w_k
 
-    # threshold
-    state.anchor.copy_(after)
-    state.latest = cosine, w_k
-    return rank(score, n_new, state, ratio, config)
+    # 4. Threshold: the rank among the latest scores.
+    return rank_scores(score, lengths, state, ratio, config)
