@@ -80,8 +80,9 @@ class PrefillChunk:
     """Up to T new tokens in every row, right-padded."""
 
     position: torch.Tensor  # (B, T) of each token in its sequence
-    lengths: torch.Tensor  # (B,) how many of a row's T tokens are real, on the device,
-    host_lengths: torch.Tensor  # (B,) and on the host
+    lengths: torch.Tensor  # (B,) how many of a row's T tokens are real, on the device
+    host_lengths: torch.Tensor  # (B,) the same on the host
+    longest: int  # how many tokens the longest row has with these
     packing: Packing
     # How many tokens every row had before this chunk, if all rows had as many and none is padded
     # now. Where all of them are kept, attention is then plainly causal. None otherwise.
@@ -296,7 +297,11 @@ class LayerCache:
         sort_key = torch.where(is_near, own_slot, self.n_near + position)
         sort_key = sort_key.masked_fill(~stays, DROPPED)
         n_stay = stays.sum(1)
-        n_slots = max(int(n_stay.max()), self.n_near) + 1
+        if self.filters:
+            most = int(n_stay.max().cpu())  # waits for the device
+        else:
+            most = min(chunk.longest, self.window)
+        n_slots = max(most, self.n_near) + 1
         order = sort_key.argsort(1)[:, :n_slots]  # (B, S): where in the context each slot's token is
 
         # One more column, without a token, for the last slot, where everything stays.
@@ -401,7 +406,8 @@ class KVCache:
             )
             for layer, ratio in enumerate(layer_ratios(self.filter, config.n_layers))
         ]
-        self.free_steps = 0  # for how many decode steps every layer has slots
+        # For how many decode steps every layer has slots. A new layer has SPARE_SLOTS at least.
+        self.free_steps = SPARE_SLOTS
         # Decode steps since one of the cache's tensors was replaced by another, and a recording of
         # such a step, which knows the tensors' addresses. For runtime/cuda_graph.py.
         self.n_steps = 0
@@ -427,6 +433,7 @@ class KVCache:
             position=self.position[:, None] + torch.arange(T, device=device),
             lengths=lengths.to(device),
             host_lengths=lengths,
+            longest=int((self.lengths + lengths).max()),
             packing=packing,
             n_before=n_before if is_even else None,
         )

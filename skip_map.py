@@ -11,29 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import KVCache
-from schedule import layer_ratios
-from token_filter import FilterConfig
+from filter_config import FilterConfig, layer_ratios
+from kv_cache import KVCache
 from tokenizer import Tokenizer
 
 SHADES = (230, 222, 214, 208, 202)  # backgrounds for up to 20%, 40%, ... of the layers, of a terminal's 256 colours
 BOLD, UNDERLINE, RESET = "\033[1m", "\033[4m", "\033[0m"
 STRIP, MOST_STRIPS = 72, 6  # a skip map is wrapped after so many tokens, and ends after so many strips
-
-
-def decisions(cache: KVCache):
-    """What every layer decided about the latest tokens that were fed: redundant (L, B, T) bool, and score (L, B, T), NaN where a
-    layer gave none; False and NaN at padding. Both on the host.
-    """
-    (n_new, T), B = cache.fed, len(cache.seen)
-    seen = cache.seen - n_new
-    step, score = torch.arange(T), torch.full((len(cache.layers), B, T), math.nan, dtype=torch.float64)
-    past_warmup = (step < n_new[:, None]) & (seen[:, None] + step >= max(cache.filter.warmup, 1))
-    redundant = torch.stack([past_warmup & layer.closed for layer in cache.layers])
-    for l, layer in enumerate(cache.layers):
-        if layer.redundant is not None:
-            redundant[l], score[l] = layer.redundant.cpu(), layer.score.cpu()
-    return redundant, score
 
 
 class Decisions:
@@ -50,15 +34,17 @@ class Decisions:
         self.cosine, self.w_k = ([[list[torch.Tensor]() for _ in range(n_layers)] for _ in range(n_rows)] for _ in range(2))
 
     def watch(self, rows, cache: KVCache):
-        redundant, score = decisions(cache)
+        decided = cache.decisions()
+        redundant = torch.stack([layer.redundant for layer in decided]).cpu()  # (L, B, T)
+        score = torch.stack([layer.score.double() for layer in decided]).cpu()
         for i, row in enumerate(rows):
-            new = int(cache.seen[i]) - self.redundant[row].shape[1]  # without padding
+            new = int(cache.lengths[i]) - self.redundant[row].shape[1]  # without padding
             self.redundant[row] = torch.cat((self.redundant[row], redundant[:, i, :new]), 1)
             self.score[row] = torch.cat((self.score[row], score[:, i, :new]), 1)
-            for l, layer in enumerate(cache.layers):
-                if layer.state is not None and layer.state.latest is not None:
-                    for parts, latest in zip((self.cosine[row][l], self.w_k[row][l]), layer.state.latest):
-                        parts.append(latest[i, :new].double().cpu())
+            for l, layer in enumerate(decided):
+                if layer.cosine is not None and layer.w_k is not None:
+                    self.cosine[row][l].append(layer.cosine[i, :new].double().cpu())
+                    self.w_k[row][l].append(layer.w_k[i, :new].double().cpu())
 
 
 def token_pieces(tokenizer: Tokenizer, tokens) -> list[str]:

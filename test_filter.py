@@ -3,7 +3,7 @@
 1. the method as a literal loop: `filter_loop` (golden/loop.py) says who is redundant, `visible` who may see whom, `decode_loop`
    is a decoder of both
 2. token_filter agrees with filter_loop, and the Transformer with decode_loop
-3. chunk-free, batch-invariant, causal             6. schedule.py
+3. chunk-free, batch-invariant, causal             6. layer_ratios
 4. the threshold rule on scores                    7. FilterConfig and presets
 5. properties that hold whatever the input         8. FilterState, half precision    9. operations
 
@@ -21,10 +21,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from golden.loop import drift, filter_loop, is_above, tail_by_bisection
+from filter_config import CHOICES, PRESETS, FilterConfig, layer_ratios, preset
 from model import ModelConfig, Transformer, rope_frequencies
-from schedule import layer_ratios
-from skip_map import decisions
-from token_filter import CHOICES, FilterConfig, FilterState, above_threshold, preset, running_average, token_filter
+from token_filter import FilterState, exceeds_quantile, running_averages, token_filter
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("repeatable")
@@ -45,7 +44,7 @@ def visible(t, redundant, config, window=None):
     return seen
 
 
-def turned(x, angle):
+def rotated(x, angle):
     """RoPE: the channel pair (i, i + R/2) as a complex number, turned by its angle."""
     R = 2 * angle.shape[-1]
     pairs = torch.complex(x[..., : R // 2], x[..., R // 2 : R]) * torch.polar(torch.ones_like(angle), angle)
@@ -60,9 +59,9 @@ def decode_loop(model, tokens, config):
         x, angle = model.embed(token), t * rope_frequencies(c).double()
         for l, block in enumerate(model.blocks):
             normed, attn = block.attn_norm(x), block.attn
-            raw_k, v = attn.k_norm(attn.k(normed).view(c.kv_heads, c.head_dim)), attn.v(normed).view(c.kv_heads, c.head_dim)
-            k, q = turned(raw_k, angle), turned(attn.q_norm(attn.q(normed).view(c.heads, c.head_dim)), angle)
-            compared = (x.numpy()[None, None] for x in (k if config.keys == "rotated" else raw_k, v))
+            k_unrotated, v = attn.k_norm(attn.k(normed).view(c.kv_heads, c.head_dim)), attn.v(normed).view(c.kv_heads, c.head_dim)
+            k, q = rotated(k_unrotated, angle), rotated(attn.q_norm(attn.q(normed).view(c.heads, c.head_dim)), angle)
+            compared = (x.numpy()[None, None] for x in (k if config.keys == "rotated" else k_unrotated, v))
             found, *_, states[l] = filter_loop(*compared, [1], ratios[l : l + 1], config, states[l])
             for remembered, new in ((redundant, found[0, 0]), (keys, k), (values, v)):
                 remembered[l].append(new)
@@ -269,7 +268,7 @@ def test_running_average_is_the_recurrence(T):
     averages = [start]
     for t in range(T):
         averages.append(0.9 * averages[-1] + (1 - 0.9) * x[:, t])
-    torch.testing.assert_close(running_average(x, start, 0.9), torch.stack(averages, 1), rtol=0, atol=1e-12)
+    torch.testing.assert_close(running_averages(x, start, 0.9), torch.stack(averages, 1), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("recent, warmup, window, more", [
@@ -282,9 +281,9 @@ def test_the_transformer_lets_every_token_see_what_it_may(mode, recent, warmup, 
     model, config = small("gqa", window, n_layers=3), FilterConfig(mode=mode, recent=recent, warmup=warmup, **more)
     tokens, cache, got = torch.randint(0, 97, (2, 44)), model.new_cache(2, config), [[], []]
     for n_new in ([25, 9], *[[1, 1]] * 15):
-        done = cache.seen[:, None]
+        done = cache.lengths[:, None]
         logits = model(tokens[[[0], [1]], done + torch.arange(max(n_new))], cache, n_new)
-        redundant, _ = decisions(cache)
+        redundant = torch.stack([layer.redundant for layer in cache.decisions()])  # (L, B, T)
         for row, n in enumerate(n_new):
             got[row].append((logits[row, :n], redundant[:, row, :n]))
     for row in range(2):
@@ -323,8 +322,8 @@ def test_a_sequence_does_not_depend_on_its_neighbours(fusion):
         assert_same(alone, (redundant[b : b + 1], score[b : b + 1]))
 
 
-@pytest.mark.parametrize("change", [0.0, -1e6, math.nan, math.inf])
-@pytest.mark.parametrize("t", [1, 40, 127, 128, 199])
+@pytest.mark.parametrize("change", [0.0, -1e6, 1e100])
+@pytest.mark.parametrize("t", [1, 40, 63, 64, 128, 199])
 def test_a_later_token_changes_nothing_earlier(t, change):
     k, v = drift(2, 200, 3, 4)
     before = feed(k, v, [[200, 200]], 0.5, FilterConfig())
@@ -357,7 +356,7 @@ def test_threshold_is_the_rule_on_scores_full_of_ties_and_nan(W):
     B, T, values = len(ratio), 5, np.array([-1, 0, 0.25, 0.5, 1, np.nan])
     n, score, past = rng.integers(0, W + 1, (B, T)), rng.choice(values, (B, T)), rng.choice(values, (B, T, W))
     past = rng.permuted(np.where(np.arange(W) < n[..., None], past, np.nan), axis=-1)
-    above = above_threshold(*(torch.tensor(x) for x in (score, past, n, ratio[:, None])))
+    above = exceeds_quantile(*(torch.tensor(x) for x in (score, past, n, ratio[:, None])))
     for b, t in np.ndindex(B, T):
         scores = [*past[b, t][~np.isnan(past[b, t])], *[np.nan] * W]
         assert above[b, t] == is_above(score[b, t], scores[: n[b, t]], ratio[b])
@@ -372,16 +371,16 @@ def test_threshold_is_met_exactly_at_the_ceiling():
     ratio = 1 - m.double() / n
     for score, expected in ((m - 0.5, True), (m - 1.5, False)):
         score = score.double()
-        assert (above_threshold(score, past, n, ratio) == expected).all()
+        assert (exceeds_quantile(score, past, n, ratio) == expected).all()
         for i in range(0, len(n), 10):  # a ratio for all is as exact as one for each
-            assert above_threshold(score[i : i + 1], past[i : i + 1], n[i : i + 1], ratio[i].item()) == expected
+            assert exceeds_quantile(score[i : i + 1], past[i : i + 1], n[i : i + 1], ratio[i].item()) == expected
 
 
 def threshold_of(scores, W, ratio):
     """Every score ranked among the W before it."""
     padded = torch.tensor([math.nan] * W + scores, dtype=torch.float64)
     n = torch.arange(len(scores))[None].clamp(max=W)
-    return above_threshold(padded[None, W:], padded[:-1].unfold(0, W, 1)[None], n, ratio)[0]
+    return exceeds_quantile(padded[None, W:], padded[:-1].unfold(0, W, 1)[None], n, ratio)[0]
 
 
 @pytest.mark.parametrize(
@@ -489,11 +488,6 @@ def test_tail_is_the_formula_and_head_its_reverse(L):
         assert ratios("head", p, L) == got[::-1]
         if p <= 0.5:
             np.testing.assert_allclose(got, [2 * p * layer / (L - 1) for layer in range(L)], rtol=0, atol=1e-15)
-
-
-def test_from_half_on_the_tail_ends_in_exactly_1():
-    """Not in 0.9999: only at 1 does a layer stop projecting keys and values."""
-    assert all(ratios("tail", p, L)[-1] == 1.0 for L in range(2, 81) for p in PRUNES if p >= 0.5)
 
 
 @pytest.mark.parametrize("L", [1, 2, 3, 12, 30, 80])

@@ -162,7 +162,7 @@ def token_filter(k, v, lengths, state: FilterState, ratio, config: FilterConfig)
         A     <- gamma A + (1-gamma) (k_t, v_t), started at the first token's own k, v
 
     k, v (B, T, KVH, D), any float dtype. lengths (B,) int64: the first lengths[b] tokens of row b
-    are real, the rest is padding; None: all are (decode: T = 1). ratio: r_l, a float, or a float64
+    are real, the rest is padding, of any value; None: all are (decode: T = 1). ratio: r_l, a float, or a float64
     tensor () or (B, 1).
     Returns redundant (B, T) bool and score (B, T); padding is False and NaN.
 
@@ -188,6 +188,9 @@ def token_filter(k, v, lengths, state: FilterState, ratio, config: FilterConfig)
     if lengths is None and T > 1:
         lengths = torch.full_like(state.count, T)
     x = torch.stack((k, v), dim=2).to(state.anchor.dtype)  # (B, T, 2, KVH, D)
+    if lengths is not None:
+        is_padding = torch.arange(T, device=k.device) >= lengths[:, None]
+        x = x.masked_fill(is_padding.view(B, T, 1, 1, 1), 0)  # whatever it was, NaN included
 
     # 1. Anchors, before each token and after the last real one.
     is_first = (state.count == 0).view(B, 1, 1, 1)

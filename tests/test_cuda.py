@@ -11,27 +11,32 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import attend
+import decode_attention
 import generate as generate_module
-from model import Block, ModelConfig, Replay, Transformer
+from filter_config import PRESETS, preset
+from model import Block, ModelConfig, Transformer
+from runtime.cuda_graph import CudaGraph, compile_decode, record_decode
 from test_decode import on_meta, step
 from test_filter import small
-from token_filter import PRESETS, preset
 
 NAMES = [None, *PRESETS]  # None: dense
 WINDOWS = [None, 9, 50]  # none; shorter than the recent tokens; longer
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+# What a step gives anew each time.
+LATEST = ("redundant", "score", "lengths", "latest_cosine", "latest_w_k")
+
+
 def addresses(cache):
     """Of all that a cache keeps from step to step: what the latest step gave is not."""
     holders = [cache, *cache.layers, *(layer.state for layer in cache.layers if layer.state)]
     own = [(i, key, t) for i, holder in enumerate(holders) for key, t in vars(holder).items() if isinstance(t, torch.Tensor)]
-    return {(i, key): t.data_ptr() for i, key, t in own if key not in ("redundant", "score", "seen")}
+    return {(i, key): t.data_ptr() for i, key, t in own if key not in LATEST}
 
 
 class Again:
-    """Replay's stand-in: the step once more, on the tensors that it was recorded with, or it fails."""
+    """CudaGraph's stand-in: the step once more, on the tensors that it was recorded with, or it fails."""
 
     made = 0
 
@@ -56,7 +61,7 @@ def feed(model, filter, length=0, lengths=(12, 3, 40), steps=70):
     model(tokens[:, : max(lengths)], cache, lengths)
     for t in range(steps):
         logits.append(model(tokens[:, max(lengths) + t, None], cache)[:, 0].cpu())
-        redundant.append([None if layer.redundant is None else layer.redundant.tolist() for layer in cache.layers])
+        redundant.append([layer.redundant.tolist() for layer in cache.decisions()])
         if t in (36, 50):  # by 36 the cache has grown, unless its length was known
             cache.select([2, 0, 1] if t == 36 else [1, 1, 0])
         if t == 60:
@@ -79,9 +84,9 @@ def assert_same(one, other, atol=1e-9):
 def test_in_float64_a_gpu_does_what_the_cpu_does(name, window, captured):
     filter, model, length = filter_of(name, 3 if window == 9 else 16), small("gqa", window), 120 if window else 0
     on_gpu = copy.deepcopy(model).to("cuda")
-    on_gpu.capture = Replay if captured else None
+    record_decode(on_gpu, CudaGraph if captured else None)
     assert_same(feed(model, filter, length), feed(on_gpu, filter, length))
-    assert (on_gpu.capture is not None) == captured  # nothing failed
+    assert (on_gpu.step_runner.record is not None) == captured  # nothing failed
 
 
 @cuda
@@ -93,7 +98,8 @@ def test_captured_is_uncaptured_in_every_dtype_and_batch(dtype, heads):
     for name in NAMES:
         for lengths in ([40], [12, 40], [5, 40, 12, 3, 17, 20, 31, 2])[:: 1 if name == "paper" else 2]:
             runs, tokens = [], torch.randint(0, 97, (len(lengths), 80))
-            for model.capture in (Replay, None):
+            for record in (CudaGraph, None):
+                record_decode(model, record)
                 cache = model.new_cache(len(lengths), filter_of(name, 3))
                 model(tokens[:, :40], cache, lengths)
                 runs.append(torch.stack([model(tokens[:, t, None], cache)[:, 0] for t in range(25)]))
@@ -111,9 +117,12 @@ def test_compiled_is_eager_captured_or_not_and_for_two_shapes(name, window):
         model, runs = Transformer(config).requires_grad_(False).to("cuda"), []
         tokens = torch.randint(0, 97, (2, 200))
         for way in ("eager", "compiled", "both"):
-            model.capture, model.decode_block = Replay if way == "both" else None, Block.forward
+            model.decode_block = Block.forward
+            model.step_runner = None
             if way != "eager":
-                model.compile_decode()
+                compile_decode(model)
+            if way == "both":
+                record_decode(model)
             cache = model.new_cache(2, filter_of(name, 3), length=200)
             model(tokens[:, :40], cache, [12, 40])
             runs.append(torch.stack([model(tokens[:, t, None], cache)[:, 0] for t in range(120)]))
@@ -165,7 +174,7 @@ def test_out_of_memory_is_one_line(capsys):
 def test_repeated_steps_are_those_that_are_run(name, window, length):
     model, Again.made = small("gqa", window), 0
     repeated = copy.deepcopy(model)
-    repeated.capture, repeated.captures = Again, lambda: repeated.capture is not None
+    record_decode(repeated, Again)
     assert_same(feed(model, filter_of(name), length), feed(repeated, filter_of(name), length))
     assert Again.made >= 4  # after the prompt, each select, and the second chunk
 
@@ -198,8 +207,11 @@ class NoHost(TorchDispatchMode):
 def test_a_step_takes_nothing_from_the_host(name, window):
     model = on_meta(window)
     cache = model.new_cache(3, filter_of(name, 3))
+    tokens = torch.zeros(3, dtype=torch.int64, device="meta")
+    with torch.inference_mode():
+        model.rope(tokens)  # makes the table of frequencies, on the host, once
     with torch.inference_mode(), NoHost():
-        model.step(torch.zeros(3, 1, dtype=torch.int64, device="meta"), cache)
+        model.decode_step(tokens, cache)
 
 
 @pytest.mark.parametrize("shape", ["mha", "gqa", "mqa"])
@@ -212,8 +224,8 @@ def test_a_kernel_may_return_its_result_in_any_order(name, shape, monkeypatch):
         return attention(*args, **options).transpose(1, 2).contiguous().transpose(1, 2)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", transposed)
-    for way in (attend.attend_rows, attend.attend_masked):
-        monkeypatch.setattr(attend, "attend_rows", way)
+    for way in (decode_attention.row_by_row, decode_attention.all_slots):
+        monkeypatch.setattr(decode_attention, "row_by_row", way)
         assert_same(feed(model, filter_of(name)), expected)
 
 
@@ -226,10 +238,10 @@ def test_the_compiled_kernel_is_given_contiguous_int32(n, monkeypatch):
         assert enable_gqa and q.shape == (len(n), 6, 1, 8)
         return q
 
-    monkeypatch.setattr(attend, "flex_attention", strict)
-    q, (k, v) = torch.randn(len(n), 6, 1, 8), torch.randn(2, len(n), 2, 300, 8)
+    monkeypatch.setattr(decode_attention, "flex_attention", strict)
+    q, (k, v) = torch.randn(len(n), 2, 3, 8), torch.randn(2, len(n), 2, 300, 8)
     for mask in (None, torch.rand(len(n), 300) < 0.5):
-        attend.attend_compiled(q, k, v, torch.tensor(n), mask)
+        decode_attention.block_by_block(q, k, v, torch.tensor(n), mask)
 
 
 def test_what_cannot_be_captured_runs_uncaptured_after_one_line(capsys):
@@ -237,7 +249,7 @@ def test_what_cannot_be_captured_runs_uncaptured_after_one_line(capsys):
         raise RuntimeError("operation not\npermitted")
 
     model = copy.deepcopy(small())
-    model.capture, model.captures = broken, lambda: model.capture is not None
+    record_decode(model, broken)
     assert_same(feed(model, filter_of("cache")), feed(small(), filter_of("cache")))
-    line = "note: decoding is not captured as a CUDA graph, so it is slower: operation not permitted\n"
-    assert capsys.readouterr().err == line and model.capture is None
+    line = "note: decoding is not recorded as a CUDA graph, so it is slower: operation not permitted\n"
+    assert capsys.readouterr().err == line and model.step_runner.record is None

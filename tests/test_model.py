@@ -6,10 +6,10 @@ import torch.nn.functional as F
 import transformers
 
 from load_weights import load
+from filter_config import PRESETS, FilterConfig, preset
 from model import ModelConfig, Transformer
-from skip_map import Decisions, decisions
+from skip_map import Decisions
 from test_filter import decode_loop, small, visible
-from token_filter import PRESETS, FilterConfig, preset
 
 LENGTHS = [90, 40, 63]  # of the three rows of most tests
 NAMES = [None, *PRESETS]  # None: dense
@@ -18,6 +18,14 @@ WINDOWS = [None, 8, 20, 60]  # none; shorter than the warm-up of 16; between; lo
 
 def filter_of(name, prune=0.5, **overrides):
     return name and preset(name, prune=prune, **overrides)
+
+
+def decisions(cache):
+    """What every layer decided about the latest tokens: redundant and score, (L, B, T) each."""
+    layers = cache.decisions()
+    redundant = torch.stack([layer.redundant for layer in layers])
+    score = torch.stack([layer.score for layer in layers])
+    return redundant, score
 
 
 def texts():
@@ -110,7 +118,7 @@ def test_nothing_is_nothing(name):
         assert model(part[:, :0], cache).shape == (2, 0, 97) and model(part, cache, [0, 0], last=True).shape == (2, 97)
         expected = model(part[:1], alone)
         torch.testing.assert_close(model(part, cache, [10, 0])[:1], expected, rtol=0, atol=1e-9)
-    assert cache.seen.tolist() == [40, 0] and torch.equal(cache.usage()[0], alone.usage()[0]) and not cache.usage()[1].any()
+    assert cache.lengths.tolist() == [40, 0] and torch.equal(cache.usage()[0], alone.usage()[0]) and not cache.usage()[1].any()
     cache.select([])
     assert model(none[:, :1], cache, last=True).shape == (0, 97) and cache.usage().shape == (0, 5)
 
@@ -190,7 +198,7 @@ def test_off_means_no_filter_work_and_no_filter_state(name):
         raise AssertionError("the filter was called")
 
     model = small()
-    cache, dense = model.new_cache(3, filter_of(name, 0.0), criterion=refuse), model.new_cache(3)
+    cache, dense = model.new_cache(3, filter_of(name, 0.0), filter_fn=refuse), model.new_cache(3)
     for each in (cache, dense):
         model(texts(), each, LENGTHS)
         model(texts()[:, :1], each)
@@ -203,12 +211,11 @@ def test_off_means_no_filter_work_and_no_filter_state(name):
 @pytest.mark.parametrize("sizes", [[90], [20, 38, 32]], ids=len)
 @pytest.mark.parametrize("name", NAMES)
 def test_skipped_tokens_run_no_projection_and_no_attention(name, sizes, monkeypatch):
-    """In prefill. And past the warm-up a layer of ratio 1 does not even project K and V, in prefill or at decode."""
+    """In prefill."""
     model, rows, queries, attention = small(), {}, [], F.scaled_dot_product_attention
 
     def counting(q, k, v, **options):
-        if "attn_mask" in options:  # prefill: times key/value heads, and without what fills a row up
-            queries.append(int(options["attn_mask"].isfinite().any(-1).sum()) * q.shape[1])
+        queries.append(int(options["attn_mask"].isfinite().any(-1).sum()) * q.shape[1])  # without what fills a row up
         return attention(q, k, v, **options)
 
     def count(module, args):
@@ -217,17 +224,12 @@ def test_skipped_tokens_run_no_projection_and_no_attention(name, sizes, monkeypa
     monkeypatch.setattr(F, "scaled_dot_product_attention", counting)
     hooks = [module.register_forward_pre_hook(count) for block in model.blocks for module in block.attn.children()]
     try:
-        _, redundant, cache = feed(model, filter_of(name), sizes)
+        _, redundant, _ = feed(model, filter_of(name), sizes)
         attending = [sum(LENGTHS) - int(skipped.sum()) * (name == "paper") for skipped in redundant]
         assert sum(queries) == sum(attending) * model.config.heads
-        for block, layer, attended in zip(model.blocks, cache.layers, attending):
+        for block, attended in zip(model.blocks, attending):
             assert rows[block.attn.q] == rows[block.attn.o] == attended
-            closed = layer.closed and len(sizes) > 1  # from the second chunk on: in the first, others are within the warm-up
-            assert rows[block.attn.k] == rows[block.attn.v] == (3 * 20 if closed else sum(LENGTHS))
-        before = rows[block.attn.k]
-        model(texts()[:, :1], cache)
-        assert rows[block.attn.k] - before == (0 if layer.closed else 3)
-        assert layer.closed == (name == "paper")
+            assert rows[block.attn.k] == rows[block.attn.v] == sum(LENGTHS)
     finally:
         for hook in hooks:
             hook.remove()
@@ -269,9 +271,9 @@ def test_hardly_more_is_allocated_than_is_in_use(name, prompt, new):
     model(torch.randint(0, 97, (2, prompt)), cache)
     replaced = []
     for _ in range(new):
-        slots = [layer.at.shape[1] for layer in cache.layers]
+        slots = [layer.positions.shape[1] for layer in cache.layers]
         model(torch.randint(0, 97, (2, 1)), cache)
-        replaced.append(slots != [layer.at.shape[1] for layer in cache.layers])
+        replaced.append(slots != [layer.positions.shape[1] for layer in cache.layers])
     assert cache.live_bytes() <= cache.nbytes() <= 1.15 * cache.live_bytes()
     assert sum(replaced[1:]) <= (0 if name is None else 2)
 
@@ -281,7 +283,7 @@ def test_hardly_more_is_allocated_than_is_in_use(name, prompt, new):
 def test_nbytes_is_what_the_tensors_take(name, sizes):
     _, _, cache = feed(small(), filter_of(name), sizes)
     holders = [*cache.layers, *(layer.state for layer in cache.layers if layer.state)]
-    to_look_at = ("redundant", "score", "ratio", "layer")
+    to_look_at = ("redundant", "score", "ratio_tensor", "layer", "latest_cosine", "latest_w_k")
     own = [t for holder in holders for key, t in vars(holder).items() if isinstance(t, torch.Tensor) and key not in to_look_at]
     assert cache.nbytes() == sum(t.nbytes for t in own)
     assert all(t.untyped_storage().nbytes() == t.nbytes for t in own if t.ndim > 1)  # none is a part of something larger
