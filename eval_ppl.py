@@ -271,7 +271,7 @@ def read_windows(args, ids, bos) -> tuple[list[list[int]], int, str]:
     if not all(0 <= offset < len(ids) - 1 for offset in args.offsets):
         fail(f"--offsets must lie in the text's {len(ids)} tokens, at least one before the last")
     windows = [cut(ids[offset:], args.window, None, bos)[0][0] for offset in args.offsets]
-    return windows, overlap, f"at tokens {', '.join(map(str, args.offsets))}"
+    return windows, overlap, f"starting at {', '.join(map(str, args.offsets))}"
 
 
 def main(argv=None, given=None):
@@ -287,7 +287,10 @@ def main(argv=None, given=None):
     if args.window > model.config.max_positions:
         fail(f"--window {args.window} is longer than the model's context of {model.config.max_positions}")
     if len(ids) < 2:
-        fail(f"{args.text}: {len(ids)} tokens are too few: perplexity needs at least two")
+        fail(
+            f"{args.text}: the text is too short: perplexity needs at least two tokens, "
+            f"and it has {len(ids)}"
+        )
     if args.bos and tokenizer.bos_id is None:
         fail("--bos: the checkpoint's tokenizer has no BOS token")
     windows, overlap, layout = read_windows(args, ids, tokenizer.bos_id if args.bos else None)
@@ -302,8 +305,9 @@ def main(argv=None, given=None):
         settings += [(f"{name}, {label}", config, token_filter) for name, base in filters for label, config in variations(base)]
     losses = sum(len(window) - max(overlap if i else 0, 1) for i, window in enumerate(windows))
     protocol = (
-        f"{Path(args.text).name}: {len(ids)} tokens, {'BOS before each window' if args.bos else 'no BOS'}; {len(windows)} windows "
-        f"of up to {args.window} {layout}; {losses} losses; {str(model.embed.weight.dtype)[6:]}\n{COLUMNS}"
+        f"{Path(args.text).name}: {len(ids)} tokens, {'BOS before each window' if args.bos else 'no BOS'}; "
+        f"windows of up to {args.window}, {layout}: {len(windows)}; losses: {losses}; "
+        f"{str(model.embed.weight.dtype)[6:]}\n{COLUMNS}"
     )
     report = Report(args, protocol, draw_positions if args.by_position else draw_reads, 2 + max(len(s[0]) for s in settings))
     try:
