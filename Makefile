@@ -27,12 +27,12 @@ check: .venv/dev
 	$(BIN)/mypy
 
 figures: .venv/dev $(DEMO)
-	$(BIN)/python -m docs.figures.idea
+	$(BIN)/python -m docs.figures.idea --draw docs/figures/idea.png
 	$(BIN)/python generate.py --prompt "$(LIST)" --prune 0.3 --preset local --max-new-tokens 10 --device cpu \
 	    --skip-map docs/figures/skip-map.png
 	$(BIN)/python generate.py --chat --prompt "$(PROMPT)" --prune 0.5 --preset cache --max-new-tokens 60 --device cpu \
 	    --skip-map checkpoints/skip-map.html
-	$(BIN)/python -m docs.figures.sizes
+	$(BIN)/python -m docs.figures.sizes --draw docs/figures
 	! command -v chromium || chromium --headless=new --no-sandbox --disable-gpu --hide-scrollbars --window-size=1100,1340 \
 	    --screenshot=docs/figures/skip-page.png "file://$(CURDIR)/checkpoints/skip-map.html"
 ifdef TEXT

@@ -9,14 +9,13 @@ CPU, run by run on CUDA, so that a machine whose speed drifts treats them alike.
 *first* and *again*; then come WARM steps that are not timed, so that the rest is compiled and captured. Scores of random weights
 drift, so with --shape the verdict is drawn at each layer's ratio, after all of the filter's work.
 
-*KV read* is of the measured steps alone, the share of what dense reads of its cache in them; *KV held* and the share of skipped
-pairs are of the whole run. *GB/s* is what a step reads, all weights and that much of the cache, over its time; the *bound* that
-over what the dense step reads: about where the time would be on a machine that is limited by memory. *x dense* is to our own dense
-time, *x best* to the fastest dense one, ours or transformers'.
+What each column says stands in COLUMNS and MORE; it is printed before the tables, and by --help.
 """
 
+import argparse
 import gc
 import json
+import os
 import resource
 import statistics
 import sys
@@ -35,10 +34,40 @@ SIZES: dict[str, tuple] = {  # of published models, as ModelConfig takes them
     "mistral-7b": (32000, 4096, 32, 32, 8, 128, 14336, 10000.0, 1e-5, 32768, False, 4096),
     "phi-4": (100352, 5120, 40, 40, 10, 128, 17920, 250000.0, 1e-5, 16384, False),
 }
+COLUMNS = (  # of a table, after the setting: title, width, what it says
+    ("first ms", 10, "time of the first prefill of the first run"),
+    ("again ms", 10, "time of a prefill once memory is taken and code is made"),
+    ("x dense", 8, "again ms, over that of dense"),
+    ("step ms", 10, "time of a decode step"),
+    ("quartiles", 16, "a quarter of the steps was faster than the first, a quarter slower than the second, ms"),
+    ("x dense", 8, "step ms, over that of dense"),
+    ("x best", 8, "step ms, over that of the fastest dense one, ours or transformers'"),
+    ("bound", 7, "bytes that a step reads, over dense's: x dense where memory alone limits the speed"),
+    ("GB/s", 8, "bytes that a step reads, all weights and KV read of the cache, over step ms"),
+    ("tokens/s", 10, "decoded tokens of all rows together, in a second"),
+    ("cache MB", 10, "memory that the cache takes at the end, the filter's own numbers included"),
+    ("skipped", 9, "redundant (token, layer) pairs over all pairs, of the whole run"),
+    ("KV held", 9, "keys and values in the cache at the end, over dense's"),
+    ("KV read", 9, "keys and values that the measured steps read, over dense's"),
+)
+MORE = {  # columns that are there if they were measured: title, what it says
+    "filter_share": ("filter", "share of a step's time that the filter takes"),
+    "attention_share": ("attention", "share of a step's time that attention takes"),
+    "products_share": ("products", "share of a step's time that the products with the weights take"),
+    "peak_bytes": ("peak GB", "the most memory of the device that a run took"),
+}
+LEGEND = "columns (times are medians; a setting is a preset and its --prune):\n" + "\n".join(
+    f"  {title:<11}{text}"
+    for title, text in [*((title, text) for title, _, text in COLUMNS), *MORE.values()]
+)
 
 
 def flags() -> Parser:
-    parser = Parser(description="Time and memory of dense and filtered generation, side by side.")
+    parser = Parser(
+        description="Time and memory of dense and filtered generation, side by side.",
+        epilog=LEGEND,
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # the legend's lines stay as they are
+    )
     add_model_arguments(parser)
     parser.add_argument("--shape", choices=SIZES, help="random weights of this shape in place of a checkpoint")
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to feed (default: this project's own files; random with --shape)")
@@ -84,6 +113,8 @@ def read_arguments(argv=None):
 
 if __name__ == "__main__":
     given = as_process(read_arguments)  # before torch is imported, which takes seconds
+    # torch's profiler, which reads this once, else writes its own steps to stderr, as "USDT: ..."
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 from command_line import compile_decode, filters_from
 
@@ -114,6 +145,11 @@ def on(device, dtype, make):
 def random_model(shape, device, dtype) -> Transformer:
     """A model of a published shape with random weights."""
     return on(device, dtype, lambda: Transformer(SHAPES[shape]))
+
+
+def counted(n, noun) -> str:
+    """A number and its noun, which has an s unless the number is 1."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def wait(device):
@@ -342,9 +378,7 @@ def summarise(results, batch, context, weights):
     return rows
 
 
-HEAD = f"{'setting':<18}{'first ms':>10}{'again ms':>10}{'x dense':>8}{'step ms':>10}{'quartiles':>16}{'x dense':>8}{'x best':>8}"
-HEAD += f"{'bound':>7}{'GB/s':>8}{'tokens/s':>10}{'cache MB':>10}{'skipped':>9}{'KV held':>9}{'KV read':>9}"
-MORE = {"filter_share": "filter", "attention_share": "attention", "products_share": "products", "peak_bytes": "peak GB"}  # if measured
+HEAD = f"{'setting':<18}" + "".join(f"{title:>{width}}" for title, width, _ in COLUMNS)
 
 
 def line(row, more):
@@ -408,7 +442,10 @@ def read_model(args, longest):
     if longest > model.config.max_positions:
         fail(f"--context and --new-tokens make {longest} tokens, more than the model's context of {model.config.max_positions}")
     if len(stream) < longest:
-        fail(f"the text has {len(stream)} tokens, fewer than the {longest} that --context and --new-tokens ask for")
+        fail(
+            f"the text is too short: --context and --new-tokens ask for {longest} tokens, "
+            f"and it has {len(stream)}"
+        )
     return model, stream
 
 
@@ -440,8 +477,8 @@ def measure(args, sides, device, tokens, context, weights) -> list[dict]:
         return []
     table = summarise(results, batch, context, weights)
     more = [key for key in MORE if any(key in row for row in table)]
-    copied = f" ({rows} rows prefilled and copied)" if rows < batch else ""
-    print(f"\n{case}{copied}\n{HEAD}{''.join(f'{MORE[key]:>10}' for key in more)}")
+    copied = f" ({counted(rows, 'row')} prefilled and copied)" if rows < batch else ""
+    print(f"\n{case}{copied}\n{HEAD}{''.join(f'{MORE[key][0]:>10}' for key in more)}")
     for row in table:
         print(line(row, more), flush=True)
     return table
@@ -460,11 +497,12 @@ def main(argv=None, given=None):
     if not model.config.tied:  # of the embedding, a step reads a few rows only
         weights -= model.embed.weight.numel() * model.embed.weight.element_size()
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {counted(torch.get_num_threads(), 'thread')}"
     title = f"{args.shape or args.checkpoint}; {name}; torch {torch.__version__}; {dtype}; weights {weights / 1e9:.3f} GB"
     how = " and ".join(word for word, is_so in (("compiled", compiled), ("captured", captured)) if is_so) or "eager"
     how += ", verdicts drawn at the ratio" if args.shape else ""
-    print(f"{title}\n{args.new_tokens} decode steps, {args.repeat} repetitions, ours {how}")
+    steps, runs = counted(args.new_tokens, "decode step"), counted(args.repeat, "repetition")
+    print(f"{title}\n{steps}, {runs}, ours {how}\n\n{LEGEND}")
     table: list[dict] = []
     for batch, context in [(batch, context) for batch in args.batch for context in args.context]:
         offsets = (torch.arange(batch) * 997) % (len(stream) - longest + 1)

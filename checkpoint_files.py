@@ -7,8 +7,9 @@ import os
 import re
 import stat
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class CheckpointError(Exception):
@@ -58,26 +59,88 @@ def unreadable(folder: Path) -> Path | None:
     return None if ".safetensors" in files else next((files[kind] for kind in (".gguf", ".bin", ".pth", ".pt") if kind in files), None)
 
 
+class WeightFiles(NamedTuple):
+    """The files that hold a checkpoint's weights, by name."""
+
+    source: str  # The file that says which tensors there are: the only one, or the index of several.
+    files: list[str]
+    weight_map: dict[str, str] | None  # Tensor -> file, as the index says. None if there is only one file.
+
+
+def weights_name(has: Callable[[str], bool]) -> str:
+    """What the weights' only file would be called: params.json, without a config.json, is Mistral's own form. See weight_files."""
+    if has("params.json") and not has("config.json"):
+        return "consolidated.safetensors"
+    return "model.safetensors"
+
+
+def weight_files(has: Callable[[str], bool], path_of: Callable[[str], Path]) -> WeightFiles | None:
+    """The files that hold the weights of a folder or of a repository on the hub; None if there are none.
+
+    That is weights_name(), or, if it is not there, the shards that its index names, whatever they are called. In this order
+    transformers looks for them too. Nothing else that lies there counts, as none of it is read: the same weights again in shards
+    or in Mistral's form, other variants, other folders.
+
+    has(name) says whether there is such a file, path_of(name) gives the index's own path. Raises CheckpointError for a bad index.
+    """
+    name = weights_name(has)
+    if has(name):
+        return WeightFiles(name, [name], None)
+    source = f"{name}.index.json"
+    if not has(source):
+        return None
+    index = path_of(source)
+    weight_map = JsonObject.read(index).get("weight_map", dict)
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", file):
+            raise CheckpointError(index, f"the tensor {tensor!r} is put in {file!r}, not a safetensors file here")
+    return WeightFiles(source, sorted(set(weight_map.values())), weight_map)
+
+
+def folder_weights(folder: Path) -> WeightFiles | None:
+    """weight_files() of a folder. What the index names may be missing."""
+    return weight_files(lambda name: os.path.lexists(folder / name), folder.joinpath)
+
+
+def misplaced_weights(has: Callable[[str], bool]) -> str:
+    """The end of the line that says that weights are missing: a hint, if they are there in a form that goes with another file."""
+    other = "consolidated.safetensors"
+    if weights_name(has) != other:
+        for file in (other, f"{other}.index.json"):
+            if has(file):
+                return f"; {file} is there, but goes with params.json"
+    return ""
+
+
 FROM_HUB = re.compile(
-    r"(config|params|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|model\.safetensors\.index)\.json"
-    r"|tokenizer\.model(\.v3)?|chat_template\.jinja|additional_chat_templates/[^/]+\.jinja"
+    r"(generation_config|tokenizer_config|special_tokens_map|added_tokens)\.json"
+    r"|chat_template\.jinja|additional_chat_templates/[^/]+\.jinja"
+)
+FIRST_FROM_HUB = (  # Of these only the first that is there is read.
+    ("config.json", "params.json"),
+    ("tokenizer.json", "tokenizer.model", "tokenizer.model.v3"),
 )
 
 
 def _from_hub(name: str) -> Path:
     """The model's folder in the hub's cache, complete: what is missing of the files that we read is downloaded, with a progress bar."""
-    from huggingface_hub import HfApi, constants, errors, snapshot_download  # takes a while to import
+    from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_download  # takes a while to import
 
     repo, _, revision = name.partition("@")
     where: dict[str, Any] = {"repo_id": repo, "revision": revision or None}
     label = f"{name} (no such folder; taken as a model of the Hugging Face hub)"
     try:
-        files = [each.rfilename for each in HfApi().model_info(**where).siblings or []]
-        ours = r"model.*" if "model.safetensors.index.json" in files else r"model" if "model.safetensors" in files else r"consolidated"
-        weights = [file for file in files if re.fullmatch(rf"{ours}\.safetensors", file)]
-        if not weights:
-            raise CheckpointError(label, "has no safetensors weights; pickles and GGUF are not read")
-        return Path(snapshot_download(**where, allow_patterns=weights + list(filter(FROM_HUB.fullmatch, files))))
+        listed = {each.rfilename for each in HfApi().model_info(**where).siblings or []}
+        found = weight_files(listed.__contains__, lambda file: Path(hf_hub_download(filename=file, **where)))
+        if found is None:
+            raise CheckpointError(label, _no_weights(listed))
+        missing = [file for file in found.files if file not in listed]
+        if missing:
+            raise CheckpointError(label, f"has no {missing[0]}, which its {found.source} names")
+        wanted = {found.source, *found.files, *filter(FROM_HUB.fullmatch, listed)}
+        for alternatives in FIRST_FROM_HUB:
+            wanted.update([file for file in alternatives if file in listed][:1])
+        return Path(snapshot_download(**where, allow_patterns=sorted(wanted)))
     except errors.GatedRepoError:
         problem = "is gated: ask for access on its page, then set HF_TOKEN or run `hf auth login`"
     except errors.RevisionNotFoundError:
@@ -93,6 +156,14 @@ def _from_hub(name: str) -> Path:
             why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer ({error})"
             problem = f"is not in the cache, {constants.HF_HUB_CACHE}, and {why}"
     raise CheckpointError(label, problem)
+
+
+def _no_weights(listed: set[str]) -> str:
+    """What is wrong with a repository of these files, in which weight_files() finds none."""
+    if not any(file.endswith(".safetensors") for file in listed):
+        return "has no safetensors weights; pickles and GGUF are not read"
+    name = weights_name(listed.__contains__)
+    return f"has no {name}, nor {name}.index.json{misplaced_weights(listed.__contains__)}"
 
 
 def check_file(path: Path) -> None:

@@ -80,7 +80,7 @@ def passkey_prompt(tokenizer: Tokenizer, key: str, length: int, depth: float, ch
     while len(prompt(sentences)) > length - ANSWER:
         sentences -= 1
         if sentences == 0:
-            raise ValueError(f"a pass key needs a text of more than {length} tokens")
+            raise ValueError(f"a pass key needs a text of more tokens than {length}")
     return prompt(sentences)
 
 

@@ -29,7 +29,16 @@ from torch import nn
 from tqdm import tqdm
 
 import parallel
-from checkpoint_files import CheckpointError, JsonObject, check_file, checkpoint_folder, unreadable
+from checkpoint_files import (
+    CheckpointError,
+    JsonObject,
+    check_file,
+    checkpoint_folder,
+    folder_weights,
+    misplaced_weights,
+    unreadable,
+    weights_name,
+)
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 
@@ -78,7 +87,6 @@ class Family(NamedTuple):
 
     names: dict[str, str] = HUGGING_FACE
     config: str = "config.json"
-    weights: str = "model.safetensors"
     biases: tuple[str, ...] = ()  # keys of config.json that may add biases; other families may carry them, but do not use them
     qkv_bias: bool = False  # always there
     qk_norm: bool = False
@@ -97,7 +105,7 @@ FAMILIES = {  # by model_type
     "qwen2": Family(qkv_bias=True, windowed=True, default_window=4096, by_layer=True, switched=True),
     "qwen3": Family(biases=("attention_bias",), qk_norm=True, windowed=True, default_window=4096, by_layer=True, switched=True),
 }
-PARAMS = Family(MISTRAL_OWN, "params.json", "consolidated.safetensors", windowed=True, interleaved=True)
+PARAMS = Family(MISTRAL_OWN, "params.json", windowed=True, interleaved=True)
 PARAMS_KEYS = {  # config.json's keys -> those of params.json, all that we know
     "hidden_size": "dim",
     "num_hidden_layers": "n_layers",
@@ -258,45 +266,48 @@ def _read(stored: Stored, *part: slice) -> torch.Tensor:
         return opened.get_slice(stored.name)[part] if part else opened.get_tensor(stored.name)
 
 
-def _stored_tensors(folder: Path, weights: str, optional: tuple[str, ...]) -> tuple[Path, dict[str, Stored]]:
+def _stored_tensors(folder: Path, optional: tuple[str, ...]) -> tuple[Path, dict[str, Stored]]:
     """The file that lists the tensors, and all tensors by name. Reads headers only; a missing shard shows up here.
 
     Where one tensor has several names, savers keep it under one of them and note the others in __metadata__; it is found under
     all. About the `optional` ones index and shards may disagree.
     """
-    source, index = folder / weights, folder / f"{weights}.index.json"
-    weight_map: dict[str, str] | None = None
-    files = [weights]
-    if not os.path.lexists(source) and os.path.lexists(index):
-        source, weight_map = index, JsonObject.read(index).get("weight_map", dict)
-        for name, file in weight_map.items():
-            if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", file):
-                raise CheckpointError(index, f"the tensor {name!r} is put in {file!r}, not a safetensors file here")
-        files = sorted(set(weight_map.values()))
+    found = folder_weights(folder)
+    if found is None:
+        raise _missing_weights(folder)
+    source, weight_map = folder / found.source, found.weight_map
+    if weight_map is not None:
         weight_map = {name: file for name, file in weight_map.items() if not name.endswith(IGNORED)}
-    elif not os.path.lexists(source):
-        if other := unreadable(folder):
-            raise CheckpointError(other, "GGUF and pickles are not read; convert the weights to safetensors")
-        other = folder / PARAMS.weights
-        hint = f"; {other.name} is there, but goes with params.json" if weights != other.name and os.path.lexists(other) else ""
-        raise CheckpointError(source, f"no such file, nor {index.name}{hint}")
     tensors: dict[str, Stored] = {}
     twins: dict[str, str] = {}  # a name that was left out -> the tensor's other one
-    for file in files:
+    for file in found.files:
         with _opened(folder / file) as opened:
             twins |= opened.metadata() or {}
             for name in opened.offset_keys():
                 if name.endswith(IGNORED):
                     continue
                 if weight_map is not None and weight_map.get(name) != file and (name not in optional or name in tensors):
-                    raise CheckpointError(folder / file, f"holds the tensor {name!r}, unlike {index.name} says")
+                    raise CheckpointError(folder / file, f"holds the tensor {name!r}, unlike {source.name} says")
                 header = opened.get_slice(name)
                 tensors[name] = Stored(folder / file, name, header.get_dtype(), tuple(header.get_shape()))
     tensors |= {name: tensors[twin] for name, twin in twins.items() if twin in tensors and name not in tensors}
     for name, file in (weight_map or {}).items():
         if name not in tensors and name not in optional:
-            raise CheckpointError(folder / file, f"the tensor {name!r} is missing, though {index.name} says it is here")
+            raise CheckpointError(folder / file, f"the tensor {name!r} is missing, though {source.name} says it is here")
     return source, tensors
+
+
+def _missing_weights(folder: Path) -> CheckpointError:
+    """The error of a folder in which there are no weights, or only in a form that is not read."""
+    other = unreadable(folder)
+    if other:
+        return CheckpointError(other, "GGUF and pickles are not read; convert the weights to safetensors")
+
+    def has(name):
+        return os.path.lexists(folder / name)
+
+    name = weights_name(has)
+    return CheckpointError(folder / name, f"no such file, nor {name}.index.json{misplaced_weights(has)}")
 
 
 def stored_name(parameter: str, names: dict[str, str]) -> str:
@@ -365,7 +376,7 @@ def load_model(
 def _load_model(folder: Path, config: ModelConfig, family: Family, device, asked, progress) -> Transformer:
     with torch.device("meta"):  # shapes without memory
         whole, model = Transformer(config), parallel.divided(config)  # of all, and of what this process is to have
-    source, tensors = _stored_tensors(folder, family.weights, _ends(family) if config.tied else ())
+    source, tensors = _stored_tensors(folder, _ends(family) if config.tied else ())
     wanted = _match(whole, family, source, tensors)
     final = asked or DTYPES[tensors[_ends(family)[0]].dtype]
     shapes, own = ({name: p.shape for name, p in each.named_parameters(remove_duplicate=False)} for each in (whole, model))
@@ -404,7 +415,7 @@ def _device(folder: Path, device: str | torch.device) -> torch.device:
 
 def _plan(folder: Path, device, dtype) -> tuple[ModelConfig, Family, torch.device, torch.dtype | None]:
     """What to load, the device, and the dtype, None for that of the files. Raises CheckpointError if the model has no room there,
-    unless the files do not hold so large a model anyway. Reads config.json alone."""
+    unless the files do not hold so large a model anyway. Reads config.json and the weights' index alone."""
     config, family = _read_config(folder)
     device = _device(folder, device)
     known = {str(each).removeprefix("torch."): each for each in DTYPES.values()}
@@ -420,8 +431,14 @@ def _plan(folder: Path, device, dtype) -> tuple[ModelConfig, Family, torch.devic
     except ValueError as error:
         raise CheckpointError(folder, error) from None
     whole, numbers = (none + (one - none) * config.n_layers for none, one in counts)
-    stored = sum(path.stat().st_size for path in folder.glob(family.weights.replace(".", "*.")) if path.is_file())
-    need, free = numbers * asked.itemsize if asked else stored * numbers / whole, _free_bytes(device)
+    found = folder_weights(folder)
+    paths = [folder / file for file in found.files] if found else []
+    stored = sum(path.stat().st_size for path in paths if path.is_file())
+    if asked:
+        itemsize = asked.itemsize
+    else:  # The files' dtype. They may hold more than the model, a tied head once again, but never twice as much.
+        itemsize = max((size for size in (2, 4, 8) if size * whole <= stored), default=2)
+    need, free = numbers * itemsize, _free_bytes(device)
     free /= parallel.RANKS if device.type == "cpu" else 1  # which they share
     if need > free and stored >= 2 * whole:
         fitting = [name for name, size in (("float32", 4), ("bfloat16", 2)) if numbers * size <= free]

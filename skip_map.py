@@ -200,7 +200,7 @@ def write_skip_page(path, title, pieces: list[str], n_prompt: int, decisions: De
         return [np.round(torch.cat(parts).numpy(), 4)[:, column].tolist() if parts else None for parts in layers]
 
     (L, T), share = redundant.shape, redundant.double().mean()
-    about = f"{share:.1%} of {L * T} (token, layer) pairs are redundant; {T} tokens, {L} layers"
+    about = f"{share:.1%} of {L * T} (token, layer) pairs are redundant; tokens: {T}, layers: {L}"
     data = {
         "title": title,
         "about": about + (f"; a sliding window of {window} tokens may hide more than is said here" if window else ""),

@@ -2,6 +2,10 @@
 
 import functools
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +44,45 @@ def test_figures(checkpoint, capsys, tmp_path):
     assert rows[1]["live_bytes"] < rows[3]["live_bytes"]
     out = capsys.readouterr().out
     assert "KV held  KV read" in out and "none skipped" in out and picture.read_bytes()[1:4] == b"PNG"
+
+
+def explained(text) -> list[str]:
+    """The titles of columns that a text explains, in its order."""
+    legend = text[text.index("columns (") :].splitlines()[1:]
+    lines = [re.match(r"  (\S.*?) {2,}(\S.*)", line) for line in legend]
+    return [line[1] for line in lines if line]
+
+
+def test_every_column_has_a_legend_in_the_output_and_in_the_help(checkpoint, capsys):
+    main([str(checkpoint), *RUN, "--batch", "1", "--preset", "cache"])
+    out = capsys.readouterr().out
+    head = next(line for line in out.splitlines() if line.startswith("setting"))
+    titles = explained(out)
+    assert len(titles) == 18 and titles.pop() == "peak GB"  # of a GPU alone
+    assert head.split() == " ".join(["setting", *titles]).split()
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert explained(capsys.readouterr().out) == explained(out)
+
+
+def test_one_of_a_thing_is_written_so(checkpoint, capsys, tmp_path):
+    main([str(checkpoint), *RUN, "--batch", "3", "--new-tokens", "1", "--distinct", "1"])
+    out = capsys.readouterr().out
+    assert "1 decode step, 1 repetition, ours" in out and "(1 row prefilled and copied)" in out
+    assert not re.search(r"\b1 (steps|decode steps|repetitions|rows|threads)\b", out)
+    (tmp_path / "t.txt").write_text("t")
+    flags = ["--device", "cpu", "--text", str(tmp_path / "t.txt")]
+    said = refused(capsys, checkpoint, "--context", "60", *flags, command=main)
+    assert said.endswith("ask for 81 tokens, and it has 1")
+
+
+def test_stderr_is_our_own(checkpoint):
+    """The profiler of torch, which measures what attention takes, writes nothing there."""
+    flags = [*RUN, "--batch", "1", "--new-tokens", "1", "--preset", "cache"]
+    command = [sys.executable, bench.__file__, str(checkpoint), *flags]
+    folder = Path(bench.__file__).parent
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "") and "attention" in done.stdout
 
 
 @pytest.mark.parametrize("flags, message", [

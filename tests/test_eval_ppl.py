@@ -291,7 +291,7 @@ def test_flags_choose_the_windows(checkpoint, capsys, text):
         *_, score = evaluate(model, windows, None, overlap=overlap)
         out = capsys.readouterr().out
         assert table(out)[1][2] == f"{score.perplexity:.3f}"
-        assert f"{score.tokens} losses" in out and (", no BOS" in out) == ("--bos" not in flags)
+        assert f"losses: {score.tokens};" in out and (", no BOS" in out) == ("--bos" not in flags)
 
 
 def test_by_position(checkpoint, capsys, tmp_path, text):
@@ -382,7 +382,7 @@ def test_ctrl_c_shows_what_was_measured(checkpoint, capsys, tmp_path, text, monk
 @pytest.mark.parametrize("content, flags, message", [
     (None, [], "cannot be read"), (b"", ["--window", "64"], "text is empty"), (b" \n", [], "text is empty"),
     (b"\xff\xfe\x00binary", [], "cannot be read as UTF-8"), (b"a\x00b", [], "is a binary file"),
-    (b"t", ["--window", "64"], "1 tokens are too few"),
+    (b"t", ["--window", "64"], "at least two tokens, and it has 1"),
     (b"the fox the fox", ["--window", "500"], "context of 200"),
     (b"the fox the fox", ["--window", "64", "--offsets", "99999"], "--offsets"),
     (b"the fox the fox", ["--prune", "2"], "--prune: 2"), (b"the fox", ["--window", "1"], "--window"),

@@ -1,5 +1,6 @@
 """The numbers of the lesson: the worked example, the formulas of what is saved, the answers to the exercises."""
 
+import importlib.util
 import json
 import math
 import re
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from docs.figures import idea
+from docs.figures import idea, sizes
 from model import ModelConfig, Transformer
 from schedule import layer_ratios
 from skip_map import decisions
@@ -53,9 +54,44 @@ def test_the_worked_example(example):
     assert cache.layers[20].redundant[0, 26] and f"{len(pieces)} tokens through the demo model" in PROSE
 
 
-def test_the_picture(example, tmp_path):
+@pytest.fixture
+def figures():
+    """The folder of the pages' pictures, which no command writes into unasked."""
+    folder = HERE / "docs" / "figures"
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("*.png")}
+    yield folder
+    after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("*.png")}
+    assert after == before and len(before) > 5
+
+
+def test_the_lesson_s_command_prints_the_table_alone(demo, figures, capsys, monkeypatch):
+    """It draws nothing, and needs nothing for drawing."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(idea, "draw", None)
+    idea.main([])
+    title, *rows = capsys.readouterr().out.splitlines()
+    assert title.startswith("layer 15, ratio 0.517") and len(rows) == 10
+    assert all(row in LESSON for row in rows)
+    with pytest.raises(SystemExit) as end:
+        idea.main(["--draw", "idea.png"])
+    assert end.value.code == 2 and "--draw needs matplotlib" in capsys.readouterr().err
+
+
+def test_the_pictures_are_drawn_where_they_are_asked_for(demo, figures, capsys, tmp_path):
     pytest.importorskip("matplotlib")
-    idea.draw(tmp_path / "idea.png", example[0], example[3], idea.by_mode(), warm=16)
+    idea.main(["--draw", str(tmp_path / "idea.png")])
+    sizes.main(["--draw", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {"idea.png", "sizes.png", "reads.png"}
+    assert all(path.read_bytes()[1:4] == b"PNG" for path in tmp_path.iterdir())
+    with pytest.raises(SystemExit) as end:
+        sizes.main([])
+    assert end.value.code == 2 and "--draw" in capsys.readouterr().err
+
+
+def test_make_figures_writes_the_tracked_pictures(figures):
+    recipe = (HERE / "Makefile").read_text(encoding="utf-8").split("\nfigures:")[1].split("\n\n")[0]
+    assert "docs.figures.idea --draw docs/figures/idea.png\n" in recipe
+    assert "docs.figures.sizes --draw docs/figures\n" in recipe
 
 
 @pytest.mark.parametrize("recent", [0, 2, 5])

@@ -557,6 +557,57 @@ def test_what_does_not_fit_is_said_before_a_weight_is_read(tmp_path, monkeypatch
         load_model(tmp_path, "cpu")
 
 
+def test_weights_are_counted_as_they_are_read(tmp_path, monkeypatch):
+    """Whether a model fits does not depend on what else lies there, what its shards are called, or how often a tied head is stored."""
+    import load_weights
+
+    def needs(folder):
+        """Bytes, as a device says them that keeps the files' dtype; just enough of them must do."""
+        found = []
+        for dtype in ("auto", "float32"):
+            monkeypatch.setattr("load_weights._free_bytes", lambda _: 0)
+            message = fails(load_weights._plan, folder, "meta", dtype)
+            assert "no --dtype makes it fit" in message
+            for free in (2 * count, 4 * count):
+                monkeypatch.setattr("load_weights._free_bytes", lambda _, free=free: free)
+                try:
+                    load_weights._plan(folder, "meta", dtype)
+                    found.append(free // count)
+                    break
+                except CheckpointError as error:
+                    assert "it fits with --dtype bfloat16" in str(error)
+        return found
+
+    model = save_model(tmp_path / "whole", dtype=torch.bfloat16)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert needs(tmp_path / "whole") == [2, 4]
+    save_model(tmp_path / "shards", dtype=torch.bfloat16, max_shard_size="10KB")
+    assert needs(tmp_path / "shards") == [2, 4]
+    for name in ("model.fp16.safetensors", "model-00001-of-00001.safetensors", "consolidated.safetensors"):
+        for folder in ("whole", "shards"):
+            shutil.copy(tmp_path / "whole/model.safetensors", tmp_path / folder / name)
+    assert needs(tmp_path / "whole") == needs(tmp_path / "shards") == [2, 4]
+    shutil.copy(tmp_path / "whole/model.safetensors", tmp_path / "shards")
+    assert needs(tmp_path / "shards") == [2, 4]
+    assert_same_weights(load_model(tmp_path / "shards", "cpu", "bfloat16"), model, torch.bfloat16)
+
+    (tmp_path / "shards/model.safetensors").unlink()
+    index = tmp_path / "shards/model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    for shard in set(weight_map.values()):
+        (tmp_path / "shards" / shard).rename(tmp_path / "shards" / shard.replace("model-", "part."))
+    edit_json(index, weight_map={name: shard.replace("model-", "part.") for name, shard in weight_map.items()})
+    assert needs(tmp_path / "shards") == [2, 4]
+    assert_same_weights(load_model(tmp_path / "shards", "cpu", "bfloat16"), model, torch.bfloat16)
+
+    save_model(tmp_path / "single precision")
+    assert needs(tmp_path / "single precision") == [4, 4]
+    tied = save_model(tmp_path / "tied", dtype=torch.bfloat16, tie_word_embeddings=True)
+    count = sum(parameter.numel() for parameter in tied.parameters())
+    edit_tensors(tmp_path / "tied/model.safetensors", lm_head__weight=tied.lm_head.weight.detach().clone())
+    assert needs(tmp_path / "tied") == [2, 4]
+
+
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="reads what Linux says of its memory")
 def test_free_memory_is_below_all_there_is():
     import load_weights

@@ -117,6 +117,13 @@ def test_a_command(command, reader, capsys, monkeypatch):
         assert all(Path(file).is_file() for file in files)
 
 
+def test_readme_says_where_its_python_runs():
+    """What it imports is found in the repository's folder alone."""
+    before, _, _ = README.partition("```python\n")
+    last = " ".join(before.strip().splitlines()[-2:])
+    assert "From Python, run in this repository's folder" in last
+
+
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_as_shown(code, reader, capsys, monkeypatch):
     monkeypatch.chdir(HERE)

@@ -152,7 +152,7 @@ def test_in_a_browser(browser, tmp_path, name):
         n, s = 50, data["score"][l]
         below = sum(x < s[50] for x in s[:50])
         needed = n - int(n * ratio + 1e-9)
-        assert f"{below} of the 50 scores before it are lower, {needed} would do" in shown["verdict"].text
+        assert f"{below} of the 50 scores before it {'is' if below == 1 else 'are'} lower, {needed} would do" in shown["verdict"].text
         assert ("kept" in shown["verdict"].text) == (data["redundant"][l][50] == "0") and shown["sees"].text
         slide = "const r = document.getElementById('ratio'); r.value = arguments[0]; r.dispatchEvent(new Event('input'))"
         browser.execute_script(slide, 0)
@@ -218,6 +218,51 @@ def test_one_meaning_a_colour_and_every_number_says_what_it_is(browser, tmp_path
     assert numbers == [*"012345", "layer"]
     written = browser.execute_script("const w = []; pen.fillText = text => w.push(text); paint(); return w")
     assert len(written) > 8 and written == [*range(0, 5 * (len(written) - 2), 5), "warm-up ends", "answer"]
+
+
+def test_it_says_what_marks_an_answer(tmp_path):
+    write(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert re.search(r"#text span\.answer \{[^}]*font-weight: 700[^}]*underline dotted", page)
+    assert "The answer is bold, with a dotted line under it." in page
+
+
+def test_one_of_a_thing_is_written_so(browser, tmp_path):
+    browser.get(made(tmp_path / "page.html", [f" {i}" for i in range(90)], 70))
+    said = "choose(2, arguments[0]); return ['verdict', 'sees', 'what-if'].map(id => $(id).textContent)"
+    texts = [" ".join(browser.execute_script(said, t)) for t in range(90)]
+    assert "It sees 1 sink and 0 recent tokens" in texts[0]
+    assert "It sees 16 sinks and 1 recent token (" in texts[16]
+    assert "16 sinks and 33 recent tokens" in texts[80]
+    assert any("1 far one." in text for text in texts)
+    assert not any(re.search(r"\b1 (sinks|recent tokens|far ones)|of the 1 scores", t) for t in texts)
+    assert not any(re.search(r": 1 of the \d+ scores before it are|\(1 of the \d+ scores? before it are", t) for t in texts)
+
+
+WRITTEN = """
+    const written = [], fill = pen.fillText;
+    pen.fillText = (text, x) => written.push([text, x, x + pen.measureText(text).width]);
+    paint();
+    pen.fillText = fill;
+    return [written, box.scrollLeft, box.clientWidth, cell.w]"""
+
+
+@pytest.mark.parametrize("T", [20, 46, 86, 300, 1000, 14_000])
+def test_numbers_and_names_on_the_map_are_whole_wherever_it_is_scrolled(browser, tmp_path, T):
+    browser.get(made(tmp_path / "page.html", [f"word{t} " for t in range(T)], T - 2, L=3))
+    middle, end = T // 2 * 5 + 3, T * 16 + 90
+    for place in (0, 7, 43, middle, end):
+        browser.execute_script("box.scrollLeft = arguments[0]", place)
+        written, left, wide, cell = browser.execute_script(WRITTEN)
+        for text, start, stop in written:
+            assert left <= start and stop <= left + wide, (text, start, stop, left, wide)
+        numbers = {text: (start, stop) for text, start, stop in written if isinstance(text, int)}
+        for t, (start, stop) in numbers.items():  # a number touches its own cell
+            assert start == t * cell or stop == pytest.approx((t + 1) * cell), t
+        step = min(b - a for a, b in zip(numbers, [*numbers][1:]))
+        whole = [t for t in range(0, T, step) if left <= t * cell and (t + 1) * cell <= left + wide]
+        assert [*numbers] == whole  # of every cell that is whole in sight
+    assert "answer" in [text for text, *_ in written]
 
 
 PAINTED = """
