@@ -5,7 +5,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-import demo_checkpoint
+from tools import demo_checkpoint
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers, which the tests compare with, is to look at files only
 

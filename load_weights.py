@@ -28,8 +28,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
-import parallel
-from checkpoint_files import (
+from cli.process import N_RANKS
+from loading.checkpoint_files import (
     CheckpointError,
     JsonObject,
     check_file,
@@ -39,8 +39,9 @@ from checkpoint_files import (
     unreadable,
     weights_name,
 )
+from loading.tokenizer import Tokenizer
 from model import ModelConfig, Transformer
-from tokenizer import Tokenizer
+from runtime import cuda_graph, tensor_parallel
 
 # ------------------------------------------------------------------------------------------------------- families
 
@@ -375,7 +376,7 @@ def load_model(
 
 def _load_model(folder: Path, config: ModelConfig, family: Family, device, asked, progress) -> Transformer:
     with torch.device("meta"):  # shapes without memory
-        whole, model = Transformer(config), parallel.divided(config)  # of all, and of what this process is to have
+        whole, model = Transformer(config), tensor_parallel.shard(config)  # of all, and of what this process is to have
     source, tensors = _stored_tensors(folder, _ends(family) if config.tied else ())
     wanted = _match(whole, family, source, tensors)
     final = asked or DTYPES[tensors[_ends(family)[0]].dtype]
@@ -383,7 +384,7 @@ def _load_model(folder: Path, config: ModelConfig, family: Family, device, asked
     for name, ours in tqdm(wanted.items(), "load weights", unit=" tensors", disable=not progress):
         stored, row = tensors[name], 0
         for part in ours:
-            weight = _read(stored, *(() if own[part] == stored.shape else parallel.part(shapes[part], own[part], row)))
+            weight = _read(stored, *(() if own[part] == stored.shape else tensor_parallel.shard_slices(shapes[part], own[part], row)))
             row += shapes[part][0]
             module, _, kind = part.rpartition(".")
             if family.interleaved and module.endswith(("attn.q", "attn.k")):
@@ -395,8 +396,10 @@ def _load_model(folder: Path, config: ModelConfig, family: Family, device, asked
             setattr(model.get_submodule(module), kind, nn.Parameter(weight, requires_grad=False))
     if config.tied:
         model.head.weight = model.embed.weight
-    if parallel.RANKS > 1:
-        parallel.join(model)
+    if N_RANKS > 1:
+        tensor_parallel.connect(model, config.vocab_size)
+    if device.type == "cuda":
+        cuda_graph.record_decode(model)
     return model.eval()
 
 
@@ -405,8 +408,8 @@ def _device(folder: Path, device: str | torch.device) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(device)
-        if parallel.RANKS > 1:
-            parallel.meet(device)
+        if N_RANKS > 1:
+            tensor_parallel.init_distributed(device)
         torch.empty(0, device=device)  # raises where there is no such device
         return device
     except (AssertionError, RuntimeError) as error:
@@ -427,7 +430,7 @@ def _plan(folder: Path, device, dtype) -> tuple[ModelConfig, Family, torch.devic
     try:
         with torch.device("meta"):
             counts = [[sum(p.numel() for p in make(replace(config, n_layers=n)).parameters()) for n in (0, 1)]
-                      for make in (Transformer, parallel.divided)]  # fmt: skip
+                      for make in (Transformer, tensor_parallel.shard)]  # fmt: skip
     except ValueError as error:
         raise CheckpointError(folder, error) from None
     whole, numbers = (none + (one - none) * config.n_layers for none, one in counts)
@@ -439,7 +442,7 @@ def _plan(folder: Path, device, dtype) -> tuple[ModelConfig, Family, torch.devic
     else:  # The files' dtype. They may hold more than the model, a tied head once again, but never twice as much.
         itemsize = max((size for size in (2, 4, 8) if size * whole <= stored), default=2)
     need, free = numbers * itemsize, _free_bytes(device)
-    free /= parallel.RANKS if device.type == "cpu" else 1  # which they share
+    free /= N_RANKS if device.type == "cpu" else 1  # which they share
     if need > free and stored >= 2 * whole:
         fitting = [name for name, size in (("float32", 4), ("bfloat16", 2)) if numbers * size <= free]
         hint = f"it fits with --dtype {fitting[0]}" if fitting else "no --dtype makes it fit"

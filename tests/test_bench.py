@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import bench
+from evaluation import bench
 import generate as generate_module
-from bench import SHAPES, main
+from evaluation.bench import SHAPES, main
 from model import ModelConfig, Transformer
 from test_generate import refused
-from token_filter import PRESETS, preset
+from filter_config import PRESETS, preset
 
 RUN = ["--device", "cpu", "--batch", "1", "3", "--context", "60", "--new-tokens", "4", "--repeat", "1"]
 

@@ -159,7 +159,7 @@ def test_rows_that_have_ended_ride_along_until_half_have():
 
 @cuda
 def test_out_of_memory_is_one_line(capsys):
-    import bench
+    from evaluation import bench
 
     bench.main(["--shape", "llama-2-7b", "--batch", "3000", "--context", "2000", "--repeat", "1", "--distinct", "1", "--preset", "cache"])
     assert "out of memory" in capsys.readouterr().err

@@ -15,8 +15,8 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-import demo_checkpoint
-from demo_checkpoint import FILES, MODELS, DemoError, half_rotation
+from tools import demo_checkpoint
+from tools.demo_checkpoint import FILES, MODELS, DemoError, half_rotation
 from load_weights import Tokenizer, load, read_config
 
 HERE = Path(__file__).resolve().parent.parent

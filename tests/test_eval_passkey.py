@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-import eval_passkey
-from eval_passkey import ANSWER, main, passkey, passkey_prompt
+from evaluation import passkey as eval_passkey
+from evaluation.passkey import ANSWER, main, passkey, passkey_prompt
 from load_weights import Tokenizer, load
 from test_generate import refused
-from token_filter import PRESETS, preset
+from filter_config import PRESETS, preset
 
 
 def test_passkey_prompts_fit_and_have_the_key_at_its_depth(demo):

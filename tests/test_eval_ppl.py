@@ -1,4 +1,4 @@
-"""Perplexity is that of real decoding, rivals do what they are named for, the command loses nothing."""
+"""Perplexity is that of real decoding, baselines do what they are named for, the command loses nothing."""
 
 import csv
 import json
@@ -14,11 +14,12 @@ from eval_ppl import cut, evaluate, main, variations
 from golden.loop import drift, is_above
 from load_weights import load
 from model import rope_frequencies
-from rivals import by_chance, key_distance, oracle, recent_only, rivals
+from evaluation.rivals import baselines, by_chance, key_distance, oracle, recent_only
 from test_filter import turned
 from test_generate import FILTERS, LONG, PROMPTS, refused
 from test_model import LENGTHS, small, texts
-from token_filter import PRESETS, FilterConfig, FilterState, preset
+from filter_config import FilterConfig, PRESETS, preset
+from token_filter import FilterState
 
 # -------------------------------------------------------------------------------------------------- perplexity
 
@@ -81,7 +82,7 @@ def test_sliding_windows_equal_a_plain_loop(window, stride, bos, filter):
         assert len(scored) == len(ids) - (bos is None)
 
 
-# ------------------------------------------------------------------------------------------------------- rivals
+# ------------------------------------------------------------------------------------------------------- baselines
 
 
 def plain(model, tokens, visible, attention=None):
@@ -105,7 +106,7 @@ def plain(model, tokens, visible, attention=None):
 @pytest.mark.parametrize("sizes", [[90], [1] * 90, [33, 1, 56]])
 def test_last_layers_and_recent_only_equal_a_plain_forward(sizes):
     model, tokens, t = small(), texts()[0], torch.arange(90)
-    (_, *static), (label, *streaming), *_ = rivals(0.25, 4, 60)
+    (_, *static), (label, *streaming), *_ = baselines(0.25, 4, 60)
     causal = t[:, None] >= t
     assert label == "StreamingLLM, as much held" and streaming[0].recent == 28  # and itself and 16 sinks: 45 of 60
     first, recent = causal & (t[:, None] < 1), causal & ((t < 16) | (t[:, None] - t < 29))
@@ -121,7 +122,7 @@ def test_last_layers_and_recent_only_equal_a_plain_forward(sizes):
 
 @pytest.mark.parametrize("rival", range(9))
 def test_rivals_are_chunk_free_and_batch_invariant(rival):
-    model, (label, config, criterion) = small(), list(rivals(0.5, 4, 60))[rival]
+    model, (label, config, criterion) = small(), list(baselines(0.5, 4, 60))[rival]
 
     def made(rows):
         return oracle(model, rows, config) if label == "oracle" else criterion
@@ -172,7 +173,7 @@ def test_rivals_have_the_budget_they_are_named_for(p):
         *_, score = evaluate(model, [window], config, chunk=10, criterion=criterion)
         return tuple(score.shares.values())
 
-    static, at_end, on_average, keydiff, adjusted, knowing, *chance = (figures(*rival) for _, *rival in rivals(p, 4, 400))
+    static, at_end, on_average, keydiff, adjusted, knowing, *chance = (figures(*rival) for _, *rival in baselines(p, 4, 400))
     assert static[0] == pytest.approx(round(p * 4) / 4 * (1 - 1 / 400))  # all but the first token
     assert at_end[1] == pytest.approx(1 - p, abs=0.003)
     assert on_average[2] == pytest.approx(1 - p, abs=0.003)
@@ -201,7 +202,7 @@ def test_the_oracle_equals_a_loop(window):
 
 def test_perplexity_with_the_oracle_is_that_of_its_choice():
     """The batch's rows are told apart, whatever the chunk, and what it drops is what is worth least."""
-    model, (_, config, _) = small(), list(rivals(0.5, 4, 60))[5]
+    model, (_, config, _) = small(), list(baselines(0.5, 4, 60))[5]
     *_, score = evaluate(model, PROMPTS, config, batch=2, chunk=17, criterion=oracle)
     *_, alone = evaluate(model, PROMPTS, config, batch=1, criterion=oracle)
     torch.testing.assert_close(score.losses, alone.losses, rtol=0, atol=1e-9)
@@ -316,7 +317,7 @@ def test_random_tokens_have_a_row_for_each_seed(checkpoint, capsys, text):
 def test_rivals_are_a_row_each_at_every_ratio(checkpoint, capsys, text):
     main([str(checkpoint), *text, "--max-tokens", "128", "--rivals", "--preset", "cache", "--prune", "0", "0.2", "0.5"])
     rows = [row[:2] for row in table(capsys.readouterr().out)[1:]]
-    names = [label for label, *_ in rivals(0.5, 3, 128)]
+    names = [label for label, *_ in baselines(0.5, 3, 128)]
     assert rows == [["dense", "0.000"], *(["cache", p] for p in ("0.200", "0.500")), *([n, p] for p in ("0.200", "0.500") for n in names)]
 
 

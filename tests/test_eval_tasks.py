@@ -24,16 +24,18 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is an extra: pip instal
 
 from lm_eval.api.instance import Instance
 
-import eval_tasks
+from evaluation import tasks as eval_tasks
 import report
-import skip_map
-from checkpoint_files import CheckpointError
-from eval_tasks import SUITES, FilteredLM, batches, compare, load_tasks, main, score, summarise
-from generate import SHARED, generate
+from cli import skip_map
+from loading.checkpoint_files import CheckpointError
+from evaluation.tasks import SUITES, FilteredLM, batches, compare, load_tasks, main, score, summarise
+from generate import SHARED
+from generation import generate
 from load_weights import load
-from model import KVCache, Transformer
+from kv_cache import KVCache
+from model import Transformer
 from test_generate import FILTERS
-from token_filter import PRESETS, preset
+from filter_config import PRESETS, preset
 
 HERE = Path(eval_tasks.__file__).parent
 

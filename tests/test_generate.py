@@ -19,14 +19,15 @@ import torch
 
 import eval_ppl
 import generate as generate_module
-import skip_map
+from cli import skip_map
 import token_filter
-from generate import Stats, generate, main, sample, sample_rows
+from generation import Stats, generate, sample, sample_rows
+from generate import main
 from load_weights import load
 from model import Transformer
-from skip_map import BOLD, Decisions, decisions, paint, paint_legend, token_pieces
+from cli.skip_map import BOLD, Decisions, decisions, paint, paint_legend, token_pieces
 from test_model import LENGTHS, small, texts
-from token_filter import PRESETS, preset
+from filter_config import PRESETS, preset
 
 PROMPTS = [texts()[row, :length].tolist() for row, length in enumerate(LENGTHS)]
 FILTERS = [None] + [preset(name, prune=0.5) for name in PRESETS]

@@ -17,10 +17,11 @@ from safetensors.numpy import load_file
 
 from golden import make, port
 from golden.check import FILES, INDEX, LENGTHS, PRUNES, SHAPE, agree, check, golden
-from model import ModelConfig, Transformer, rope_table, rotate
-from schedule import layer_ratios
-from skip_map import decisions
-from token_filter import FilterConfig, FilterState, above_threshold, token_filter
+from model import ModelConfig, Transformer, apply_rope, rope_table
+from filter_config import layer_ratios
+from cli.skip_map import decisions
+from filter_config import FilterConfig
+from token_filter import FilterState, exceeds_quantile, token_filter
 
 DTYPES = ["float64", "float32"]
 
@@ -59,17 +60,17 @@ class Reference:
     @staticmethod
     def threshold(score, history, count, ratio):
         score, history, count, ratio = (torch.tensor(x)[:, None] for x in (score, history, count, ratio))
-        return (above_threshold(score, history, count.clamp(max=history.shape[2]), ratio)[:, 0].numpy(),)
+        return (exceeds_quantile(score, history, count.clamp(max=history.shape[2]), ratio)[:, 0].numpy(),)
 
     @staticmethod
     def layer_ratios(schedule, p, L):
         return np.array(layer_ratios(FilterConfig(schedule=schedule, prune=p), L))
 
     @staticmethod
-    def rotate(x, position, theta):
+    def apply_rope(x, position, theta):
         x, D = torch.tensor(x), x.shape[-1]
         frequencies = theta ** (-torch.arange(0, D, 2, dtype=x.dtype) / D)
-        return rotate(x, *rope_table(torch.tensor(position), frequencies, x.dtype)).numpy()
+        return apply_rope(x, *rope_table(torch.tensor(position), frequencies, x.dtype)).numpy()
 
     class Model:
         def __init__(self, weights, shape, config, B, dtype):

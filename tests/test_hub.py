@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from checkpoint_files import CheckpointError, checkpoint_folder, folder_weights
+from loading.checkpoint_files import CheckpointError, checkpoint_folder, folder_weights
 
 HERE = Path(__file__).resolve().parent.parent
 COMMIT = "c0ffee" + "0" * 34

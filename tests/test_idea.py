@@ -15,10 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from docs.figures import idea, sizes
 from model import ModelConfig, Transformer
-from schedule import layer_ratios
-from skip_map import decisions
+from filter_config import layer_ratios
+from cli.skip_map import decisions
 from test_filter import small
-from token_filter import CHOICES, PRESETS, FilterConfig, FilterState, above_threshold, preset, token_filter
+from filter_config import CHOICES, FilterConfig, PRESETS, preset
+from token_filter import FilterState, exceeds_quantile, token_filter
 
 HERE = Path(__file__).resolve().parent.parent
 LESSON = (HERE / "docs" / "lesson.md").read_text(encoding="utf-8")
@@ -208,7 +209,7 @@ def test_answers_1_and_2(example):
     np.testing.assert_allclose(score[0], plain, rtol=0, atol=1e-12)
     score = torch.tensor([[step.score for step in example[3]]])
     for t, ratio, redundant in ((25, 0.1999, False), (25, 0.2, True), (26, 0.8846, False), (26, 23 / 26, True)):
-        assert above_threshold(score[:, t : t + 1], score[:, None, :t], torch.tensor([[t]]), ratio).item() == redundant
+        assert exceeds_quantile(score[:, t : t + 1], score[:, None, :t], torch.tensor([[t]]), ratio).item() == redundant
     assert (
         f"but in floating point {(1 - 23 / 26) * 26}" in PROSE
         and "for $r_l < 0.2$" in PROSE
@@ -226,7 +227,7 @@ def test_answer_3():
         return rule(score, past, torch.arange(score.shape[1]).clamp(max=W).expand(score.shape), ratio)
 
     assert "all 74 past the warm-up would be skipped, even at $r_l = 0.1$" in PROSE
-    for rule, right, of_90 in ((above_threshold, True, 0), (changed["above_threshold"], False, 74)):
+    for rule, right, of_90 in ((exceeds_quantile, True, 0), (changed["above_threshold"], False, 74)):
         found = above(rule, ties["score"], ties["ratio"].double()[:, None], about["ties"]["config"]["history"])
         assert torch.equal(found, ties["redundant"]) == right
         assert above(rule, torch.zeros(1, 90), 0.1, 64)[0, 16:].sum() == of_90

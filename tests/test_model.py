@@ -8,7 +8,7 @@ import transformers
 from load_weights import load
 from filter_config import PRESETS, FilterConfig, preset
 from model import ModelConfig, Transformer
-from skip_map import Decisions
+from cli.skip_map import Decisions
 from test_filter import decode_loop, small, visible
 
 LENGTHS = [90, 40, 63]  # of the three rows of most tests

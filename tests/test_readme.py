@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 import torch
 
-import bench
-import demo_checkpoint
-import eval_passkey
+from evaluation import bench
+from tools import demo_checkpoint
+from evaluation import passkey as eval_passkey
 import eval_ppl
 import generate
 import load_weights

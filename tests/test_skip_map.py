@@ -8,22 +8,9 @@ import torch
 from matplotlib.figure import Figure
 
 from load_weights import load
-from skip_map import (
-    BOLD,
-    MOST_STRIPS,
-    RESET,
-    SHADES,
-    STRIP,
-    UNDERLINE,
-    Decisions,
-    decisions,
-    draw_skip_map,
-    paint,
-    token_pieces,
-    write_skip_map,
-)
+from cli.skip_map import BOLD, MOST_STRIPS, RESET, SHADES, STRIP, UNDERLINE, Decisions, decisions, draw_skip_map, paint, token_pieces, write_skip_map
 from test_model import small, texts
-from token_filter import preset
+from filter_config import preset
 
 ESCAPES = re.compile(r"\033\[[0-9;]*m")
 

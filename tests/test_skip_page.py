@@ -10,10 +10,11 @@ import torch
 
 import generate
 from load_weights import load
-from schedule import layer_ratios
-from skip_map import Decisions, write_skip_page
+from filter_config import layer_ratios
+from cli.skip_map import Decisions, write_skip_page
 from test_model import small, texts
-from token_filter import PRESETS, above_threshold, preset
+from filter_config import PRESETS, preset
+from token_filter import exceeds_quantile
 
 HOSTILE = ["</script><script>alert(1)</script>", "<!--", '"', "'\\", "\n", "\u2028", "🦊", "&lt;", "<img src=x onerror=alert(1)>", "]]>"]
 
@@ -66,7 +67,7 @@ def test_the_data_are_the_run_s(tmp_path, name):
         k, v, w, s = (torch.tensor(data[key][l]).double() for key in ("cosine_k", "cosine_v", "weight", "score"))
         torch.testing.assert_close(w * k.mean(1) + (1 - w) * v.mean(1), s, rtol=0, atol=2e-4)
         past = [s[None, None, max(0, t - data["history"]) : t] for t in range(90)]
-        again = [bool(above_threshold(s[t : t + 1, None], p, torch.tensor([[p.numel()]]), ratio)) and t >= 16 for t, p in enumerate(past)]
+        again = [bool(exceeds_quantile(s[t : t + 1, None], p, torch.tensor([[p.numel()]]), ratio)) and t >= 16 for t, p in enumerate(past)]
         assert "".join("01"[flag] for flag in again) == data["redundant"][l]
 
 

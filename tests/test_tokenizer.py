@@ -23,7 +23,7 @@ from tokenizers import Tokenizer as JsonTokenizer
 
 from load_weights import CheckpointError, load
 from test_load_weights import assert_same_weights, edit_json, fails, save_model
-from tokenizer import MARK, Tokenizer
+from loading.tokenizer import MARK, Tokenizer
 
 TRICKY = [
     "",

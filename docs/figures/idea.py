@@ -10,15 +10,17 @@ at a time in NumPy, from the keys and values of the real forward pass; the lesso
 import math
 from dataclasses import dataclass
 
-from command_line import DEMO, Parser, as_process
+from cli.arguments import DEMO, Parser
+from cli.process import run_command
 
 import numpy as np
 import torch
 
 from load_weights import load
-from report import check_output
-from skip_map import token_pieces
-from token_filter import preset, token_filter
+from cli.report import check_output
+from cli.skip_map import token_pieces
+from filter_config import preset
+from token_filter import token_filter
 
 TEXT = "The cat sat on the mat. The cat sat on the mat. The cat sat on the mat. The cat sat on the hot stove."
 LAYER = 15  # chosen because its decisions are clear
@@ -254,4 +256,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    as_process(main)
+    run_command(main)

@@ -9,9 +9,10 @@
 import re
 from pathlib import Path
 
-from command_line import Parser, as_process
+from cli.arguments import Parser
+from cli.process import run_command
 
-from report import check_output
+from cli.report import check_output
 
 RESULTS = Path(__file__).resolve().parent.parent.parent / "results"
 MODELS = {"smollm2-135m.txt": 0.135, "qwen2.5-coder-0.5b.txt": 0.49, "qwen2.5-coder-1.5b.txt": 1.54}  # billion parameters
@@ -100,4 +101,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    as_process(main)
+    run_command(main)

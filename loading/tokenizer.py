@@ -24,8 +24,8 @@ import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, decoders
 
-from chat_template import changed, own_tokens, read_templates, render
-from checkpoint_files import CheckpointError, JsonObject, added_tokens, read_file, special_tokens, token_name
+from loading.chat_template import changed, own_tokens, read_templates, render
+from loading.checkpoint_files import CheckpointError, JsonObject, added_tokens, read_file, special_tokens, token_name
 
 MARK = "\ufdd0"  # one of the characters that Unicode sets aside for a program's own use, never to be part of a text
 

@@ -16,7 +16,8 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-from command_line import PRUNE, Parser, add_filter_arguments, add_model_arguments, as_process, check_filter, fail
+from cli.arguments import Parser, add_filter_arguments, add_model_arguments, check_filter_arguments, share
+from cli.process import fail, run_command
 
 SUITES = {
     "commonsense": ["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"],
@@ -36,7 +37,7 @@ def read_arguments(argv=None):
     parser.add_argument("--fewshot-seed", type=int, default=1234, metavar="N", help="which examples (default: the harness's, %(default)s)")
     parser.add_argument("--chat", action="store_true", help="ask through the checkpoint's chat template")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
-    parser.add_argument("--prune", type=PRUNE, nargs="+", default=[0.0, 0.2, 0.5], metavar="P",
+    parser.add_argument("--prune", type=share, nargs="+", default=[0.0, 0.2, 0.5], metavar="P",
                         help="shares of (token, layer) pairs to skip (default: 0 0.2 0.5)")  # fmt: skip
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="continuations at a time (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what tasks and --rivals draw at random (default: 0)")
@@ -53,7 +54,7 @@ def read_arguments(argv=None):
         fail("--batch and --limit must be at least 1, --seed and --num-fewshot at least 0")
     if args.seed >= 2**32:
         fail("--seed must be below 2**32")
-    check_filter(args)
+    check_filter_arguments(args)
     for folder in args.include_path or []:
         if not os.path.isdir(folder):
             fail(f"--include-path {folder}: no such folder")
@@ -61,27 +62,29 @@ def read_arguments(argv=None):
 
 
 if __name__ == "__main__":
-    given = as_process(read_arguments)  # before torch is imported, which takes seconds
+    given = run_command(read_arguments)  # before torch is imported, which takes seconds
 
 import logging
 import math
 import random
 import statistics
 
-from command_line import filters_from
+from cli.arguments import filters_from
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from generate import check_settings, feed, generate, in_common, overflow
+from generation import check_settings, feed, generate, overflow, shared_beginning
 from load_weights import CheckpointError, Tokenizer, load
 from model import Transformer
-from report import Stats, finite, print_json
-from rivals import by_chance, last_layers
-from token_filter import FilterConfig, token_filter
-from tokenizer import MARK
+from generation import Stats
+from cli.report import finite, print_json
+from evaluation.rivals import by_chance, without_attention_from
+from filter_config import FilterConfig
+from token_filter import token_filter
+from loading.tokenizer import MARK
 
 for name in ("HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):  # read when lm_eval is imported: data sets, and metrics, which are
     os.environ.setdefault(name, os.environ.get("HF_HUB_OFFLINE", "1"))  # programs, come from this machine only
@@ -123,7 +126,7 @@ def batches(pairs, size):
     """
     begun, family = (), {}  # family: of each context that shares its beginning, the first that has it
     for context in sorted({context for context, _ in pairs}):
-        if in_common([begun, context]):
+        if shared_beginning([begun, context]):
             family[begun] = family[context] = begun
         else:
             begun = context
@@ -500,7 +503,7 @@ def main(argv=None, given=None):
         fail(e)
 
     for prune in sorted(filter(None, args.prune if args.rivals else ())):
-        settings[f"last layers {prune:g}"] = last_layers(prune, model.config.n_layers)
+        settings[f"last layers {prune:g}"] = without_attention_from(prune, model.config.n_layers)
     tables: dict[str, dict] = {}
     for title, (config, criterion) in settings.items():
         lm = FilteredLM(model, tokenizer, config, args.batch, args.seed, title, criterion)
@@ -530,4 +533,4 @@ def main(argv=None, given=None):
 
 
 if __name__ == "__main__":
-    as_process(main, None, given)
+    run_command(main, None, given)

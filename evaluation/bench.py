@@ -22,9 +22,11 @@ import sys
 import time
 from pathlib import Path
 
-from command_line import PRESETS, PRUNE, RANKS, Parser, add_filter_arguments, add_model_arguments, alone, as_process, check_filter, fail
+from filter_config import PRESETS
+from cli.arguments import Parser, add_filter_arguments, add_model_arguments, check_filter_arguments, share
+from cli.process import N_RANKS, fail, run_command, single_process_only
 
-from report import check_output, read_text
+from cli.report import check_output, read_text
 
 #               vocab     C   L   H KVH    D    MLP     theta   eps  context  tied window
 SIZES: dict[str, tuple] = {  # of published models, as ModelConfig takes them
@@ -42,7 +44,7 @@ COLUMNS = (  # of a table, after the setting: title, width, what it says
     ("quartiles", 16, "a quarter of the steps was faster than the first, a quarter slower than the second, ms"),
     ("x dense", 8, "step ms, over that of dense"),
     ("x best", 8, "step ms, over that of the fastest dense one, ours or transformers'"),
-    ("bound", 7, "bytes that a step reads, over dense's: x dense where memory alone limits the speed"),
+    ("bound", 7, "bytes that a step reads, over dense's: x dense where memory single_process_only limits the speed"),
     ("GB/s", 8, "bytes that a step reads, all weights and KV read of the cache, over step ms"),
     ("tokens/s", 10, "decoded tokens of all rows together, in a second"),
     ("cache MB", 10, "memory that the cache takes at the end, the filter's own numbers included"),
@@ -75,7 +77,7 @@ def flags() -> Parser:
     parser.add_argument("--context", type=int, nargs="+", default=[512], metavar="N",
                         help="tokens in the cache when decoding starts (default: 512)")  # fmt: skip
     parser.add_argument("--new-tokens", type=int, default=16, metavar="N", help="decode steps that are measured (default: %(default)s)")
-    parser.add_argument("--prune", type=PRUNE, nargs="+", default=[0.5], metavar="P",
+    parser.add_argument("--prune", type=share, nargs="+", default=[0.5], metavar="P",
                         help="shares of (token, layer) pairs to skip (default: 0.5); dense is always measured too")  # fmt: skip
     parser.add_argument("--nothing-skipped", action="store_true", help="add a filter that skips nothing after all: its own cost")
     parser.add_argument(
@@ -100,8 +102,8 @@ def read_arguments(argv=None):
     numbers = [*args.batch, *args.context, args.new_tokens, args.repeat, args.distinct or 1]
     if min(numbers) < 1:
         fail("--batch, --context, --new-tokens, --repeat and --distinct must be at least 1")
-    check_filter(args)
-    alone(shape=args.shape, vs=args.vs, compile=args.compile)
+    check_filter_arguments(args)
+    single_process_only(shape=args.shape, vs=args.vs, compile=args.compile)
     if not -(2**63) <= args.seed < 2**63:
         fail(f"--seed {args.seed}: must be a number of 64 bits")
     if args.json:
@@ -112,20 +114,22 @@ def read_arguments(argv=None):
 
 
 if __name__ == "__main__":
-    given = as_process(read_arguments)  # before torch is imported, which takes seconds
+    given = run_command(read_arguments)  # before torch is imported, which takes seconds
     # torch's profiler, which reads this once, else writes its own steps to stderr, as "USDT: ..."
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-from command_line import compile_decode, filters_from
+from cli.arguments import compile_decode, filters_from
 
 import torch
 from tqdm import tqdm
 
-import parallel
-from checkpoint_files import checkpoint_folder
+from runtime import tensor_parallel as parallel
+from loading.checkpoint_files import checkpoint_folder
 from load_weights import CheckpointError, load
-from model import ModelConfig, Replay, Transformer
-from token_filter import FilterConfig, token_filter
+from model import ModelConfig, Transformer
+from runtime.cuda_graph import CudaGraph
+from filter_config import FilterConfig
+from token_filter import token_filter
 
 SHAPES = {name: ModelConfig(*sizes) for name, sizes in SIZES.items()}
 WARM = 3  # steps: at the first it is compiled, at the second captured, the third is the first replay
@@ -490,7 +494,7 @@ def main(argv=None, given=None):
     model, stream = read_model(args, longest)
     device, dtype = model.embed.weight.device, str(model.embed.weight.dtype)[6:]
     captured = device.type == "cuda" and not args.no_graph
-    model.capture = Replay if captured else None
+    model.capture = CudaGraph if captured else None
     compiled = args.compile and compile_decode(model)
     sides = settings(args, model, eager=not compiled and not captured)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -508,9 +512,9 @@ def main(argv=None, given=None):
         offsets = (torch.arange(batch) * 997) % (len(stream) - longest + 1)
         tokens = stream[offsets[:, None] + torch.arange(context + longest - max(args.context))]  # (B, what this case needs)
         table += measure(args, sides, device, tokens, context, weights)
-        if RANKS > 1:
+        if N_RANKS > 1:
             ms = parallel.seconds_of_sums(model, batch) * 1e3
-            print(f"{RANKS} processes, each with {weights / 1e9:.3f} GB of weights; their sums in a dense step, timed alone: {ms:.2f} ms")
+            print(f"{N_RANKS} processes, each with {weights / 1e9:.3f} GB of weights; their sums in a dense step, timed single_process_only: {ms:.2f} ms")
         if args.json:  # after each case, so that an interrupted run keeps what it has
             Path(args.json).write_text(json.dumps({"settings": title, "command": sys.argv, "rows": table}, indent=1))
     if device.type == "cpu":
@@ -521,4 +525,4 @@ def main(argv=None, given=None):
 
 
 if __name__ == "__main__":
-    as_process(main, None, given)
+    run_command(main, None, given)

@@ -11,7 +11,7 @@ from pathlib import Path
 import jinja2.ext
 import jinja2.sandbox
 
-from checkpoint_files import CheckpointError, JsonObject, read_file
+from loading.checkpoint_files import CheckpointError, JsonObject, read_file
 
 
 class GenerationBlock(jinja2.ext.Extension):

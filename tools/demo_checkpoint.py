@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from command_line import Parser
+from cli.arguments import Parser
 
 import numpy as np
 from gguf import GGUFReader, TokenType, dequantize

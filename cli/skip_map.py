@@ -13,7 +13,7 @@ import torch
 
 from filter_config import FilterConfig, layer_ratios
 from kv_cache import KVCache
-from tokenizer import Tokenizer
+from loading.tokenizer import Tokenizer
 
 SHADES = (230, 222, 214, 208, 202)  # backgrounds for up to 20%, 40%, ... of the layers, of a terminal's 256 colours
 BOLD, UNDERLINE, RESET = "\033[1m", "\033[4m", "\033[0m"

@@ -7,9 +7,11 @@ import math
 import random
 import sys
 
-from command_line import PRESETS, PRUNE, Parser, add_filter_arguments, add_model_arguments, as_process, check_filter, fail
+from filter_config import PRESETS
+from cli.arguments import Parser, add_filter_arguments, add_model_arguments, check_filter_arguments, share
+from cli.process import fail, run_command
 
-from report import COLUMNS, Report, add_report_arguments, check_report_arguments
+from cli.report import COLUMNS, Report, add_report_arguments, check_report_arguments
 
 
 def read_arguments(argv=None):
@@ -22,7 +24,7 @@ def read_arguments(argv=None):
                         help="where the key is, from 0, the start, to 1 (default: 0 0.25 0.5 0.75 1)")  # fmt: skip
     parser.add_argument("--trials", type=int, default=1, metavar="N", help="keys for each length and depth (default: 1)")
     parser.add_argument("--chat", action="store_true", help="ask in the chat template")
-    parser.add_argument("--prune", type=PRUNE, nargs="+", default=[0.3], metavar="P",
+    parser.add_argument("--prune", type=share, nargs="+", default=[0.3], metavar="P",
                         help="shares of (token, layer) pairs to skip (default: 0.3); dense is always measured first")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the pass keys (default: 0)")
     add_report_arguments(parser)
@@ -33,20 +35,20 @@ def read_arguments(argv=None):
         fail("--trials and --lengths must be at least 1")
     if not all(0 <= depth <= 1 for depth in args.depths):
         fail("--depths must lie between 0 and 1")
-    check_filter(args)
+    check_filter_arguments(args)
     check_report_arguments(args)
     return args
 
 
 if __name__ == "__main__":
-    given = as_process(read_arguments)  # before torch is imported, which takes seconds
+    given = run_command(read_arguments)  # before torch is imported, which takes seconds
 
-from command_line import filters_from
+from cli.arguments import filters_from
 
 import torch
 from tqdm import tqdm
 
-from generate import Stats, generate
+from generation import Stats, generate
 from load_weights import CheckpointError, Tokenizer, load
 
 FILLER = (
@@ -163,4 +165,4 @@ def main(argv=None, given=None):
 
 
 if __name__ == "__main__":
-    as_process(main, None, given)
+    run_command(main, None, given)
