@@ -12,6 +12,7 @@ import operator
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
 from numbers import Integral, Real
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 
 from filter_config import FilterConfig
 from kv_cache import USAGE, KVCache
+from loading.checkpoint_files import CheckpointError
 from model import ModelConfig, Transformer
 from runtime.cuda_graph import has_fixed_batch
 
@@ -497,6 +499,30 @@ def feed(model: Transformer, prompts, cache: KVCache, chunk=512):
 
 
 # ------------------------------------------------------------------------------ tokens to text
+
+
+def opening_messages(tokenizer, system: str | None) -> list[dict]:
+    """The messages that a conversation begins with: the system's, if there is one.
+
+    Raises CheckpointError where the chat template has no use for it.
+    """
+    if system is None:
+        return []
+
+    def rendered(*system_texts):
+        messages = [{"role": "system", "content": text} for text in system_texts]
+        with suppress(CheckpointError):
+            return tokenizer.chat_text([*messages, {"role": "user", "content": "a"}])
+        return None
+
+    works_without = rendered() is not None
+    refuses_it = rendered("b") is None
+    leaves_it_out = rendered("b") == rendered("c")
+    if works_without and (refuses_it or leaves_it_out):
+        raise CheckpointError(
+            tokenizer.path.parent, "the chat template takes no message of a system: leave out --system"
+        )
+    return [{"role": "system", "content": system}]
 
 
 class Answer:

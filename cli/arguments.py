@@ -5,7 +5,9 @@ Imports no torch, so that a command answers --help and a wrong flag at once.
 
 import argparse
 import dataclasses
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,31 +35,42 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-def whole_number(at_least: int):
-    """A type for argparse: a whole number of at least so much."""
+def whole_number(at_least: int, below: float = math.inf):
+    """A type for argparse: a whole number in a range."""
 
     def read(text):
         try:
             value = int(text)
         except ValueError:
             value = None
-        if value is None or value < at_least:
+        if value is None or not at_least <= value < below:
             wanted = f"a whole number of at least {at_least}"
+            if below < math.inf:
+                wanted += f" and below {below}"
             raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
         return value
 
     return read
 
 
-def share(text):
-    """A type for argparse: a number in [0, 1)."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = None
-    if value is None or not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number in [0, 1)")
-    return value
+def number(is_allowed: Callable[[float], bool], wanted: str):
+    """A type for argparse: a number that is_allowed, which `wanted` says in words."""
+
+    def read(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not is_allowed(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        return value
+
+    return read
+
+
+share = number(lambda x: 0 <= x < 1, "a number in [0, 1)")
+temperature = number(lambda x: 0 <= x < math.inf, "a finite number of at least 0")
+probability = number(lambda x: 0 < x <= 1, "a number above 0 and at most 1")
 
 
 def add_model_arguments(parser):
@@ -156,6 +169,149 @@ def filters_from(args, names, ratios, with_ratio=False) -> list[tuple[str, Filte
                     file=sys.stderr,
                 )
     return [(label, config) for config, label in label_of.items()]
+
+
+# ------------------------------------------------------------------ for generate.py and chat.py
+
+
+def add_generation_arguments(parser):
+    """--system, what ends an answer, sampling, --prune, and how decode steps are run."""
+    parser.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="message that tells the model of a conversation what it is (default: the template's)",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=whole_number(1),
+        default=128,
+        metavar="N",
+        help="length of an answer (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end answers before this text; may be given several times",
+    )
+    parser.add_argument(
+        "--ignore-eos", action="store_true", help="go on after an end-of-text token"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=temperature,
+        default=0.0,
+        metavar="X",
+        help="of sampling (default: 0, always the likeliest token)",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=whole_number(0),
+        default=0,
+        metavar="N",
+        help="sample from the N likeliest tokens (default: 0, all)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=probability,
+        default=1.0,
+        metavar="P",
+        help="and from the likeliest that together have probability P (default: 1)",
+    )
+    parser.add_argument(
+        "--seed", type=whole_number(0, below=2**63), metavar="N", help="of sampling (default: 0)"
+    )
+    parser.add_argument(
+        "--prune",
+        type=share,
+        metavar="P",
+        help="share of (token, layer) pairs to skip (default: 0, dense)",
+    )
+    parser.add_argument(
+        "--no-graph",
+        action="store_true",
+        help="on CUDA, do not record a decode step as a graph and replay it: slower",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="decode through torch.compile: faster, after a minute or so for compiling",
+    )
+
+
+def check_generation_arguments(args, num_samples=1):
+    """Fail where flags of add_generation_arguments make no sense together. Sets args.seed to 0 if not given."""
+    if args.temperature == 0:
+        does_nothing = {
+            "--top-k": args.top_k > 0,
+            "--top-p": args.top_p < 1,
+            "--num-samples": num_samples > 1,
+            "--seed": args.seed is not None,
+        }
+        for flag, given in does_nothing.items():
+            if given:
+                fail(f"{flag} does nothing without --temperature")
+    if args.seed is None:
+        args.seed = 0
+    if "" in args.stop:
+        fail("--stop is empty: it would end every answer at once")
+    check_text("--stop", args.stop)
+    check_text("--system", [args.system or ""])
+
+
+def check_text(flag, texts):
+    """Fail where one of the texts is not UTF-8. Python stands surrogates for other bytes on a command line."""
+    for text in texts:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            fail(f"{flag} is not UTF-8 text: is the terminal set to another encoding?")
+
+
+def load_checkpoint(args):
+    """(model, tokenizer) of the flags. Fails in one line where that cannot be."""
+    from load_weights import CheckpointError, load, read_config
+    from loading.checkpoint_files import checkpoint_folder
+    from runtime import cuda_graph
+
+    try:
+        folder = checkpoint_folder(args.checkpoint)
+        context = read_config(folder).max_positions
+        if args.max_new_tokens >= context:
+            fail(
+                f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt "
+                f"in the model's context of {context}"
+            )
+        model, tokenizer = load(folder, args.device, args.dtype, progress=sys.stderr.isatty())
+    except CheckpointError as error:
+        fail(error)
+    if args.no_graph:
+        cuda_graph.record_decode(model, None)
+    if args.compile:
+        args.compile = compile_decode(model)
+        if args.compile:
+            print("compiling ...", file=sys.stderr, flush=True)
+    return model, tokenizer
+
+
+def note_useless_filter(model, filters, longest):
+    """A note on stderr where filtering does nothing for texts of up to `longest` tokens, or much harm."""
+    filters = [filter for filter in filters if filter is not None]
+    if not filters:
+        return
+    warmup = max(filter.warmup for filter in filters)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    if longest <= warmup:
+        print(
+            f"note: the first {warmup} tokens of a text (the warm-up) are not filtered, "
+            "and no text here is longer",
+            file=sys.stderr,
+        )
+    elif len(filters) == 1 and filters[0].mode == "skip" and n_parameters < 1e9:
+        print(
+            "note: models below a billion parameters rarely answer well when attention is skipped; "
+            "try --preset cache, or --compare to see dense and all presets one after another",
+            file=sys.stderr,
+        )
 
 
 def compile_decode(model) -> bool:
