@@ -1,11 +1,11 @@
 """What filtering costs: the perplexity of a text, dense and filtered.
 
-    python eval_ppl.py [CHECKPOINT] --text FILE --window 768 --prune 0.3 0.5 0.7 --preset local cache
+    python eval_ppl.py [CHECKPOINT] --text FILE --window 768 --prune 0.3 0.5 --preset local cache
     python eval_ppl.py [CHECKPOINT] --text FILE --window 4096 --prune 0.3 --by-position
 
-The text is tokenised whole and cut into windows. Each window is scored alone, from an empty cache. As
-filtering is causal and chunk-free, a forward pass over a window gives the same figures as decoding it
-token by token. Baselines and ablations on the same windows: python -m evaluation.rivals.
+The text is tokenised whole and cut into windows. Each window is scored alone, from an empty cache.
+As filtering is causal and chunk-free, a forward pass over a window gives the same figures as
+decoding it token by token. Baselines and ablations: python -m evaluation.rivals.
 """
 
 import sys
@@ -61,7 +61,7 @@ class Score:
         return self.between(0, len(self.counts))
 
     def between(self, start, stop) -> float:
-        """Perplexity of the tokens at positions start .. stop-1 of their windows; NaN without any."""
+        """Perplexity of the tokens at positions start .. stop-1 of windows; NaN without any."""
         mean_loss = self.losses[start:stop].sum() / self.counts[start:stop].sum()
         return float(mean_loss.exp())
 
@@ -98,10 +98,10 @@ def evaluate(
 ) -> Iterator[Score]:
     """Score every token of every window but its first; yields the running Score after each chunk.
 
-    Each window is a text of its own: fresh cache, positions from 0. In all windows but the first, the
-    leading `overlap` tokens are context only and not scored. batch: windows at a time; chunk: tokens
-    of each at a time, which bounds the memory that the logits take.
-    Raises FloatingPointError where logits are not finite.
+    Each window is a text of its own: fresh cache, positions from 0. In all windows but the first,
+    the leading `overlap` tokens are context only and not scored. batch: windows at a time; chunk:
+    tokens of each at a time, which bounds the memory that the logits take. Raises
+    FloatingPointError where logits are not finite.
     """
     longest = max((len(window) for window in windows), default=0)
     score = Score(
@@ -141,7 +141,7 @@ def evaluate(
 
 
 def token_losses(logits, targets):
-    """Negative log-likelihood of targets (B, T) under logits (B, T, V): (B, T) float64, on the host."""
+    """Negative log-likelihood of targets (B, T) under logits (B, T, V): (B, T) float64, on host."""
     exact = torch.promote_types(logits.dtype, torch.float32)
     losses = F.cross_entropy(
         logits.flatten(0, 1).to(exact), targets.flatten().to(logits.device), reduction="none"
@@ -152,7 +152,7 @@ def token_losses(logits, targets):
 def cut(
     ids: list[int], window: int, stride: int | None = None, bos: int | None = None
 ) -> tuple[list[list[int]], int]:
-    """Windows of up to `window` tokens, `stride` apart (default: end to end), each with `bos` first.
+    """Windows of up to `window` tokens, `stride` apart (default: end to end), `bos` before each.
 
     Returns the windows and the overlap: how many tokens of each window but the first are only
     context, so that all windows together score every token once (without BOS and overlap: all but
@@ -188,9 +188,13 @@ def perplexity_figure(xlabel):
 
 def draw_reads(rows):
     """Perplexity against KV read, by which presets can be compared: a line for each preset."""
-    figure, axes = perplexity_figure("KV read: keys and values read, over those read without a filter")
+    figure, axes = perplexity_figure(
+        "KV read: keys and values read, over those read without a filter"
+    )
     for name in dict.fromkeys(row["setting"] for row in rows):
-        points = sorted((row["KV read"], row["perplexity"]) for row in rows if row["setting"] == name)
+        points = sorted(
+            (row["KV read"], row["perplexity"]) for row in rows if row["setting"] == name
+        )
         if name == "dense":
             dense = points[0][1]
             axes.axhline(dense, color="black", linestyle="--", label=f"dense: {dense:.1f}")
@@ -202,7 +206,7 @@ def draw_reads(rows):
 
 
 def draw_positions(rows):
-    """Perplexity against position, a line for each setting; a point stands at its bucket's middle."""
+    """Perplexity against position: a line a setting, a point at the middle of each bucket."""
     figure, axes = perplexity_figure("position in the window (logarithmic)")
     spans = [name for name in rows[0] if name[0].isdigit()]  # "0-63", "64-127", ...
     middles = [sum(map(int, span.split("-"))) / 2 for span in spans]
@@ -238,8 +242,8 @@ def add_text_arguments(parser):
         "--stride",
         type=int,
         metavar="N",
-        help="tokens from a window to the next (default: end to end); where windows overlap, a token "
-        "is scored in the first of them only",
+        help="tokens from a window to the next (default: end to end); where windows overlap, a "
+        "token is scored in the first of them only",
     )
     parser.add_argument(
         "--offsets",
@@ -383,7 +387,9 @@ def measure(args, model, windows, overlap, settings: list[Setting], report: Repo
     dense = None
     for setting in settings:
         n_done = 0
-        with tqdm(total=n_losses, desc=setting.label, unit=" tokens", leave=False, disable=None) as bar:
+        with tqdm(
+            total=n_losses, desc=setting.label, unit=" tokens", leave=False, disable=None
+        ) as bar:
             try:
                 for score in evaluate(model, windows, setting, args.batch, overlap=overlap):
                     bar.set_postfix_str(f"perplexity {score.perplexity:.2f}")

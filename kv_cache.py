@@ -1,4 +1,4 @@
-"""The KV cache of a decoder whose layers filter tokens: each layer keeps other tokens of a sequence.
+"""The KV cache of a decoder whose layers filter tokens: each layer keeps tokens of its own choice.
 
 Read LayerCache first: its docstring says where a token is kept, `append` is what a decode step does
 to it, `context`, `visible` and `rebuild` are what a prompt does.
@@ -6,6 +6,7 @@ to it, `context`, `visible` and `rebuild` are what a prompt does.
 Shapes: B sequences, T new tokens, N real ones among the B * T (the rest is padding), S slots of a
 layer's cache, K tokens that a query may be able to see, L layers, KVH key/value heads, D head size,
 R channels of a head that RoPE rotates.
+
 A token's *position* counts from the start of its own sequence; its *slot* is where a layer keeps it.
 """
 
@@ -97,7 +98,11 @@ class PrefillChunk:
 
 @dataclass
 class Context:
-    """Prefill: all tokens that a chunk's queries may be able to see: far ones, near ones, new ones."""
+    """Prefill: all tokens that a chunk's queries may be able to see: far, near and new ones.
+
+    In this order, since leaving out the far ones is then a slice. Which of them a query does see,
+    LayerCache.visible() says.
+    """
 
     kv: torch.Tensor  # (2, B, KVH, K, D): keys, values
     positions: torch.Tensor  # (B, K), EMPTY where there is no token
@@ -138,9 +143,9 @@ class LayerCache:
 
     Sinks and ring are the *near* slots. With 2 sinks, R = 3, and token 4 redundant, the slots hold
 
-        after token 5    0 1 | 5 3 4 |        3, 4, 5 are in the ring
-        after token 6    0 1 | 5 6 4 | 3      6 took the slot of 3, which was kept: it is far now
-        after token 7    0 1 | 5 6 7 | 3      7 took the slot of 4, which was redundant: it is gone
+        after token 5    0 1 | 5 3 4 | 2      5 took the slot of 2, which was kept: it is far now
+        after token 6    0 1 | 5 6 4 | 2 3    6 took the slot of 3, which was kept too
+        after token 7    0 1 | 5 6 7 | 2 3    7 took the slot of 4, which was redundant: it is gone
 
     So whatever a query may see is the first n slots of its row: sinks and ring, or those and far.
     That is why decode needs no mask (but for a sliding window), and moves one token a step at most.
@@ -167,7 +172,7 @@ class LayerCache:
         self.kv = torch.zeros(kv_shape, dtype=dtype, device=device)
         self.positions = torch.full((B, n_slots), EMPTY, device=device)
         self.kept = torch.zeros(B, self.n_near, dtype=torch.bool, device=device)  # of near tokens
-        # How many tokens were ever stored as far ones. Without a sliding window all are still there.
+        # How many tokens were ever stored as far ones; without a window all of them are there.
         self.n_far = torch.zeros(B, dtype=torch.int64, device=device)
 
         # Counted for usage(): redundant tokens, and slots that queries have read, (B,) each.
@@ -189,10 +194,8 @@ class LayerCache:
             self.ratio_tensor = torch.full((), ratio, dtype=torch.float64, device=device)
 
     def find_redundant(self, k, v, lengths):
-        """Run the filter on a chunk: k, v (B, T, KVH, D), lengths as in token_filter -> (B, T) bool."""
-        redundant, score = self.filter_fn(
-            k, v, lengths, self.state, self.ratio_tensor, self.filter
-        )
+        """Run the filter on a chunk: k, v (B, T, KVH, D), lengths as there -> (B, T) bool."""
+        redundant, score = self.filter_fn(k, v, lengths, self.state, self.ratio_tensor, self.filter)
         self.n_redundant += redundant.sum(1)
         self.redundant = redundant
         self.score = score
@@ -204,8 +207,10 @@ class LayerCache:
         """Store one token a row, and say what its query may see.
 
         k, v (B, KVH, D); redundant (B,) bool, or None in a layer that does not filter.
-        Returns the number of slots that each query may see, (B,) int64: always the first ones of its
-        row. Under a sliding window also which slots hold tokens within it, (B, S) bool, else None.
+
+        Returns two things: the number of slots that each query may see, (B,) int64, always the
+        first ones of its row; and, under a sliding window only, which slots hold tokens within it,
+        (B, S) bool (else None).
         """
         if redundant is None:
             slot = self.n_far % self.window
@@ -235,7 +240,7 @@ class LayerCache:
         return n_visible, in_window
 
     def _leave_ring(self, slot, near_filled, step: DecodeStep):
-        """The token in `slot` gives way to the new one: if it was kept, it becomes the last far one.
+        """The token in `slot` gives way to a new one. If it was kept, it becomes the last far token.
 
         It is copied in any case, so that the host need not know whether it was kept. If it was not,
         n_far stays as it is: nobody sees the copy, and the next one overwrites it.
@@ -254,7 +259,7 @@ class LayerCache:
         return not self.filters and self.window == NO_WINDOW and chunk.n_before is not None
 
     def context(self, k, v, redundant, chunk: PrefillChunk) -> Context:
-        """What the new tokens k, v (B, T, KVH, D) may be able to see; redundant (B, T) bool or None."""
+        """All that new tokens may be able to see: k, v (B, T, KVH, D), redundant (B, T) or None."""
         new_kv = torch.stack((k, v)).transpose(2, 3)  # (2, B, KVH, T, D)
         n_slots = chunk.n_before if self.is_causal(chunk) else self.positions.shape[1]
         kv = self.kv[:, :, :, :n_slots]
@@ -302,9 +307,9 @@ class LayerCache:
         else:
             most = min(chunk.longest, self.window)
         n_slots = max(most, self.n_near) + 1
-        order = sort_key.argsort(1)[:, :n_slots]  # (B, S): where in the context each slot's token is
-
-        # One more column, without a token, for the last slot, where everything stays.
+        # Where in the context each slot's token is, (B, S).
+        order = sort_key.argsort(1)[:, :n_slots]
+        # The context may have no column left for the last slot, which holds no token: any will do.
         order = F.pad(order, (0, n_slots - order.shape[1]))
         is_filled = torch.arange(n_slots, device=order.device) < n_stay[:, None]
         _, B, KVH, _, D = self.kv.shape
@@ -361,12 +366,17 @@ class LayerCache:
 
 
 class KVCache:
-    """All that a model remembers of B sequences: Transformer.new_cache makes it, forward moves it on.
+    """All that a model remembers of B sequences. Transformer.new_cache makes it.
 
     filter    the FilterConfig that decides, in all its layers; with prune 0 nothing is filtered
     lengths   (B,) int64, on the host: how many tokens each row has had so far
     position  (B,) the same on the device: the position of each row's next token
     layers    a LayerCache for each layer
+
+    Memory: a prompt leaves each layer with as many slots as its longest row fills. The first decode
+    step after it adds slots for what is known to follow, or for an eighth more, and so does every
+    later step that finds none left; all other steps allocate nothing. Rows that select() leaves out
+    are freed.
     """
 
     def __init__(

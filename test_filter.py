@@ -1,13 +1,15 @@
 """Token Filtering's specification in executable form. Read it from the top.
 
-1. the method as a literal loop: `filter_loop` (golden/loop.py) says who is redundant, `visible` who may see whom, `decode_loop`
+1. the method as a literal loop: `filter_loop` (golden/loop.py) says who is redundant, `visible` who
+   may see whom, `decode_loop`
    is a decoder of both
 2. token_filter agrees with filter_loop, and the Transformer with decode_loop
 3. chunk-free, batch-invariant, causal             6. layer_ratios
 4. the threshold rule on scores                    7. FilterConfig and presets
 5. properties that hold whatever the input         8. FilterState, half precision    9. operations
 
-Shapes: B sequences, T tokens, H query heads, KVH key/value heads, D head size, W scores remembered, L layers.
+Shapes: B sequences, T tokens, H query heads, KVH key/value heads, D head size, W scores remembered,
+L layers.
 """
 
 import functools
@@ -32,13 +34,20 @@ settings.load_profile("repeatable")
 
 
 def visible(t, redundant, config, window=None):
-    """The positions that token t looks at in a layer; redundant[j]: whether the layer found token j redundant."""
+    """The positions that token t looks at in a layer; redundant[j]: whether the layer found token j
+    redundant.
+    """
     if redundant[t] and config.mode == "skip":
         return []
     seen = []
     for j in range(t + 1):
-        sink, recent = j < max(config.warmup, 1), t - j <= config.recent  # these are in sight, kept or not,
-        far = not redundant[j] and (not redundant[t] or config.mode == "cache")  # others only if kept
+        sink, recent = (
+            j < max(config.warmup, 1),
+            t - j <= config.recent,
+        )  # these are in sight, kept or not,
+        far = not redundant[j] and (
+            not redundant[t] or config.mode == "cache"
+        )  # others only if kept
         if (sink or recent or far) and (window is None or t - j < window):
             seen.append(j)
     return seen
@@ -47,28 +56,42 @@ def visible(t, redundant, config, window=None):
 def rotated(x, angle):
     """RoPE: the channel pair (i, i + R/2) as a complex number, turned by its angle."""
     R = 2 * angle.shape[-1]
-    pairs = torch.complex(x[..., : R // 2], x[..., R // 2 : R]) * torch.polar(torch.ones_like(angle), angle)
+    pairs = torch.complex(x[..., : R // 2], x[..., R // 2 : R]) * torch.polar(
+        torch.ones_like(angle), angle
+    )
     return torch.cat((pairs.real, pairs.imag, x[..., R:]), dim=-1)
 
 
 def decode_loop(model, tokens, config):
-    """One token, one layer, one head at a time, over what each may see: logits (T, vocab) and redundant[l][t] of one text."""
+    """One token, one layer, one head at a time, over what each may see: logits (T, vocab) and
+    redundant[l][t] of one text.
+    """
     c, ratios, logits = model.config, layer_ratios(config, model.config.n_layers), []
     states, redundant, keys, values = ([[] for _ in ratios] for _ in range(4))
     for t, token in enumerate(tokens):
         x, angle = model.embed(token), t * rope_frequencies(c).double()
         for l, block in enumerate(model.blocks):
             normed, attn = block.attn_norm(x), block.attn
-            k_unrotated, v = attn.k_norm(attn.k(normed).view(c.kv_heads, c.head_dim)), attn.v(normed).view(c.kv_heads, c.head_dim)
-            k, q = rotated(k_unrotated, angle), rotated(attn.q_norm(attn.q(normed).view(c.heads, c.head_dim)), angle)
-            compared = (x.numpy()[None, None] for x in (k if config.keys == "rotated" else k_unrotated, v))
+            k_unrotated, v = (
+                attn.k_norm(attn.k(normed).view(c.kv_heads, c.head_dim)),
+                attn.v(normed).view(c.kv_heads, c.head_dim),
+            )
+            k, q = (
+                rotated(k_unrotated, angle),
+                rotated(attn.q_norm(attn.q(normed).view(c.heads, c.head_dim)), angle),
+            )
+            compared = (
+                x.numpy()[None, None] for x in (k if config.keys == "rotated" else k_unrotated, v)
+            )
             found, *_, states[l] = filter_loop(*compared, [1], ratios[l : l + 1], config, states[l])
             for remembered, new in ((redundant, found[0, 0]), (keys, k), (values, v)):
                 remembered[l].append(new)
             sees, heads = visible(t, redundant[l], config, c.window), []
             for h in range(c.heads if sees else 0):
                 h_kv = h * c.kv_heads // c.heads
-                weights = torch.stack([q[h] @ keys[l][j][h_kv] / math.sqrt(c.head_dim) for j in sees]).softmax(0)
+                weights = torch.stack(
+                    [q[h] @ keys[l][j][h_kv] / math.sqrt(c.head_dim) for j in sees]
+                ).softmax(0)
                 heads.append(sum(weight * values[l][j][h_kv] for weight, j in zip(weights, sees)))
             x = x + attn.o(torch.cat(heads)) if sees else x
             x = x + block.mlp(block.mlp_norm(x))
@@ -81,10 +104,14 @@ def decode_loop(model, tokens, config):
 
 @functools.cache
 def small(shape="gqa", window=None, n_layers=4, **of_a_family) -> Transformer:
-    """A random float64 model. Weights are scaled up, so that attention is far from uniform and every bug shows."""
+    """A random float64 model. Weights are scaled up, so that attention is far from uniform and
+    every bug shows.
+    """
     torch.manual_seed(1)
     heads = {"mha": (4, 4), "gqa": (6, 2), "mqa": (4, 1)}[shape]  # heads, kv_heads
-    config = ModelConfig(97, 32, n_layers, *heads, 8, 48, 10000.0, 1e-5, 512, False, window, **of_a_family)
+    config = ModelConfig(
+        97, 32, n_layers, *heads, 8, 48, 10000.0, 1e-5, 512, False, window, **of_a_family
+    )
     model = Transformer(config).double().requires_grad_(False)
     for name, p in model.named_parameters():
         p.mul_(3.0 if ".q." in name or ".k." in name else 1.5)
@@ -94,10 +121,11 @@ def small(shape="gqa", window=None, n_layers=4, **of_a_family) -> Transformer:
 
 
 def feed(k, v, chunks, ratio, config, state=None, dtype=torch.float64, layer=0):
-    """Run token_filter over k, v in chunks, each a list of B numbers of tokens, one for each row; ratio: one, or B of them.
+    """Run token_filter over k, v in chunks, each a list of B numbers of tokens, one for each row;
+    ratio: one, or B of them.
 
-    Rows that get less than others are padded with what comes next in k, v. Returns redundant (B, T) and score (B, T) as
-    arrays, False and NaN for tokens not fed, and the state.
+    Rows that get less than others are padded with what comes next in k, v. Returns redundant (B, T)
+    and score (B, T) as arrays, False and NaN for tokens not fed, and the state.
     """
     B, T, KVH, D = k.shape
     state = state or FilterState(B, KVH, D, config, layer, dtype, k.device)
@@ -105,17 +133,24 @@ def feed(k, v, chunks, ratio, config, state=None, dtype=torch.float64, layer=0):
     redundant, score, done = np.zeros((B, T), bool), np.full((B, T), np.nan), [0] * B
     for chunk in chunks:
         index = (torch.tensor(done)[:, None] + torch.arange(max(*chunk, 1))).clamp(max=T - 1)
-        rows, n_new = torch.arange(B)[:, None], None if min(chunk) == index.shape[1] else torch.tensor(chunk)
+        rows, n_new = (
+            torch.arange(B)[:, None],
+            None if min(chunk) == index.shape[1] else torch.tensor(chunk),
+        )
         r, s = token_filter(k[rows, index], v[rows, index], n_new, state, ratio, config)
         for b, n in enumerate(chunk):
             assert not r[b, n:].any() and s[b, n:].isnan().all()  # padding
-            redundant[b, done[b] : done[b] + n], score[b, done[b] : done[b] + n] = r[b, :n], s[b, :n]
+            redundant[b, done[b] : done[b] + n], score[b, done[b] : done[b] + n] = (
+                r[b, :n],
+                s[b, :n],
+            )
             done[b] += n
     return redundant, score, state
 
 
 def assert_agrees(k, v, lengths, ratio, config, unsettled=0.0):
-    """token_filter does as the loop does. unsettled: the share of decisions that may hang on the last bit of a score.
+    """token_filter does as the loop does. unsettled: the share of decisions that may hang on the
+    last bit of a score.
 
     Those too are exactly what the rule says of token_filter's own scores.
     """
@@ -125,20 +160,28 @@ def assert_agrees(k, v, lengths, ratio, config, unsettled=0.0):
     np.testing.assert_array_equal(redundant[settled], want[settled])
     assert np.mean(~settled) <= unsettled
     for b, n in enumerate(lengths):
-        history = np.full(config.history, math.nan)  # a ring: the score of position t in column t mod W
+        history = np.full(
+            config.history, math.nan
+        )  # a ring: the score of position t in column t mod W
         for t in range(n):
             recent = score[b, max(0, t - config.history) : t]
-            assert redundant[b, t] == (t >= max(config.warmup, 1) and is_above(score[b, t], recent, ratio[b]))
+            assert redundant[b, t] == (
+                t >= max(config.warmup, 1) and is_above(score[b, t], recent, ratio[b])
+            )
             history[t % config.history] = past[b].scores[t]
         assert state.count[b] == n
         np.testing.assert_allclose(state.history[b], history, rtol=0, atol=1e-9)
         if n:
             anchors = np.stack([past[b].A_K, past[b].A_V])
-            np.testing.assert_allclose(state.anchor[b], anchors, rtol=1e-9, atol=1e-9 * np.abs(anchors).max())
+            np.testing.assert_allclose(
+                state.anchor[b], anchors, rtol=1e-9, atol=1e-9 * np.abs(anchors).max()
+            )
 
 
 def random_chunks(lengths, seed, largest=40):
-    """Chunks that feed lengths[b] tokens to row b, each row in pieces of its own, some of them empty."""
+    """Chunks that feed lengths[b] tokens to row b, each row in pieces of its own, some of them
+    empty.
+    """
     rng, left, chunks = np.random.default_rng(seed), np.array(lengths), []
     while left.any():
         chunks.append(np.minimum(rng.integers(0, largest + 1, len(left)), left).tolist())
@@ -189,13 +232,22 @@ ALL = slice(None)
 SIGNS = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(100)[:, None, None]
 GROWTH = torch.logspace(-20, 20, 200, dtype=torch.float64)[:, None, None]
 UNUSUAL = {  # what is done to drifting k and v (3, 200, 3, 4); the share of decisions that may hang on the last bit
-    "some tokens zero": (lambda k, v: (times(k, 0, slice(3, None, 7)), times(v, 0, slice(1, None, 5))), 0.0),
+    "some tokens zero": (
+        lambda k, v: (times(k, 0, slice(3, None, 7)), times(v, 0, slice(1, None, 5))),
+        0.0,
+    ),
     "first token zero": (lambda k, v: (times(k, 0, 0), times(v, 0, 0)), 0.0),
-    "zero from some token on": (lambda k, v: (times(k, 0, slice(60, None)), times(v, 0, slice(90, None))), 0.3),
+    "zero from some token on": (
+        lambda k, v: (times(k, 0, slice(60, None)), times(v, 0, slice(90, None))),
+        0.3,
+    ),
     "a head zero": (lambda k, v: (times(k, 0, ALL, 1), times(v, 0, ALL, 2)), 0.0),
     "keys zero": (lambda k, v: (k * 0, v), 0.0),
     "values zero": (lambda k, v: (k, v * 0), 0.0),
-    "a sequence zero": (lambda k, v: (torch.cat((k[:2], k[2:] * 0)), torch.cat((v[:2], v[2:] * 0))), 0.31),
+    "a sequence zero": (
+        lambda k, v: (torch.cat((k[:2], k[2:] * 0)), torch.cat((v[:2], v[2:] * 0))),
+        0.31,
+    ),
     "one token all along": (lambda k, v: (k[:, :1].expand_as(k), v[:, :1].expand_as(v)), 0.8),
     "signs alternate": (lambda k, v: (k * SIGNS, v * SIGNS), 0.0),
     "heads alike": (lambda k, v: (k[:, :, :1].expand_as(k), v[:, :, :1].expand_as(v)), 0.0),
@@ -205,7 +257,10 @@ UNUSUAL = {  # what is done to drifting k and v (3, 200, 3, 4); the share of dec
     "shrinking": (lambda k, v: (k * GROWTH.flip(0), v * GROWTH.flip(0)), 0.0),
     "huge": (lambda k, v: (k * 1e100, v * 1e100), 0.0),
     "tiny": (lambda k, v: (k * 1e-100, v * 1e-100), 0.0),
-    "heads of different scale": (lambda k, v: (times(k, 1e50, ALL, 1), times(v, 1e-50, ALL, 2)), 0.0),
+    "heads of different scale": (
+        lambda k, v: (times(k, 1e50, ALL, 1), times(v, 1e-50, ALL, 2)),
+        0.0,
+    ),
 }
 
 
@@ -239,7 +294,12 @@ def test_agrees_with_the_loop_on_whatever_hypothesis_draws(data, shape, config, 
 def test_agrees_with_the_loop_from_one_chunk_to_the_next():
     k, v = drift(3, 100, 3, 4)
     config, ratio, state, past = FilterConfig(history=30), [0.5, 0.3, 0.8], None, None
-    for start, n_new in ((0, [20, 0, 7]), (20, [50, 50, 0]), (70, [20, 1, 20]), *((t, [1, 1, 1]) for t in range(90, 100))):
+    for start, n_new in (
+        (0, [20, 0, 7]),
+        (20, [50, 50, 0]),
+        (70, [20, 1, 20]),
+        *((t, [1, 1, 1]) for t in range(90, 100)),
+    ):
         chunk = k[:, start : start + max(n_new)], v[:, start : start + max(n_new)]
         redundant, score, state = feed(*chunk, [n_new], ratio, config, state)
         *want, _, past = filter_loop(*(x.numpy() for x in chunk), n_new, ratio, config, past)
@@ -259,7 +319,9 @@ def test_the_first_token_is_its_own_anchor():
     _, score, state = feed(k, v, [[1, 1]], 0.5, FilterConfig())
     np.testing.assert_allclose(score, [[1], [0]], rtol=1e-15)
     np.testing.assert_allclose(state.anchor[:, 0], k[:, 0], rtol=1e-15)
-    np.testing.assert_allclose(state.history[:, 0], [1, 0], rtol=1e-15)  # it enters the history like every other
+    np.testing.assert_allclose(
+        state.history[:, 0], [1, 0], rtol=1e-15
+    )  # it enters the history like every other
 
 
 @pytest.mark.parametrize("T", [1, 127, 128, 129, 600])
@@ -268,7 +330,9 @@ def test_running_average_is_the_recurrence(T):
     averages = [start]
     for t in range(T):
         averages.append(0.9 * averages[-1] + (1 - 0.9) * x[:, t])
-    torch.testing.assert_close(running_averages(x, start, 0.9), torch.stack(averages, 1), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        running_averages(x, start, 0.9), torch.stack(averages, 1), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("recent, warmup, window, more", [
@@ -278,7 +342,10 @@ def test_running_average_is_the_recurrence(T):
 @pytest.mark.parametrize("mode", CHOICES["mode"])
 def test_the_transformer_lets_every_token_see_what_it_may(mode, recent, warmup, window, more):
     """A batch of two texts of different length, in prefill and then one by one."""
-    model, config = small("gqa", window, n_layers=3), FilterConfig(mode=mode, recent=recent, warmup=warmup, **more)
+    model, config = (
+        small("gqa", window, n_layers=3),
+        FilterConfig(mode=mode, recent=recent, warmup=warmup, **more),
+    )
     tokens, cache, got = torch.randint(0, 97, (2, 44)), model.new_cache(2, config), [[], []]
     for n_new in ([25, 9], *[[1, 1]] * 15):
         done = cache.lengths[:, None]
@@ -287,7 +354,10 @@ def test_the_transformer_lets_every_token_see_what_it_may(mode, recent, warmup, 
         for row, n in enumerate(n_new):
             got[row].append((logits[row, :n], redundant[:, row, :n]))
     for row in range(2):
-        logits, redundant = torch.cat([a for a, _ in got[row]]), torch.cat([b for _, b in got[row]], dim=1)
+        logits, redundant = (
+            torch.cat([a for a, _ in got[row]]),
+            torch.cat([b for _, b in got[row]], dim=1),
+        )
         want, want_redundant = decode_loop(model, tokens[row, : len(logits)], config)
         assert redundant.tolist() == want_redundant and redundant.any()
         torch.testing.assert_close(logits, want, rtol=0, atol=1e-9)
@@ -327,7 +397,13 @@ def test_a_sequence_does_not_depend_on_its_neighbours(fusion):
 def test_a_later_token_changes_nothing_earlier(t, change):
     k, v = drift(2, 200, 3, 4)
     before = feed(k, v, [[200, 200]], 0.5, FilterConfig())
-    after = feed(times(k, change, slice(t, None)), times(v, change, slice(t, None)), [[200, 200]], 0.5, FilterConfig())
+    after = feed(
+        times(k, change, slice(t, None)),
+        times(v, change, slice(t, None)),
+        [[200, 200]],
+        0.5,
+        FilterConfig(),
+    )
     assert_same([x[:, :t] for x in after[:2]], [x[:, :t] for x in before[:2]])
 
 
@@ -340,7 +416,14 @@ def test_padding_changes_nothing(pad):
         state = feed(k, v, [[20, 20, 20]], 0.5, config)[2]
         padding = torch.arange(60)[:, None, None] >= n_new[:, None, None, None]
         chunk = k.masked_fill(padding, fill), v.masked_fill(padding, fill)
-        results.append((*token_filter(*chunk, n_new, state, 0.5, config), state.anchor, state.history, state.count))
+        results.append(
+            (
+                *token_filter(*chunk, n_new, state, 0.5, config),
+                state.anchor,
+                state.history,
+                state.count,
+            )
+        )
     for one, other in zip(*results):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12, equal_nan=True)
 
@@ -354,7 +437,11 @@ def test_threshold_is_the_rule_on_scores_full_of_ties_and_nan(W):
     rng = np.random.default_rng(0)
     ratio = np.array([0, 0.1, 0.25, 1 / 3, 0.5, 0.7, 0.9, 0.999, 1] * 8)
     B, T, values = len(ratio), 5, np.array([-1, 0, 0.25, 0.5, 1, np.nan])
-    n, score, past = rng.integers(0, W + 1, (B, T)), rng.choice(values, (B, T)), rng.choice(values, (B, T, W))
+    n, score, past = (
+        rng.integers(0, W + 1, (B, T)),
+        rng.choice(values, (B, T)),
+        rng.choice(values, (B, T, W)),
+    )
     past = rng.permuted(np.where(np.arange(W) < n[..., None], past, np.nan), axis=-1)
     above = exceeds_quantile(*(torch.tensor(x) for x in (score, past, n, ratio[:, None])))
     for b, t in np.ndindex(B, T):
@@ -363,9 +450,13 @@ def test_threshold_is_the_rule_on_scores_full_of_ties_and_nan(W):
 
 
 def test_threshold_is_met_exactly_at_the_ceiling():
-    """With n scores before and ratio 1 - m/n, having m below is enough and m - 1 is not, however 1 - m/n rounds."""
+    """With n scores before and ratio 1 - m/n, having m below is enough and m - 1 is not, however 1
+    - m/n rounds.
+    """
     W = 60
-    n, m = torch.tensor([(n, m) for n in range(1, W + 1) for m in range(1, n)]).T[..., None]  # (B, 1) each
+    n, m = torch.tensor([(n, m) for n in range(1, W + 1) for m in range(1, n)]).T[
+        ..., None
+    ]  # (B, 1) each
     past = torch.arange(W, dtype=torch.float64).expand(len(n), 1, W)
     past = past.masked_fill(past >= n[..., None], math.nan)  # 0 .. n-1
     ratio = 1 - m.double() / n
@@ -373,7 +464,10 @@ def test_threshold_is_met_exactly_at_the_ceiling():
         score = score.double()
         assert (exceeds_quantile(score, past, n, ratio) == expected).all()
         for i in range(0, len(n), 10):  # a ratio for all is as exact as one for each
-            assert exceeds_quantile(score[i : i + 1], past[i : i + 1], n[i : i + 1], ratio[i].item()) == expected
+            assert (
+                exceeds_quantile(score[i : i + 1], past[i : i + 1], n[i : i + 1], ratio[i].item())
+                == expected
+            )
 
 
 def threshold_of(scores, W, ratio):
@@ -386,12 +480,20 @@ def threshold_of(scores, W, ratio):
 @pytest.mark.parametrize(
     "scores, ratio, expected",
     [
-        ([1, 2, 3, 4, 5], 0.5, [0, 1, 1, 1, 1]),  # each above all before it; the first has none before it
+        (
+            [1, 2, 3, 4, 5],
+            0.5,
+            [0, 1, 1, 1, 1],
+        ),  # each above all before it; the first has none before it
         ([5, 4, 3, 2, 1], 0.5, [0, 0, 0, 0, 0]),
         ([3, 3, 3, 3, 3], 0.9, [0, 0, 0, 0, 0]),  # ties keep the token
         ([3, 3, 3, 3, 3], 1.0, [0, 1, 1, 1, 1]),  # everything lies above the lowest quantile
         ([1, 2, 3, 4, 5], 0.0, [0, 0, 0, 0, 0]),  # nothing is asked for
-        ([1, 2, math.nan, 1.5, 3], 0.5, [0, 1, 0, 0, 1]),  # 1.5: 1 of 3 is below, 2 are needed, NaN is not below
+        (
+            [1, 2, math.nan, 1.5, 3],
+            0.5,
+            [0, 1, 0, 0, 1],
+        ),  # 1.5: 1 of 3 is below, 2 are needed, NaN is not below
         ([1, math.nan, 2, 1, 1], 1.0, [0, 0, 1, 1, 1]),  # NaN is kept even so
         ([9, 1, 2, 3, 4], 0.5, [0, 0, 1, 1, 1]),
     ],
@@ -410,17 +512,23 @@ FACTORS = st.lists(st.floats(1e-30, 1e30), min_size=6, max_size=6)
 def test_a_larger_ratio_filters_the_same_tokens_and_more(low, high, seed):
     k, v = drift(3, 80, 2, 4, seed)
     low, high = sorted((low, high))
-    fewer, more = (feed(k, v, [[80, 60, 80]], ratio, FilterConfig(history=20))[0] for ratio in (low, high))
+    fewer, more = (
+        feed(k, v, [[80, 60, 80]], ratio, FilterConfig(history=20))[0] for ratio in (low, high)
+    )
     assert not (fewer & ~more).any()
 
 
 @given(warmup=st.integers(0, 90), seed=SEEDS)
 def test_the_warm_up_is_never_filtered(warmup, seed):
     k, v = drift(2, 80, 2, 4, seed)
-    redundant, score, _ = feed(k, v, random_chunks([80, 70], seed), 1.0, FilterConfig(warmup=warmup))
+    redundant, score, _ = feed(
+        k, v, random_chunks([80, 70], seed), 1.0, FilterConfig(warmup=warmup)
+    )
     first = max(warmup, 1)
     assert not redundant[:, :first].any()
-    assert redundant[0, first:].all() and redundant[1, first:70].all()  # and at ratio 1 it alone is not
+    assert (
+        redundant[0, first:].all() and redundant[1, first:70].all()
+    )  # and at ratio 1 it alone is not
     assert not np.isnan(score[0]).any()  # the warm-up is scored as well
 
 
@@ -440,7 +548,10 @@ def test_the_order_of_heads_does_not_matter(order_k, order_v, seed):
     assert_same(shuffled, feed(k, v, [[60]], 0.5, FilterConfig()))
 
 
-@given(scores=st.lists(st.sampled_from([0.0, 0.5, 1.0, math.nan]), min_size=1, max_size=40), ratio=st.floats(0, 0.99))
+@given(
+    scores=st.lists(st.sampled_from([0.0, 0.5, 1.0, math.nan]), min_size=1, max_size=40),
+    ratio=st.floats(0, 0.99),
+)
 def test_a_token_tied_with_the_best_before_it_is_kept(scores, ratio):
     above = threshold_of(scores, 8, ratio)
     for t in range(len(scores)):
@@ -452,7 +563,12 @@ def test_a_token_tied_with_the_best_before_it_is_kept(scores, ratio):
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
 def test_the_realised_ratio_is_near_the_target_on_stationary_noise(ratio, fusion):
-    k, v = torch.randn(2, 8, 1000, 2, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
+    k, v = (
+        torch.randn(
+            2, 8, 1000, 2, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        )
+        + 1
+    )
     redundant, *_ = feed(k, v, [[1000] * 8], ratio, FilterConfig(fusion=fusion))
     assert abs(redundant[:, 256:].mean() - ratio) < 0.02
 
@@ -482,12 +598,16 @@ def test_the_mean_over_layers_is_the_ratio_asked_for(schedule):
 def test_tail_is_the_formula_and_head_its_reverse(L):
     for p in PRUNES + [(L - 1) / L]:
         got = ratios("tail", p, L)
-        expected = tail_by_bisection(p, L) if p <= (L - 1) / L else [p * L - (L - 1)] + [1.0] * (L - 1)
+        expected = (
+            tail_by_bisection(p, L) if p <= (L - 1) / L else [p * L - (L - 1)] + [1.0] * (L - 1)
+        )
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
         assert got == sorted(got)
         assert ratios("head", p, L) == got[::-1]
         if p <= 0.5:
-            np.testing.assert_allclose(got, [2 * p * layer / (L - 1) for layer in range(L)], rtol=0, atol=1e-15)
+            np.testing.assert_allclose(
+                got, [2 * p * layer / (L - 1) for layer in range(L)], rtol=0, atol=1e-15
+            )
 
 
 @pytest.mark.parametrize("L", [1, 2, 3, 12, 30, 80])
@@ -585,17 +705,31 @@ def test_nbytes_is_what_the_state_holds():
 
 def test_a_new_state_has_seen_nothing():
     state = FilterState(2, 3, 4, FilterConfig(history=5), 7, torch.float32, "cpu")
-    assert (state.anchor.shape, state.history.shape, state.count.shape) == ((2, 2, 3, 4), (2, 5), (2,))
+    assert (state.anchor.shape, state.history.shape, state.count.shape) == (
+        (2, 2, 3, 4),
+        (2, 5),
+        (2,),
+    )
     assert state.history.isnan().all() and (state.count == 0).all() and state.layer == 7
-    assert (state.anchor.dtype, state.history.dtype, state.count.dtype) == (torch.float32, torch.float32, torch.int64)
+    assert (state.anchor.dtype, state.history.dtype, state.count.dtype) == (
+        torch.float32,
+        torch.float32,
+        torch.int64,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_half_precision_input_is_judged_in_float32(dtype):
-    """Rounded to half precision, k and v are judged as exactly as before: only the state's precision counts."""
+    """Rounded to half precision, k and v are judged as exactly as before: only the state's
+    precision counts.
+    """
     k, v = (x.to(dtype) for x in drift(2, 200, 3, 16))
-    redundant, score, state = feed(k, v, random_chunks([200, 150], 0), 0.5, FilterConfig(), dtype=torch.float32)
-    want, want_score, *_ = filter_loop(k.double().numpy(), v.double().numpy(), [200, 150], [0.5, 0.5], FilterConfig())
+    redundant, score, state = feed(
+        k, v, random_chunks([200, 150], 0), 0.5, FilterConfig(), dtype=torch.float32
+    )
+    want, want_score, *_ = filter_loop(
+        k.double().numpy(), v.double().numpy(), [200, 150], [0.5, 0.5], FilterConfig()
+    )
     np.testing.assert_allclose(score, want_score, rtol=0, atol=1e-5)
     assert (redundant != want).mean() < 0.01
     assert state.anchor.dtype == state.history.dtype == torch.float32
@@ -617,7 +751,9 @@ class Operations(TorchDispatchMode):
 
 
 def operations(shape, fusion):
-    """What token_filter calls on k, v of a shape, on the meta device, where there is no value to read."""
+    """What token_filter calls on k, v of a shape, on the meta device, where there is no value to
+    read.
+    """
     B, T, KVH, D = shape
     config, k = FilterConfig(fusion=fusion), torch.ones(shape, device="meta")
     n_new = None if T == 1 else torch.full((B,), T, device="meta")
@@ -632,4 +768,6 @@ def test_operations_do_not_depend_on_sequences_heads_and_head_size_and_hardly_on
     for T in (1, 5):
         for B, KVH, D in ((1, 1, 4), (9, 3, 4), (2, 32, 4), (2, 3, 128)):
             assert operations((B, T, KVH, D), fusion) == operations((2, T, 3, 4), fusion)
-    assert 20 < len(operations((2, 1000, 3, 4), fusion)) < len(operations((2, 5, 3, 4), fusion)) + 100
+    assert (
+        20 < len(operations((2, 1000, 3, 4), fusion)) < len(operations((2, 5, 3, 4), fusion)) + 100
+    )

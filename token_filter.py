@@ -1,4 +1,5 @@
-"""Token Filtering: decide, while the model runs, which tokens a layer can do without (arXiv 2512.07090).
+"""Token Filtering: decide, while the model runs, which tokens a layer can do without (arXiv
+2512.07090).
 
 A token is redundant in a layer when its key and value look like running averages (anchors) of the
 tokens just before it. `token_filter`, at the end of this file, is the whole method.
@@ -162,9 +163,9 @@ def token_filter(k, v, lengths, state: FilterState, ratio, config: FilterConfig)
         A     <- gamma A + (1-gamma) (k_t, v_t), started at the first token's own k, v
 
     k, v (B, T, KVH, D), any float dtype. lengths (B,) int64: the first lengths[b] tokens of row b
-    are real, the rest is padding, of any value; None: all are (decode: T = 1). ratio: r_l, a float, or a float64
-    tensor () or (B, 1).
-    Returns redundant (B, T) bool and score (B, T); padding is False and NaN.
+    are real, the rest is padding, of any value; None: all are (decode: T = 1). ratio: r_l, a float,
+    or a float64 tensor () or (B, 1). Returns redundant (B, T) bool and score (B, T); padding is
+    False and NaN.
 
     The contract of a filter function. Any function with this signature can take this one's place
     (`model.new_cache(B, config, filter_fn=...)`). It must

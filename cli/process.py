@@ -1,4 +1,5 @@
-"""A command as a process: errors in one line, Ctrl-C, closed streams, and several processes for one model.
+"""A command as a process: errors in one line, Ctrl-C, closed streams, and several processes for one
+model.
 
 Imports nothing that takes time, so that a command answers a wrong flag at once.
 """
@@ -10,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-# torchrun starts several processes (ranks) for one model: how many, and which of them this is. Rank 0
-# speaks for all of them. What they do together is in runtime/tensor_parallel.py.
+# torchrun starts several processes (ranks) for one model: how many, and which of them this is. Rank
+# 0 speaks for all of them. What they do together is in runtime/tensor_parallel.py.
 STARTED_BY_TORCHRUN = "LOCAL_RANK" in os.environ
 N_RANKS = int(os.environ["WORLD_SIZE"]) if STARTED_BY_TORCHRUN else 1
 RANK = int(os.environ["RANK"]) if STARTED_BY_TORCHRUN else 0
@@ -87,8 +88,8 @@ def run_command(main: Callable[..., Any], *arguments):
     """Call a command's main function as a process that ends well whatever happens to its streams.
 
     Ctrl-C ends it with exit code 130. A reader that has seen enough (head, say), a full disk or a
-    closed stream end it without a traceback. A letter that the terminal's encoding lacks becomes "?".
-    Progress bars are drawn on a terminal only.
+    closed stream end it without a traceback. A letter that the terminal's encoding lacks becomes
+    "?". Progress bars are drawn on a terminal only.
     """
     quiet_interrupts()
     prepare_streams()

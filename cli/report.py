@@ -14,12 +14,13 @@ from cli.process import N_RANKS, fail
 # What the columns of tables mean: printed above each table.
 COLUMNS = """\
 skipped  redundant (token, layer) pairs over all pairs
-KV held  keys and values in the cache at the end of a text over those of all its tokens in all layers
-KV read  keys and values that all queries of a text have read over those that they read without a filter"""
+KV held  keys and values in the cache at a text's end, over those of all its tokens in all layers
+KV read  keys and values that all queries of a text read, over those that they would read dense"""
 
 
 def read_text(path) -> str:
-    """The text of a file, or of stdin ("-"), without the byte order mark that some editors put first.
+    """The text of a file, or of stdin ("-"), without the byte order mark that some editors put
+    first.
 
     Fails in one line where there is none, or it is not UTF-8.
     """
@@ -49,7 +50,8 @@ def refuse_zeros(path, text):
 def check_output(flag, path, endings=()):
     """Fail before the work if a file cannot be written after it.
 
-    endings: those that the name may have, in lower case: ".html", or a picture's, which needs matplotlib.
+    endings: those that the name may have, in lower case: ".html", or a picture's, which needs
+    matplotlib.
     """
     name = path.lower()
     if endings and not name.endswith(endings):
@@ -85,13 +87,15 @@ def finite(value):
 
 
 class Report:
-    """A table that grows row by row. Each row is printed, and the files asked for are rewritten, at once."""
+    """A table that grows row by row. Each row is printed, and the files asked for are rewritten, at
+    once.
+    """
 
     def __init__(self, args, protocol: str, draw: Callable, width: int):
         """args: with json, csv and plot, as add_report_arguments makes them.
 
-        protocol: how the figures were made, printed first. draw(rows) -> a matplotlib figure. width: of
-        the first column, in letters.
+        protocol: how the figures were made, printed first. draw(rows) -> a matplotlib figure.
+        width: of the first column, in letters.
         """
         self.args = args
         self.protocol = protocol

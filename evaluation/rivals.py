@@ -3,10 +3,12 @@
     python -m evaluation.rivals [CHECKPOINT] --text FILE --window 768 --prune 0.3          baselines
     python -m evaluation.rivals [CHECKPOINT] --text FILE --window 768 --prune 0.3 --ablate
 
-Baselines are filter functions: each has token_filter's signature and keeps its contract. With --ablate
-one field of FilterConfig is changed at a time. Windows and columns are those of eval_ppl.py.
+Baselines are filter functions: each has token_filter's signature and keeps its contract. With
+--ablate one field of FilterConfig is changed at a time. Windows and columns are those of
+eval_ppl.py.
 
-Shapes: B sequences, T new tokens, KVH key/value heads, H query heads, D head size, L layers, C width.
+Shapes: B sequences, T new tokens, KVH key/value heads, H query heads, D head size, L layers, C
+width.
 """
 
 import math
@@ -47,7 +49,7 @@ SINKS = 16  # first tokens that StreamingLLM keeps, as many as our warm-up
 
 
 def past_warmup(k, lengths, state, config):
-    """Move state.count past a chunk. Returns which of its tokens are real and past the warm-up, (B, T)."""
+    """Move state.count past a chunk. Returns which tokens are real and past the warm-up, (B, T)."""
     T = k.shape[1]
     position = state.count[:, None] + torch.arange(T, device=k.device)
     state.count += T if lengths is None else lengths
@@ -56,7 +58,8 @@ def past_warmup(k, lengths, state, config):
 
 
 def recent_only(k, v, lengths, state, ratio, config):
-    """StreamingLLM (arXiv 2309.17453), to run with mode="cache": every token past the warm-up is redundant.
+    """StreamingLLM (arXiv 2309.17453), to run with mode="cache": every token past the warm-up is
+    redundant.
 
     So only the sinks, a token itself and the config.recent before it are visible. Keys keep their
     positions in the text.
@@ -76,12 +79,12 @@ def without_attention_from(first_layer):
 
 
 def key_distance(k, v, lengths, state, ratio, config):
-    """KeyDiff (arXiv 2504.15364): drop the tokens whose keys look most like the mean of all keys, each
-    scaled to length 1.
+    """KeyDiff (arXiv 2504.15364): drop the tokens whose keys look most like the mean of all keys,
+    each scaled to length 1.
 
-    The original ranks what is cached, per head, when the cache is full. Here a token is ranked once, on
-    arrival, by the mean over heads of its cosine with the mean before it, against the same threshold as
-    token_filter's. state.anchor[:, 0] holds the sum, whose direction is the mean's.
+    The original ranks what is cached, per head, when the cache is full. Here a token is ranked
+    once, on arrival, by the mean over heads of its cosine with the mean before it, against the same
+    threshold as token_filter's. state.anchor[:, 0] holds the sum, whose direction is the mean's.
     """
     unit = F.normalize(k.to(state.anchor.dtype), dim=-1)  # (B, T, KVH, D)
     # Before each token, and after the last: (B, T+1, KVH, D).
@@ -93,10 +96,10 @@ def key_distance(k, v, lengths, state, ratio, config):
 
 
 def by_chance(k, v, lengths, state, ratio, config, seed=0):
-    """Any token is as good as another: its score is a hash of seed, layer, position and its values' signs.
+    """Random tokens: a token's score is a hash of seed, layer, position and its values' signs.
 
-    The signs have texts draw differently, whatever rows they are in, and a text the same however it is
-    fed.
+    The signs have texts draw differently, whatever rows they are in, and a text the same however it
+    is fed.
     """
     signs = (v.flatten(2)[..., :31] > 0).long()  # (B, T, 31) or fewer, of 0 and 1
     bits = torch.arange(signs.shape[-1], device=k.device)
@@ -116,15 +119,15 @@ STEP = 0.1  # of the adjusted threshold, in units of the scores' spread
 
 
 def adjusted_threshold(k, v, lengths, state, ratio, config):
-    """token_filter's scores against a threshold as the paper words it, "adjusted continuously so that the
-    achieved ratio tracks the target", with O(1) memory.
+    """token_filter's scores against a threshold as the paper words it, "adjusted continuously so
+    that the achieved ratio tracks the target", with O(1) memory.
 
-    The threshold rises by STEP (1 - r) spreads when a score is above it, and falls by STEP r when not, so
-    it stands still where a share r is above. It starts at the mean of the warm-up's scores. The spread
-    is the standard deviation of about the latest 64 scores.
+    The threshold rises by STEP (1 - r) spreads when a score is above it, and falls by STEP r when
+    not, so it stands still where a share r is above. It starts at the mean of the warm-up's scores.
+    The spread is the standard deviation of about the latest 64 scores.
 
-    state.tracked (B, 3): threshold, and the running mean and variance of the scores. As it is not one of
-    FilterState's own tensors, rows cannot be selected.
+    state.tracked (B, 3): threshold, and the running mean and variance of the scores. As it is not
+    one of FilterState's own tensors, rows cannot be selected.
     """
     # Before token_filter moves it on.
     position = state.count[:, None] + torch.arange(k.shape[1], device=k.device)
@@ -157,10 +160,10 @@ def adjusted_threshold(k, v, lengths, state, ratio, config):
 def oracle(model: Transformer, rows: list[list[int]], filter: FilterConfig):
     """A filter function for these texts alone, rows of one batch, that knows what comes.
 
-    A token is worth the attention that it will get, in the dense model, from the queries that no longer
-    have it among their recent tokens: their mean, times the norm of its value, averaged over the heads.
-    It shows how far any choice of tokens can go, with the threshold that all others have. (Ranked among
-    the whole text's, early tokens would win, as more queries read them.)
+    A token is worth the attention that it will get, in the dense model, from the queries that no
+    longer have it among their recent tokens: their mean, times the norm of its value, averaged over
+    the heads. It shows how far any choice of tokens can go, with the threshold that all others
+    have. (Ranked among the whole text's, early tokens would win, as more queries read them.)
 
     Takes memory for the attention of a whole text in one layer, H * T * T numbers.
     """
@@ -218,11 +221,12 @@ def future_attention(model: Transformer, ids: list[int], recent: int):
 
 
 def baselines(p, n_layers, window, seeds=(0,)) -> Iterator[Setting]:
-    """Each baseline at ratio p; at the end every preset with tokens redundant by chance, for each seed.
+    """Each baseline at ratio p; then every preset with random redundant tokens, for each seed.
 
-    StreamingLLM has a fixed budget where the others keep a share, so it is there twice. With the same
-    cache at a window's end it may see B = (1-p) W tokens. With the same read over the window, the
-    min(t, B) tokens that are seen at t add up to (1-p) of the t that dense sees: B = (1 - sqrt(p)) W.
+    StreamingLLM has a fixed budget where the others keep a share, so it is there twice. With the
+    same cache at a window's end it may see B = (1-p) W tokens. With the same read over the window,
+    the min(t, B) tokens that are seen at t add up to (1-p) of the t that dense sees:
+    B = (1 - sqrt(p)) W.
     """
     # A share p of the layers, the last ones.
     first_layer = n_layers - round(p * n_layers)
@@ -260,7 +264,7 @@ VARIED: dict[str, tuple] = {
 
 
 def variations(base: FilterConfig) -> Iterator[tuple[str, FilterConfig]]:
-    """(label, FilterConfig) with one field of the base changed at a time, to each other value of VARIED."""
+    """(label, FilterConfig) with one field of the base changed, to each other value of VARIED."""
     for name, values in VARIED.items():
         for value in values:
             if value != getattr(base, name):
@@ -278,8 +282,8 @@ def make_parser() -> Parser:
         type=share,
         nargs="+",
         metavar="P",
-        help="shares of (token, layer) pairs to skip (default: 0.1 0.2 0.3 0.5; with --ablate 0.3); "
-        "dense is always measured first",
+        help="shares of (token, layer) pairs to skip (default: 0.1 0.2 0.3 0.5; with --ablate "
+        "0.3); dense is always measured first",
     )
     parser.add_argument(
         "--ablate",

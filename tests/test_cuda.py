@@ -1,7 +1,8 @@
 """The same on a GPU: the CPU's decisions and logits, captured or not, compiled or not.
 
-Without a GPU what can be tested of it here is: a step that is recorded must touch the same tensors every time and take nothing from
-the host, and what repeats it (here a stand-in that runs the step again) must be dropped when a tensor is replaced.
+Without a GPU what can be tested of it here is: a step that is recorded must touch the same tensors
+every time and take nothing from the host, and what repeats it (here a stand-in that runs the step
+again) must be dropped when a tensor is replaced.
 """
 
 import copy
@@ -31,17 +32,29 @@ LATEST = ("redundant", "score", "lengths", "latest_cosine", "latest_w_k")
 def addresses(cache):
     """Of all that a cache keeps from step to step: what the latest step gave is not."""
     holders = [cache, *cache.layers, *(layer.state for layer in cache.layers if layer.state)]
-    own = [(i, key, t) for i, holder in enumerate(holders) for key, t in vars(holder).items() if isinstance(t, torch.Tensor)]
+    own = [
+        (i, key, t)
+        for i, holder in enumerate(holders)
+        for key, t in vars(holder).items()
+        if isinstance(t, torch.Tensor)
+    ]
     return {(i, key): t.data_ptr() for i, key, t in own if key not in LATEST}
 
 
 class Again:
-    """CudaGraph's stand-in: the step once more, on the tensors that it was recorded with, or it fails."""
+    """CudaGraph's stand-in: the step once more, on the tensors that it was recorded with, or it
+    fails.
+    """
 
     made = 0
 
     def __init__(self, step, tokens, cache):
-        self.step, self.cache, self.tokens, self.recorded = step, cache, tokens.clone(), addresses(cache)
+        self.step, self.cache, self.tokens, self.recorded = (
+            step,
+            cache,
+            tokens.clone(),
+            addresses(cache),
+        )
         Again.made += 1
 
     def __call__(self, tokens):
@@ -55,8 +68,12 @@ def filter_of(name, warmup=16):
 
 
 def feed(model, filter, length=0, lengths=(12, 3, 40), steps=70):
-    """Prompts of these lengths, steps in which rows fork and leave, a second chunk, more steps: logits, decisions, usage."""
-    tokens = torch.randint(0, 97, (3, max(lengths) + steps), generator=torch.Generator().manual_seed(5))
+    """Prompts of these lengths, steps in which rows fork and leave, a second chunk, more steps:
+    logits, decisions, usage.
+    """
+    tokens = torch.randint(
+        0, 97, (3, max(lengths) + steps), generator=torch.Generator().manual_seed(5)
+    )
     cache, logits, redundant = model.new_cache(3, filter, length=length), [], []
     model(tokens[:, : max(lengths)], cache, lengths)
     for t in range(steps):
@@ -82,7 +99,11 @@ def assert_same(one, other, atol=1e-9):
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("name", NAMES)
 def test_in_float64_a_gpu_does_what_the_cpu_does(name, window, captured):
-    filter, model, length = filter_of(name, 3 if window == 9 else 16), small("gqa", window), 120 if window else 0
+    filter, model, length = (
+        filter_of(name, 3 if window == 9 else 16),
+        small("gqa", window),
+        120 if window else 0,
+    )
     on_gpu = copy.deepcopy(model).to("cuda")
     record_decode(on_gpu, CudaGraph if captured else None)
     assert_same(feed(model, filter, length), feed(on_gpu, filter, length))
@@ -94,15 +115,23 @@ def test_in_float64_a_gpu_does_what_the_cpu_does(name, window, captured):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_captured_is_uncaptured_in_every_dtype_and_batch(dtype, heads):
     torch.manual_seed(1)
-    model = Transformer(ModelConfig(97, heads[0] * 64, 3, *heads, 64, 48, 1e4, 1e-5, 512, False)).requires_grad_(False).to("cuda", dtype)
+    model = (
+        Transformer(ModelConfig(97, heads[0] * 64, 3, *heads, 64, 48, 1e4, 1e-5, 512, False))
+        .requires_grad_(False)
+        .to("cuda", dtype)
+    )
     for name in NAMES:
-        for lengths in ([40], [12, 40], [5, 40, 12, 3, 17, 20, 31, 2])[:: 1 if name == "paper" else 2]:
+        for lengths in ([40], [12, 40], [5, 40, 12, 3, 17, 20, 31, 2])[
+            :: 1 if name == "paper" else 2
+        ]:
             runs, tokens = [], torch.randint(0, 97, (len(lengths), 80))
             for record in (CudaGraph, None):
                 record_decode(model, record)
                 cache = model.new_cache(len(lengths), filter_of(name, 3))
                 model(tokens[:, :40], cache, lengths)
-                runs.append(torch.stack([model(tokens[:, t, None], cache)[:, 0] for t in range(25)]))
+                runs.append(
+                    torch.stack([model(tokens[:, t, None], cache)[:, 0] for t in range(25)])
+                )
             assert runs[0].isfinite().all()
             torch.testing.assert_close(*runs, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
 
@@ -152,7 +181,9 @@ def test_rows_that_have_ended_ride_along_until_half_have():
     ends = {token for row, token in whole if row in (0, 2)}
     expected = list(generate_module.generate(small(), prompts, 40, filter_of("cache"), ends))
     forward = model.forward
-    model.forward = lambda tokens, *rest, **more: sizes.append(len(tokens)) or forward(tokens, *rest, **more)
+    model.forward = lambda tokens, *rest, **more: (
+        sizes.append(len(tokens)) or forward(tokens, *rest, **more)
+    )
     assert list(generate_module.generate(model, prompts, 40, filter_of("cache"), ends)) == expected
     assert set(sizes) <= {4, 2, 1}
 
@@ -161,7 +192,22 @@ def test_rows_that_have_ended_ride_along_until_half_have():
 def test_out_of_memory_is_one_line(capsys):
     from evaluation import bench
 
-    bench.main(["--shape", "llama-2-7b", "--batch", "3000", "--context", "2000", "--repeat", "1", "--distinct", "1", "--preset", "cache"])
+    bench.main(
+        [
+            "--shape",
+            "llama-2-7b",
+            "--batch",
+            "3000",
+            "--context",
+            "2000",
+            "--repeat",
+            "1",
+            "--distinct",
+            "1",
+            "--preset",
+            "cache",
+        ]
+    )
     assert "out of memory" in capsys.readouterr().err
 
 
@@ -232,9 +278,16 @@ def test_a_kernel_may_return_its_result_in_any_order(name, shape, monkeypatch):
 @pytest.mark.parametrize("n", [[5], [0, 300], [128, 1, 256, 0]], ids=str)
 def test_the_compiled_kernel_is_given_contiguous_int32(n, monkeypatch):
     def strict(q, k, v, block_mask, enable_gqa):
-        for x in (block_mask.kv_num_blocks, block_mask.kv_indices, block_mask.full_kv_num_blocks, block_mask.full_kv_indices):
+        for x in (
+            block_mask.kv_num_blocks,
+            block_mask.kv_indices,
+            block_mask.full_kv_num_blocks,
+            block_mask.full_kv_indices,
+        ):
             assert x.dtype == torch.int32 and x.is_contiguous()
-        assert (block_mask.kv_indices >= 0).all() and (block_mask.kv_indices < (k.shape[2] + 127) // 128).all()
+        assert (block_mask.kv_indices >= 0).all() and (
+            block_mask.kv_indices < (k.shape[2] + 127) // 128
+        ).all()
         assert enable_gqa and q.shape == (len(n), 6, 1, 8)
         return q
 
@@ -251,5 +304,7 @@ def test_what_cannot_be_captured_runs_uncaptured_after_one_line(capsys):
     model = copy.deepcopy(small())
     record_decode(model, broken)
     assert_same(feed(model, filter_of("cache")), feed(small(), filter_of("cache")))
-    line = "note: decoding is not recorded as a CUDA graph, so it is slower: operation not permitted\n"
+    line = (
+        "note: decoding is not recorded as a CUDA graph, so it is slower: operation not permitted\n"
+    )
     assert capsys.readouterr().err == line and model.step_runner.record is None

@@ -1,4 +1,6 @@
-"""A decode step as a GPU wants it: nothing waits for data, few operations, one graph, and nothing read that is not in sight."""
+"""A decode step as a GPU wants it: nothing waits for data, few operations, one graph, and nothing
+read that is not in sight.
+"""
 
 import copy
 import functools
@@ -39,7 +41,9 @@ def prompted(model, filter):
 def on_meta(window=None, n_layers=4):
     """A model without data: whatever waits for some raises."""
     with torch.device("meta"):
-        return Transformer(ModelConfig(97, 32, n_layers, 4, 2, 8, 48, 10000.0, 1e-5, 512, False, window)).requires_grad_(False)
+        return Transformer(
+            ModelConfig(97, 32, n_layers, 4, 2, 8, 48, 10000.0, 1e-5, 512, False, window)
+        ).requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------- nothing waits
@@ -52,14 +56,20 @@ def test_a_block_of_steps_waits_for_nothing(name, window):
     cache = model.new_cache(3, filter_of(name))
     for t in range(BLOCK):
         assert step(model, cache, t).shape == (3, 1, 97)
-    with pytest.raises(NotImplementedError, match="meta"):  # more room is needed: now it has to know
+    with pytest.raises(
+        NotImplementedError, match="meta"
+    ):  # more room is needed: now it has to know
         step(model, cache)
 
 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("name", NAMES)
-def test_prefill_waits_twice_a_layer_that_filters_at_most_and_room_is_made_with_one_wait(name, window, monkeypatch):
-    """All waits go through Tensor.cpu(). It is recorded on the CPU and played back on the meta device, where any other raises."""
+def test_prefill_waits_twice_a_layer_that_filters_at_most_and_room_is_made_with_one_wait(
+    name, window, monkeypatch
+):
+    """All waits go through Tensor.cpu(). It is recorded on the CPU and played back on the meta
+    device, where any other raises.
+    """
     recorded, filter = [], filter_of(name)
 
     def feed(model):
@@ -84,7 +94,11 @@ def test_prefill_waits_twice_a_layer_that_filters_at_most_and_room_is_made_with_
     for _ in feed(on_meta(window)):
         waits.append(0)
     assert max(waits[:2]) <= (0 if name is None else 2 * 4)
-    assert waits[2:-1] == [1, *[0] * (BLOCK - 1), 0 if window else 1]  # within a window all has its slot by then
+    assert waits[2:-1] == [
+        1,
+        *[0] * (BLOCK - 1),
+        0 if window else 1,
+    ]  # within a window all has its slot by then
 
 
 # ------------------------------------------------------------------------------------------------------ one graph
@@ -92,7 +106,8 @@ def test_prefill_waits_twice_a_layer_that_filters_at_most_and_room_is_made_with_
 
 @functools.cache
 def compiles():
-    """torch.compile needs a C++ compiler, and that no folder above torch has a space in its name."""
+    """torch.compile needs a C++ compiler, and that no folder above torch has a space in its name.
+    """
     try:
         torch.compile(torch.sin)(torch.zeros(2))
         return True
@@ -111,12 +126,19 @@ def test_compiled_steps_equal_plain_ones_and_compile_once(name, window):
     compile_decode(compiled)
     expected, cache, graphs, bytes_ = prompted(plain, filter), prompted(compiled, filter), [], []
     for t in range(300):
-        torch.testing.assert_close(step(compiled, cache, t), step(plain, expected, t), rtol=0, atol=1e-9)
+        torch.testing.assert_close(
+            step(compiled, cache, t), step(plain, expected, t), rtol=0, atol=1e-9
+        )
         for a, b in zip(cache.layers, expected.layers):
-            assert a.redundant is None if b.redundant is None else torch.equal(a.redundant, b.redundant)
+            assert (
+                a.redundant is None
+                if b.redundant is None
+                else torch.equal(a.redundant, b.redundant)
+            )
         graphs.append(counters["stats"]["unique_graphs"])
         bytes_.append(cache.nbytes())
-    # by then every layer that can grow has done so, and is past one block of slots; from then on one graph serves all lengths
+    # by then every layer that can grow has done so, and is past one block of slots; from then on
+    # one graph serves all lengths
     assert graphs[0] > 0 and graphs[199] == graphs[-1]
     assert window or bytes_[199] < bytes_[-1]
     torch._dynamo.reset()
@@ -162,7 +184,9 @@ def test_operations_of_a_layer(name, device, monkeypatch):
 
 
 def attend_loop(q, k, v, n, mask=None):
-    """Row b's queries, over its first n[b] slots, those of them that the mask shows; 0 where n[b] is 0."""
+    """Row b's queries, over its first n[b] slots, those of them that the mask shows; 0 where n[b]
+    is 0.
+    """
     y = torch.zeros_like(q)
     for b, h, g in torch.cartesian_prod(*(torch.arange(size) for size in q.shape[:3])).tolist():
         slots = [s for s in range(int(n[b])) if mask is None or mask[b, s]]
@@ -177,8 +201,20 @@ def flex(q, k, v, n, mask=None):
 
 
 # The last runs in plain operations here.
-WAYS = {"rows": decode_attention.row_by_row, "all slots": decode_attention.all_slots, "blocks": flex}
-LENGTHS = [[5], [0], [0, 0, 0], [7, 7, 7], [19, 20, 18, 20], [10, 0, 7, 0, 20, 19], [1, 20, 3, 9, 2]]
+WAYS = {
+    "rows": decode_attention.row_by_row,
+    "all slots": decode_attention.all_slots,
+    "blocks": flex,
+}
+LENGTHS = [
+    [5],
+    [0],
+    [0, 0, 0],
+    [7, 7, 7],
+    [19, 20, 18, 20],
+    [10, 0, 7, 0, 20, 19],
+    [1, 20, 3, 9, 2],
+]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -210,7 +246,9 @@ def test_every_way_to_attend_decodes_alike(name, window, monkeypatch):
     for t in range(40):
         logits = []
         for way, cache in caches.items():
-            monkeypatch.setattr(model_file, "decode_attention", lambda *args, way=way: transposed(WAYS[way], *args))
+            monkeypatch.setattr(
+                model_file, "decode_attention", lambda *args, way=way: transposed(WAYS[way], *args)
+            )
             logits.append(step(model, cache, t))
         for other in logits[1:]:
             torch.testing.assert_close(other, logits[0], rtol=0, atol=1e-9)
@@ -240,7 +278,9 @@ def slots(monkeypatch):
     ([1, 20, 3, 9, 2], [1, 20, 3, 9, 2]),
 ])  # fmt: skip
 def test_rows_read_their_own_slots(n, expected, slots):
-    decode_attention.row_by_row(torch.randn(len(n), 2, 3, 8), *torch.randn(2, len(n), 2, 64, 8), torch.tensor(n))
+    decode_attention.row_by_row(
+        torch.randn(len(n), 2, 3, 8), *torch.randn(2, len(n), 2, 64, 8), torch.tensor(n)
+    )
     assert slots == expected
 
 

@@ -1,4 +1,6 @@
-"""What the decoder promises: the same logits as transformers, the same result however a text is fed, real savings."""
+"""What the decoder promises: the same logits as transformers, the same result however a text is
+fed, real savings.
+"""
 
 import pytest
 import torch
@@ -13,7 +15,12 @@ from test_filter import decode_loop, small, visible
 
 LENGTHS = [90, 40, 63]  # of the three rows of most tests
 NAMES = [None, *PRESETS]  # None: dense
-WINDOWS = [None, 8, 20, 60]  # none; shorter than the warm-up of 16; between; longer than the 32 recent ones
+WINDOWS = [
+    None,
+    8,
+    20,
+    60,
+]  # none; shorter than the warm-up of 16; between; longer than the 32 recent ones
 
 
 def filter_of(name, prune=0.5, **overrides):
@@ -34,7 +41,9 @@ def texts():
 
 
 def feed(model, filter, sizes, rows=(0, 1, 2)):
-    """The rows' texts in one batch, in chunks of these sizes: logits (B, T, V), decisions (L, B, T), the cache."""
+    """The rows' texts in one batch, in chunks of these sizes: logits (B, T, V), decisions (L, B,
+    T), the cache.
+    """
     cache, logits, redundant, start = model.new_cache(len(rows), filter), [], [], 0
     for size in sizes:
         n_new = [min(max(LENGTHS[row] - start, 0), size) for row in rows]
@@ -61,8 +70,12 @@ def test_what_other_families_add_equals_the_literal_loop(name):
 # ------------------------------------------------------------------------------- chunk-free and batch-invariant
 
 
-@pytest.mark.parametrize("shape, window", [*(("gqa", window) for window in WINDOWS), ("mha", None), ("mqa", None)])
-@pytest.mark.parametrize("name, prune", [(None, 0), *((name, prune) for name in PRESETS for prune in (0.3, 0.5, 0.8))])
+@pytest.mark.parametrize(
+    "shape, window", [*(("gqa", window) for window in WINDOWS), ("mha", None), ("mqa", None)]
+)
+@pytest.mark.parametrize(
+    "name, prune", [(None, 0), *((name, prune) for name in PRESETS for prune in (0.3, 0.5, 0.8))]
+)
 def test_chunks_and_neighbours_change_nothing(shape, window, name, prune):
     model, filter = small(shape, window), filter_of(name, prune)
     whole = feed(model, filter, [90])
@@ -99,12 +112,18 @@ def test_padding_and_empty_chunks_change_nothing(name):
     cache = model.new_cache(2, filter)
     logits = model(tokens, cache, [20, 10])[0, :20]
     redundant, score = decisions(cache)
-    assert redundant.shape == score.shape == (4, 2, 60) and not redundant[:, 0, 20:].any() and score[:, 1, 10:].isnan().all()
+    assert (
+        redundant.shape == score.shape == (4, 2, 60)
+        and not redundant[:, 0, 20:].any()
+        and score[:, 1, 10:].isnan().all()
+    )
     model(tokens[:, :40], cache, [0, 0])
     redundant, score = decisions(cache)
     assert redundant.shape == (4, 2, 40) and not redundant.any() and score.isnan().all()
     logits = torch.cat((logits, model(tokens[:, 20:], cache, [40, 0])[0]))
-    torch.testing.assert_close(logits, model(tokens[:1], model.new_cache(1, filter))[0], rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        logits, model(tokens[:1], model.new_cache(1, filter))[0], rtol=0, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -115,10 +134,16 @@ def test_nothing_is_nothing(name):
     assert model(none, model.new_cache(0, filter)).shape == (0, 5, 97)
     cache, alone = model.new_cache(2, filter), model.new_cache(1, filter)
     for part in texts()[:2, :40].split(10, dim=1):
-        assert model(part[:, :0], cache).shape == (2, 0, 97) and model(part, cache, [0, 0], last=True).shape == (2, 97)
+        assert model(part[:, :0], cache).shape == (2, 0, 97) and model(
+            part, cache, [0, 0], last=True
+        ).shape == (2, 97)
         expected = model(part[:1], alone)
         torch.testing.assert_close(model(part, cache, [10, 0])[:1], expected, rtol=0, atol=1e-9)
-    assert cache.lengths.tolist() == [40, 0] and torch.equal(cache.usage()[0], alone.usage()[0]) and not cache.usage()[1].any()
+    assert (
+        cache.lengths.tolist() == [40, 0]
+        and torch.equal(cache.usage()[0], alone.usage()[0])
+        and not cache.usage()[1].any()
+    )
     cache.select([])
     assert model(none[:, :1], cache, last=True).shape == (0, 97) and cache.usage().shape == (0, 5)
 
@@ -152,10 +177,15 @@ MOMENTS = {  # the chunks that are fed before rows leave and fork
 @pytest.mark.parametrize("window", [None, 13])
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_leave_and_fork(name, window, moment):
-    """select() drops and copies whole rows: each goes on, in steps or in chunks, as if nothing had happened to the others."""
+    """select() drops and copies whole rows: each goes on, in steps or in chunks, as if nothing had
+    happened to the others.
+    """
     model, filter, done = small("gqa", window), filter_of(name), sum(MOMENTS[moment])
     origins, more = [2, 0, 2, 1], torch.randint(0, 97, (4, 40))
-    whole = [torch.cat((texts()[origin, : min(done, LENGTHS[origin])], new))[None] for origin, new in zip(origins, more)]
+    whole = [
+        torch.cat((texts()[origin, : min(done, LENGTHS[origin])], new))[None]
+        for origin, new in zip(origins, more)
+    ]
     expected = [model(tokens, model.new_cache(1, filter))[0, -40:] for tokens in whole]
     for sizes in ([1] * 40, [3, 37]):
         cache = feed(model, filter, MOMENTS[moment])[2] if done else model.new_cache(3, filter)
@@ -174,7 +204,9 @@ def test_a_long_row_that_leaves_takes_its_slots_along(name):
     model(texts()[:2, :90], cache, [90, 10])
     cache.select([1])
     model(texts()[1:2, :10], alone)
-    assert cache.nbytes() <= alone.nbytes() + 4 * 32 * (cache.slot_bytes + 8)  # room for the next steps
+    assert cache.nbytes() <= alone.nbytes() + 4 * 32 * (
+        cache.slot_bytes + 8
+    )  # room for the next steps
 
 
 # ------------------------------------------------------------------------------------------------- off means off
@@ -215,14 +247,20 @@ def test_skipped_tokens_run_no_projection_and_no_attention(name, sizes, monkeypa
     model, rows, queries, attention = small(), {}, [], F.scaled_dot_product_attention
 
     def counting(q, k, v, **options):
-        queries.append(int(options["attn_mask"].isfinite().any(-1).sum()) * q.shape[1])  # without what fills a row up
+        queries.append(
+            int(options["attn_mask"].isfinite().any(-1).sum()) * q.shape[1]
+        )  # without what fills a row up
         return attention(q, k, v, **options)
 
     def count(module, args):
         rows[module] = rows.get(module, 0) + args[0][..., 0].numel()
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", counting)
-    hooks = [module.register_forward_pre_hook(count) for block in model.blocks for module in block.attn.children()]
+    hooks = [
+        module.register_forward_pre_hook(count)
+        for block in model.blocks
+        for module in block.attn.children()
+    ]
     try:
         _, redundant, _ = feed(model, filter_of(name), sizes)
         attending = [sum(LENGTHS) - int(skipped.sum()) * (name == "paper") for skipped in redundant]
@@ -241,7 +279,12 @@ def test_skipped_tokens_run_no_projection_and_no_attention(name, sizes, monkeypa
 def test_usage_and_live_bytes_are_what_is_in_use(name, window, sizes):
     """Counted token by token, from what was found redundant."""
     model, filter, tokens = small("gqa", window), filter_of(name), torch.randint(0, 97, (3, 130))
-    config, cache, decided, start = filter or FilterConfig(), model.new_cache(3, filter), Decisions(3, 4), 0
+    config, cache, decided, start = (
+        filter or FilterConfig(),
+        model.new_cache(3, filter),
+        Decisions(3, 4),
+        0,
+    )
     empty = cache.live_bytes()
     for size in sizes:
         model(tokens[:, start : start + size], cache, [size, (size + 1) // 2, min(size, 3)])
@@ -259,14 +302,20 @@ def test_usage_and_live_bytes_are_what_is_in_use(name, window, sizes):
         assert usage == [pairs, skipped, in_sight, read, dense_read]
     slot = cache.slot_bytes + 8  # every slot has a position
     assert cache.live_bytes() - empty == int(cache.usage()[:, 2].sum()) * slot
-    assert empty < 4 * 3 * (8 * (2 * 2 * 8 + 256) + 200)  # anchors, history, and some numbers and flags
+    assert empty < 4 * 3 * (
+        8 * (2 * 2 * 8 + 256) + 200
+    )  # anchors, history, and some numbers and flags
 
 
 @pytest.mark.parametrize("prompt, new", [(512, 100), (40, 600)])
 @pytest.mark.parametrize("name", NAMES)
 def test_hardly_more_is_allocated_than_is_in_use(name, prompt, new):
-    """At the end of a text whose length was known, and after the first step nothing is replaced on the way; heads as in a real model."""
-    model = Transformer(ModelConfig(97, 64, 6, 9, 3, 64, 48, 10000.0, 1e-5, 1024, False)).requires_grad_(False)
+    """At the end of a text whose length was known, and after the first step nothing is replaced on
+    the way; heads as in a real model.
+    """
+    model = Transformer(
+        ModelConfig(97, 64, 6, 9, 3, 64, 48, 10000.0, 1e-5, 1024, False)
+    ).requires_grad_(False)
     cache = model.new_cache(2, filter_of(name), length=prompt + new)
     model(torch.randint(0, 97, (2, prompt)), cache)
     replaced = []
@@ -284,9 +333,16 @@ def test_nbytes_is_what_the_tensors_take(name, sizes):
     _, _, cache = feed(small(), filter_of(name), sizes)
     holders = [*cache.layers, *(layer.state for layer in cache.layers if layer.state)]
     to_look_at = ("redundant", "score", "ratio_tensor", "layer", "latest_cosine", "latest_w_k")
-    own = [t for holder in holders for key, t in vars(holder).items() if isinstance(t, torch.Tensor) and key not in to_look_at]
+    own = [
+        t
+        for holder in holders
+        for key, t in vars(holder).items()
+        if isinstance(t, torch.Tensor) and key not in to_look_at
+    ]
     assert cache.nbytes() == sum(t.nbytes for t in own)
-    assert all(t.untyped_storage().nbytes() == t.nbytes for t in own if t.ndim > 1)  # none is a part of something larger
+    assert all(
+        t.untyped_storage().nbytes() == t.nbytes for t in own if t.ndim > 1
+    )  # none is a part of something larger
 
 
 @pytest.mark.parametrize("sizes", [[1] * 300, [70] * 4], ids=len)
@@ -329,16 +385,22 @@ the colour of its funnel, and the hour. On foggy nights he wrote down only the s
 
 @pytest.mark.parametrize("dtype, atol", [("float32", 3e-4), ("float64", 1e-4)])
 def test_demo_logits_equal_transformers(demo, dtype, atol):
-    """The logits go up to 37: float32's rounding alone puts either side up to 2e-4 from its own float64 logits."""
+    """The logits go up to 37: float32's rounding alone puts either side up to 2e-4 from its own
+    float64 logits.
+    """
     model, tokenizer = load(demo, "cpu", dtype)
-    ids = torch.tensor([tokenizer.encode(PROSE) + tokenizer.chat([{"role": "user", "content": PROSE}])])
+    ids = torch.tensor(
+        [tokenizer.encode(PROSE) + tokenizer.chat([{"role": "user", "content": PROSE}])]
+    )
     ours, theirs = our_logits(model, ids, 20), hf_logits(demo, ids, 20, getattr(torch, dtype))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_demo_is_chunk_free_and_batch_invariant(demo, name):
-    """The small models' promise on real weights: float64, a prompt's decisions and logits, whole, in pieces, in company."""
+    """The small models' promise on real weights: float64, a prompt's decisions and logits, whole,
+    in pieces, in company.
+    """
     model, tokenizer = load(demo, "cpu", "float64")
     long, short = tokenizer.encode(PROSE * 2), tokenizer.encode(PROSE[:90])
     filter = preset(name, prune=0.5)
