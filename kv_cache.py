@@ -7,7 +7,7 @@ Shapes: B sequences, T new tokens, N real ones among the B * T (the rest is padd
 layer's cache, K tokens that a query may be able to see, L layers, KVH key/value heads, D head size,
 R channels of a head that RoPE rotates.
 
-A token's *position* counts from the start of its own sequence; its *slot* is where a layer keeps it.
+A token's *position* counts from the start of its sequence; its *slot* is where a layer keeps it.
 """
 
 import math
@@ -39,7 +39,7 @@ class Packing:
     """
 
     def __init__(self, lengths, T, device):
-        """lengths (B,) int64, on the host: row b holds tokens in its first lengths[b] of T columns."""
+        """lengths (B,) int64, on the host: row b holds tokens in its first lengths[b] columns."""
         holds_token = torch.arange(T) < lengths[:, None]
         self.shape = holds_token.shape
         self.index = holds_token.flatten().nonzero()[:, 0].to(device)  # (N,)
@@ -110,7 +110,7 @@ class Context:
     n_far: int  # how many of the K columns are far slots
 
     def without_far(self):
-        """What a redundant token may see in mode "local": sinks and recent tokens, whoever is kept."""
+        """What a redundant token may see in mode "local": sinks and recent tokens, kept or not."""
         positions = self.positions[:, self.n_far :]
         nobody = torch.zeros_like(positions, dtype=torch.bool)
         return Context(self.kv[:, :, :, self.n_far :], positions, kept=nobody, n_far=0)
@@ -240,7 +240,7 @@ class LayerCache:
         return n_visible, in_window
 
     def _leave_ring(self, slot, near_filled, step: DecodeStep):
-        """The token in `slot` gives way to a new one. If it was kept, it becomes the last far token.
+        """The token in `slot` gives way to a new one. If it was kept, it becomes a far token.
 
         It is copied in any case, so that the host need not know whether it was kept. If it was not,
         n_far stays as it is: nobody sees the copy, and the next one overwrites it.
@@ -255,7 +255,7 @@ class LayerCache:
     # --------------------------------------------------------------------------------- prefill
 
     def is_causal(self, chunk: PrefillChunk) -> bool:
-        """Whether every query sees just all tokens up to its own, so that attention needs no mask."""
+        """Whether every query sees all tokens up to its own, so that attention needs no mask."""
         return not self.filters and self.window == NO_WINDOW and chunk.n_before is not None
 
     def context(self, k, v, redundant, chunk: PrefillChunk) -> Context:
@@ -562,7 +562,7 @@ class KVCache:
         return sum(layer.nbytes() for layer in self.layers)
 
     def live_bytes(self) -> int:
-        """Bytes in use: nbytes() less the slots that hold nothing, or what a window hides by now."""
+        """Bytes in use: nbytes() less slots that hold nothing, or what a window hides by now."""
         n_slots = sum(layer.positions.numel() for layer in self.layers)
         n_held = int(self.usage()[:, USAGE.index("held")].sum())
         return self.nbytes() - (n_slots - n_held) * (self.slot_bytes + self.position.itemsize)

@@ -172,7 +172,7 @@ class Attention(nn.Module):
     # --------------------------------------------------------------------------------- prefill
 
     def prefill(self, x, k, v, redundant, chunk: PrefillChunk, cache: LayerCache):
-        """Up to T tokens a row. Tokens that skip attention have no query and no output projection."""
+        """Up to T tokens a row. Tokens that skip attention have no query and no output product."""
         k = chunk.by_row(k)  # (B, T, KVH, D)
         v = chunk.by_row(v)
         context = cache.context(k, v, redundant, chunk)
@@ -251,7 +251,7 @@ def causal_attention(q, k, v):
 
 
 def attention_by_group(q, k, v, **options):
-    """Query heads that share a key/value head take turns, since torch would copy k and v for each."""
+    """Query heads that share a key head take turns, since torch would copy k and v for each."""
     by_group = q.unflatten(2, (k.shape[1], -1)).permute(3, 0, 2, 1, 4)  # (H/KVH, B, KVH, T', D)
     y = [F.scaled_dot_product_attention(part, k, v, **options) for part in by_group]
     return torch.stack(y, dim=3).transpose(1, 2).flatten(2)

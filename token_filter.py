@@ -138,7 +138,7 @@ def rank_scores(score, lengths, state: FilterState, ratio, config: FilterConfig)
 
 
 def mean_and_variance(cosine, sum_over_devices):
-    """Mean and population variance of cosine (..., KVH) over the heads of all devices: (...) each."""
+    """Mean and population variance of cosine (..., KVH) over all devices' heads: (...) each."""
     if sum_over_devices is None:
         variance, mean = torch.var_mean(cosine, dim=-1, correction=0)
         return mean, variance
