@@ -2,6 +2,7 @@
 transformers has. All models here are tiny and in float64, but for the demo checkpoint.
 """
 
+import contextlib
 import copy
 import functools
 
@@ -73,6 +74,7 @@ def exact_rotary(module, x, position_ids):
 
 
 @functools.cache
+@torch.no_grad()
 def tiny(family, **changes):
     """A random float64 model whose attention is far from uniform, every bias at work."""
     torch.manual_seed(0)
@@ -215,24 +217,20 @@ def feed_golden(model, cache, calls, left):
     return found
 
 
-class watch_visible:
+@contextlib.contextmanager
+def watch_visible(masks):
     """Collects the masks (B, T, K) that the layers make."""
+    original = TokenFilterLayer.visible
 
-    def __init__(self, masks):
-        self.masks = masks
+    def visible(layer, *args):
+        masks.append(original(layer, *args))
+        return masks[-1]
 
-    def __enter__(self):
-        self.original = TokenFilterLayer.visible
-
-        def visible(layer, *args):
-            mask = self.original(layer, *args)
-            self.masks.append(mask)
-            return mask
-
-        TokenFilterLayer.visible = visible
-
-    def __exit__(self, *error):
-        TokenFilterLayer.visible = self.original
+    TokenFilterLayer.visible = visible
+    try:
+        yield
+    finally:
+        TokenFilterLayer.visible = original
 
 
 WAYS = {
@@ -240,7 +238,7 @@ WAYS = {
     "whole, padded right": ([LENGTHS], False),
     "whole, padded left": ([LENGTHS], True),
     "unequal and padded left": (CALLS, True),
-    "token by token": (one_by_one(LENGTHS), False),
+    "half of it token by token": ([[32, 20, 9], *one_by_one([32, 20, 8])], False),
 }
 
 
@@ -291,18 +289,20 @@ def pair(request, tmp_path_factory):
     return exact(copy.deepcopy(theirs)), ours
 
 
-@pytest.mark.parametrize("chunk", [1000, 13])
 @pytest.mark.parametrize("name", FILTERS | MORE_FILTERS)
-def test_decides_and_answers_as_our_model(pair, name, chunk):
-    """Three rows of 90, 31 and 7 tokens, then 30 steps."""
+def test_decides_and_answers_as_our_model(pair, name):
+    """Three rows of 90, 31 and 7 tokens, fed whole and in chunks of 13, then 30 steps."""
+    theirs, ours = pair
     config = (FILTERS | MORE_FILTERS)[name]
     prompts = random_prompts(90, 31, 7)
-    assert_same_as_ours(*pair, config, prompts, chunk, n_steps=30)
+    assert_same_as_ours(theirs, ours, config, prompts, chunk=1000, n_steps=0)
+    assert_same_as_ours(theirs, ours, config, prompts, chunk=13, n_steps=30)
 
 
 @pytest.mark.parametrize("name", FILTERS)
-def test_decides_and_answers_as_our_model_alone(pair, name):
-    assert_same_as_ours(*pair, FILTERS[name], random_prompts(90), chunk=1000, n_steps=30)
+def test_decides_and_answers_as_our_model_without_padding(pair, name):
+    theirs, ours = pair
+    assert_same_as_ours(theirs, ours, FILTERS[name], random_prompts(90), chunk=1000, n_steps=10)
 
 
 def assert_same_as_ours(theirs, ours, config, prompts, chunk, n_steps):
@@ -320,7 +320,6 @@ def assert_same_as_ours(theirs, ours, config, prompts, chunk, n_steps):
             assert torch.equal(their_layer[b, -n:], our_layer[b, :n])
 
     latest = our_logits[torch.arange(B), lengths - 1]
-    n_redundant = 0
     for _ in range(n_steps):
         token = latest.argmax(-1, keepdim=True)
         mask = nn.functional.pad(mask, (0, 1), value=1)
@@ -334,11 +333,10 @@ def assert_same_as_ours(theirs, ours, config, prompts, chunk, n_steps):
         assert_close(output.logits[:, -1], latest)
         for layer, decisions in zip(their_cache.layers, our_cache.decisions()):
             assert torch.equal(layer.redundant, decisions.redundant)
-            n_redundant += int(layer.redundant.sum())
         usage = their_cache.usage()
         parts = torch.stack((usage.pairs, usage.redundant, usage.held), dim=1)
         assert torch.equal(parts, our_cache.usage()[:, :3])
-    assert n_redundant > 0
+    assert our_cache.usage()[0, 1] > 0.3 * our_cache.usage()[0, 0]
 
 
 def assert_close(a, b):
@@ -380,10 +378,16 @@ def test_foreign_families_whole_in_chunks_and_padded(foreign, name):
     assert 0.3 * usage.pairs < usage.redundant
     assert usage.held < 0.8 * usage.pairs
 
-    for chunk in (13, 1):
-        found, again = feed(foreign, TokenFilterCache(foreign, FILTERS[name]), alone, everyone, chunk)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-        assert all(torch.equal(a, b) for a, b in zip(decisions, again))
+    cache = TokenFilterCache(foreign, FILTERS[name])
+    found, again = feed(foreign, cache, alone, everyone, chunk=13)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(decisions, again))
+
+    cache = TokenFilterCache(foreign, FILTERS[name])
+    feed(foreign, cache, alone[:, :70], everyone[:, :70])
+    for t in range(70, 90):  # token by token
+        logits = foreign(alone[:, t : t + 1], past_key_values=cache).logits
+        torch.testing.assert_close(logits[:, 0], expected[:, t], rtol=0, atol=1e-4)
 
     ids, mask = left_padded(prompts)
     found, again = feed(foreign, TokenFilterCache(foreign, FILTERS[name]), ids, mask, 37)
@@ -463,7 +467,8 @@ def test_beams(llama):
     for row, n_padding in enumerate((0, 0, 15, 15)):
         text = output.sequences[row : row + 1, n_padding:]
         score = text_score(llama, text, 20)
-        torch.testing.assert_close(output.sequences_scores[row : row + 1], score, rtol=0, atol=1e-5)
+        found = output.sequences_scores[row : row + 1].double()
+        torch.testing.assert_close(found, score, rtol=0, atol=1e-5)
 
 
 def test_several_sequences_of_a_prompt(llama):
@@ -700,18 +705,18 @@ def test_the_demo_checkpoint_says_and_holds_what_our_model_does(demo, name):
     prompt = tokenizer.encode("The three laws of thermodynamics say that energy").ids * 6
 
     their_cache = TokenFilterCache(theirs, config)
-    text = generate(theirs, torch.tensor([prompt]), n=24, past_key_values=their_cache, eos_token_id=-1)
+    text = generate(theirs, torch.tensor([prompt]), n=12, past_key_values=their_cache)
     our_cache = ours.new_cache(1, config)
     token = ours.prefill([prompt], our_cache).argmax(-1)
     answer = [int(token)]
-    while len(answer) < 24:
+    while len(answer) < 12:
         token = ours(token[:, None], our_cache, last=True).argmax(-1)
         answer.append(int(token))
 
     assert text[0, len(prompt) :].tolist() == answer
     usage = their_cache.usage()
     assert [*map(int, usage[:3])] == our_cache.usage()[0, :3].tolist()
-    assert usage.nbytes < 1.1 * our_cache.live_bytes()
+    assert usage.redundant > 0.3 * usage.pairs
 
 
 @functools.cache
@@ -719,5 +724,6 @@ def demo_models(folder):
     from tokenizers import Tokenizer
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs.generation_config.eos_token_id = None
     tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
     return theirs, load_model(folder, "cpu", torch.float32), tokenizer
