@@ -9,8 +9,8 @@
 transformers calls, in each layer: the attention module's forward, which makes keys and values; the
 cache's update(), which is handed those; then the attention function, which is handed the module.
 No one of them knows all that the filter needs, so three registered functions work together:
-`before_attention` finds the cache's layer and RoPE's angles, `attention` runs the filter and attends,
-`after_attention` sees to it that a token that skips attention gets nothing, o's bias neither.
+`before_attention` finds the cache's layer and RoPE's angles, `attention` runs the filter and
+attends, `after_attention` sees to it that a token that skips gets nothing, o's bias neither.
 
 Shapes: B sequences, T new tokens, K tokens to look at, KVH key/value heads, D head size.
 A token's *position* counts the real tokens of its sequence, so padding has none.
@@ -41,46 +41,31 @@ SPARE_SLOTS = 32  # slots by which a layer grows
 class Tokens:
     """Tokens of B sequences in K columns. Their order is free, as each has its position."""
 
-    keys: torch.Tensor  # (B, KVH, K, D), rotated
-    values: torch.Tensor  # (B, KVH, K, D)
+    kv: torch.Tensor  # (2, B, KVH, K, D): keys, rotated, and values
     positions: torch.Tensor  # (B, K) int64, EMPTY where a column holds no token
     kept: torch.Tensor  # (B, K) bool: not redundant
 
     def columns(self, index):
         """The columns index (B, K') of each row."""
-        B, KVH, _, D = self.keys.shape
-        kv_index = index[:, None, :, None].expand(B, KVH, index.shape[1], D)
-        return Tokens(
-            self.keys.gather(2, kv_index),
-            self.values.gather(2, kv_index),
-            self.positions.gather(1, index),
-            self.kept.gather(1, index),
-        )
+        _, B, KVH, _, D = self.kv.shape
+        kv_index = index[:, None, :, None].expand(2, B, KVH, index.shape[1], D)
+        kv = self.kv.gather(3, kv_index)
+        return Tokens(kv, self.positions.gather(1, index), self.kept.gather(1, index))
 
     def rows(self, index):
-        return Tokens(
-            self.keys[index], self.values[index], self.positions[index], self.kept[index]
-        )
+        return Tokens(self.kv[:, index], self.positions[index], self.kept[index])
 
     def followed_by(self, other: "Tokens"):
-        return Tokens(
-            torch.cat((self.keys, other.keys), dim=2),
-            torch.cat((self.values, other.values), dim=2),
-            torch.cat((self.positions, other.positions), dim=1),
-            torch.cat((self.kept, other.kept), dim=1),
-        )
+        kv = torch.cat((self.kv, other.kv), dim=3)
+        positions = torch.cat((self.positions, other.positions), dim=1)
+        return Tokens(kv, positions, torch.cat((self.kept, other.kept), dim=1))
 
     def with_spare_columns(self, n):
-        return Tokens(
-            F.pad(self.keys, (0, 0, 0, n)),
-            F.pad(self.values, (0, 0, 0, n)),
-            F.pad(self.positions, (0, n), value=EMPTY),
-            F.pad(self.kept, (0, n)),
-        )
+        kv = F.pad(self.kv, (0, 0, 0, n))
+        return Tokens(kv, F.pad(self.positions, (0, n), value=EMPTY), F.pad(self.kept, (0, n)))
 
     def nbytes(self) -> int:
-        tensors = (self.keys, self.values, self.positions, self.kept)
-        return sum(tensor.nbytes for tensor in tensors)
+        return self.kv.nbytes + self.positions.nbytes + self.kept.nbytes
 
 
 class TokenFilterLayer(CacheLayerMixin):
@@ -109,9 +94,9 @@ class TokenFilterLayer(CacheLayerMixin):
         self.position_embeddings = None  # cos and sin of RoPE, where keys are compared before it
 
         # Of the latest chunk, (B, T) each.
-        self.redundant: torch.Tensor | None = None
-        self.score: torch.Tensor | None = None
-        self.gets_nothing: torch.Tensor | None = None  # padding and tokens that skip; None: nobody
+        self.redundant: torch.Tensor | None = None  # False at padding
+        self.score: torch.Tensor | None = None  # NaN at padding; None in a layer of ratio 0
+        self.gets_nothing: torch.Tensor | None = None  # padding, and tokens that skip attention
 
     def lazy_initialization(self, k, v):
         B, KVH, _, D = k.shape
@@ -123,7 +108,8 @@ class TokenFilterLayer(CacheLayerMixin):
         self.count = torch.zeros(B, dtype=torch.int64, device=k.device)  # real tokens so far
         self.n_redundant = torch.zeros_like(self.count)
         positions = torch.empty(B, 0, dtype=torch.int64, device=k.device)
-        self.stored = Tokens(k[:, :, :0], v[:, :, :0], positions, kept=positions.bool())
+        no_kv = k.new_zeros(2, B, KVH, 0, D)
+        self.stored = Tokens(no_kv, positions, kept=positions.bool())
         self.is_initialized = True
 
     # ------------------------------------------------------------------- what transformers asks
@@ -183,7 +169,7 @@ class TokenFilterLayer(CacheLayerMixin):
     def take(self, module, k, v, is_real):
         """Filter and store new tokens. No gradients flow through what is stored.
 
-        k, v (B, KVH, T, D), keys rotated; is_real (B, T) bool says which are no padding (None: all).
+        k, v (B, KVH, T, D), keys rotated; is_real (B, T) bool: which are no padding (None: all).
         Returns the Tokens to look at and the mask (B, T, K) of those that each new one may see.
         """
         if not self.is_initialized:
@@ -192,61 +178,52 @@ class TokenFilterLayer(CacheLayerMixin):
 
         # Decide.
         T = k.shape[2]
-        redundant, positions = self.find_redundant(module, k, v, is_real)
+        count = self.count[:, None]
+        if is_real is None:
+            lengths = torch.full_like(self.count, T)
+            positions = count + torch.arange(T, device=k.device)  # (B, T)
+        else:
+            lengths = is_real.sum(1)
+            positions = (count + is_real.cumsum(1) - 1).masked_fill(~is_real, EMPTY)
+        redundant = self.find_redundant(module, k, v, is_real)
         self.redundant = redundant
         self.n_redundant += redundant.sum(1)
-        self.count = self.count + (T if is_real is None else is_real.sum(1))
-        self.gets_nothing = redundant if self.filter.mode == "skip" else None
-        if is_real is not None:
-            self.gets_nothing = redundant & (self.filter.mode == "skip") | ~is_real
+        self.count = self.count + lengths
 
         # Store. A decode step stores before it attends, a longer chunk looks at all of its tokens.
-        new = Tokens(k, v, positions, kept=~redundant)
+        new = Tokens(torch.stack((k, v)), positions, kept=~redundant)
         if T == 1:
             self.append(new)
             context = self.stored
         else:
             context = self.stored.followed_by(new)
             self.rebuild(context)
-        return context, self.visible(positions, redundant, context)
+        mask = self.visible(positions, redundant, context)
+        self.gets_nothing = ~mask.any(-1)
+        return context, mask
 
     def find_redundant(self, module, k, v, is_real):
-        """The decisions on new tokens, False at padding, and their positions: (B, T) each."""
+        """Run the filter on new tokens, as in take() -> (B, T) bool, False at padding."""
         B, _, T, _ = k.shape
-        count = self.count[:, None]
-        if is_real is None:
-            positions = count + torch.arange(T, device=k.device)
-        else:
-            positions = (count + is_real.cumsum(1) - 1).masked_fill(~is_real, EMPTY)
         if self.ratio == 0:
-            self.score = None
-            return torch.zeros(B, T, dtype=torch.bool, device=k.device), positions
+            return torch.zeros(B, T, dtype=torch.bool, device=k.device)
 
         compared = k
         if self.filter.keys == "unrotated":
             exact = k.to(self.state.anchor.dtype)
             compared = unrotate(module, exact, self.position_embeddings)
-        compared = compared.transpose(1, 2)  # (B, T, KVH, D)
-        values = v.transpose(1, 2)
+        kv = torch.stack((compared, v.to(compared.dtype))).transpose(2, 3)  # (2, B, T, KVH, D)
         if is_real is None:
-            redundant, self.score = token_filter(
-                compared, values, None, self.state, self.ratio, self.filter
-            )
-            return redundant, positions
+            redundant, self.score = token_filter(*kv, None, self.state, self.ratio, self.filter)
+            return redundant
 
         # The filter wants the real tokens of each row first.
         order = is_real.byte().argsort(dim=1, descending=True, stable=True)  # (B, T)
-        kv_order = order[..., None, None].expand_as(compared)
-        packed_redundant, packed_score = token_filter(
-            compared.gather(1, kv_order),
-            values.gather(1, kv_order),
-            is_real.sum(1),
-            self.state,
-            self.ratio,
-            self.filter,
-        )
-        self.score = packed_score.scatter(1, order, packed_score)
-        return packed_redundant.scatter(1, order, packed_redundant), positions
+        packed = kv.gather(2, order[..., None, None].expand_as(kv))
+        lengths = is_real.sum(1)
+        redundant, score = token_filter(*packed, lengths, self.state, self.ratio, self.filter)
+        self.score = score.scatter(1, order, score)
+        return redundant.scatter(1, order, redundant)
 
     def visible(self, query, redundant, tokens: Tokens):
         """Who may see whom: queries at positions (B, T), EMPTY at padding -> (B, T, K) bool."""
@@ -297,8 +274,7 @@ class TokenFilterLayer(CacheLayerMixin):
         stored = self.stored
         row = torch.arange(len(self.count), device=self.device)
         slot = (stored.positions == EMPTY).byte().argmax(1)  # (B,) the first that is free
-        stored.keys[row, :, slot] = new.keys[:, :, 0]
-        stored.values[row, :, slot] = new.values[:, :, 0]
+        stored.kv[:, row, :, slot] = new.kv[:, :, :, 0].transpose(0, 1)
         stored.positions[row, slot] = new.positions[:, 0]
         stored.kept[row, slot] = new.kept[:, 0]
 
@@ -310,13 +286,14 @@ def unrotate(module, k, position_embeddings):
     Raises NotImplementedError where the rotation cannot be undone.
     """
     modeling_file = sys.modules[type(module).__module__]
-    if position_embeddings is None and not any("rotary" in name.lower() for name in vars(modeling_file)):
-        return k  # GPT-2 and others without RoPE
+    knows_rope = any("rotary" in name.lower() for name in vars(modeling_file))
+    if position_embeddings is None and not knows_rope:
+        return k  # GPT-2 and others
     apply_rope = getattr(modeling_file, "apply_rotary_pos_emb", None)
     if position_embeddings is None or apply_rope is None or position_embeddings[0].ndim != 3:
         raise NotImplementedError(
-            f"the rotation of {type(module).__name__} cannot be undone, but this filter compares keys "
-            'before it; compare rotated ones: preset("cache", keys="rotated")'
+            f"the rotation of {type(module).__name__} cannot be undone, but this filter compares "
+            'keys before it; compare rotated ones: preset("cache", keys="rotated")'
         )
     cos, sin = (part.to(k.dtype) for part in position_embeddings)
     # YaRN makes both longer, by one factor. (B, T, 1), its square.
@@ -350,14 +327,13 @@ def attention(module, query, key, value, attention_mask, **kwargs):
         return attend(module, query, key, value, attention_mask, **kwargs)
     is_real = real_tokens(attention_mask, len(key))
     context, mask = layer.take(module, key, value, is_real)
-    y, weights = attend(module, query, context.keys, context.values, mask[:, None], **kwargs)
-    if layer.gets_nothing is not None:  # a query that sees nothing may have become NaN
-        y = y.masked_fill(layer.gets_nothing[..., None, None], 0)  # y (B, T, heads, D)
-    return y, weights
+    y, weights = attend(module, query, *context.kv, mask[:, None], **kwargs)  # y (B, T, heads, D)
+    # A query that sees nothing may have become NaN.
+    return y.masked_fill(layer.gets_nothing[..., None, None], 0), weights
 
 
 def after_attention(module, args, kwargs, output):
-    """Tokens that skip attention get nothing from it, not even the bias of its output projection."""
+    """Tokens that skip attention get nothing from it, nor from its output projection's bias."""
     layer = module.token_filter_layer
     module.token_filter_layer = None
     if layer is None:
@@ -369,15 +345,13 @@ def after_attention(module, args, kwargs, output):
         )
     layer.is_announced = False
     layer.position_embeddings = None
-    if layer.gets_nothing is None:
-        return output
     hidden, *others = output
     return hidden.masked_fill(layer.gets_nothing[..., None], 0), *others
 
 
 def attend(module, query, key, value, mask, **kwargs):
-    """Attention by torch's kernels; with a softcap or sinks of logits, which they do not know, by the
-    model's own plain function. mask (B, 1, T, K) bool, or None: causal.
+    """Attention by torch's kernels, or by the model's own plain function with a softcap or sinks of
+    logits, which they do not know. mask (B, 1, T, K) bool, or None: causal.
     """
     if kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
@@ -422,7 +396,8 @@ class TokenFilterCache(Cache):
     """A cache for model.generate(past_key_values=...), and for the model itself.
 
     It makes the model attend through attention() above, which leaves calls with other caches as
-    they are; detach(model) undoes that. Raises NotImplementedError for a model that cannot be filtered.
+    they are; detach(model) undoes that. Raises NotImplementedError for a model that cannot be
+    filtered.
     """
 
     def __init__(self, model, filter: FilterConfig):
@@ -462,9 +437,9 @@ def check_supported(model):
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         raise NotImplementedError(f"{name} has chunked attention, which cannot be filtered")
     if getattr(config, "kv_lora_rank", None):
-        raise NotImplementedError(f"{name} caches latents (MLA), not keys, so it cannot be filtered")
+        raise NotImplementedError(f"{name} caches latents (MLA), which cannot be filtered")
     if getattr(config, "num_kv_shared_layers", 0):
-        raise NotImplementedError(f"{name} shares keys between layers, so it cannot be filtered")
+        raise NotImplementedError(f"{name} shares keys between layers, which cannot be filtered")
 
 
 @dataclass
