@@ -16,7 +16,6 @@ SHAPE, LENGTHS, CALLS, PRUNES = (INDEX["model"][part] for part in ("shape", "len
 FILES = [*INDEX["filter"], "ties", *INDEX["model"]["files"]]
 
 
-
 @functools.cache
 def golden(name):
     return load_file(FOLDER / f"{name}.safetensors")
@@ -87,16 +86,22 @@ def check_ties(implementation, dtype):
 
 
 def check_model(implementation, name, dtype):
-    weights, config = dict(golden("model")), INDEX["model"]["files"][name]["config"]
+    weights, about = dict(golden("model")), INDEX["model"]["files"][name]
     tokens, dense = weights.pop("tokens"), weights.pop("dense")
+    config, shape = about["config"], SHAPE | about.get("shape", {})
+    if name != "model":
+        weights |= {part: x for part, x in golden(name).items() if part.endswith(".bias")}
     for p, prune in enumerate(PRUNES) if name != "model" else [(0, 0.0)]:
-        want = {"logits": dense} if name == "model" else {part: x[p] for part, x in golden(name).items()}
+        if name == "model":
+            want = {"logits": dense}
+        else:
+            want = {part: x[p] for part, x in golden(name).items() if not part.endswith(".bias")}
         if "n" in want:
             agree(implementation.layer_ratios(config["schedule"], prune, SHAPE["n_layers"]), want["ratio"], dtype, "ratio")
             want["read"] = want["n"].sum(-1)  # in all layers
         for calls in (CALLS, one_by_one(LENGTHS), one_by_one(LENGTHS[:1])):  # the last: a row alone, which is decode to its end
             rows = len(calls[0])
-            model = implementation.Model(weights, SHAPE, config | {"prune": prune}, rows, np.dtype(dtype).type)
+            model = implementation.Model(weights, shape, config | {"prune": prune}, rows, np.dtype(dtype).type)
             got = in_calls(calls, model.feed, tokens[:rows])
             for part in want.keys() & got.keys():
                 agree(got[part], want[part][:rows], dtype, f"{part}, prune {prune}")

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from filter_config import PRESETS, FilterConfig, preset
 from golden.loop import cosine, drift, filter_loop, is_above, tail_by_bisection
-from token_filter import PRESETS, FilterConfig, preset
 
 FOLDER = Path(__file__).parent
 MARGIN = 1e-4  # every score is further than this from the one that decides,
@@ -37,10 +37,11 @@ TENSORS = {  # what the names mean, for files.json
     "mean": "(B, T, 2) of the cosines over the heads",
     "variance": "(B, T, 2) the same, population variance",
     "w_k": "(B, T) the weight of the keys' mean",
-    "score": "(B, T) or (P, B, T, L); NaN at padding and in layers that compute none; in ties.safetensors an input",
+    "score": "(B, T) or (P, B, T, L); NaN at padding and in layers of ratio 0; in ties.safetensors an input",
     "below": "(B, T) int32: how many of the last W scores are strictly below",
     "needed": "(B, T) int32: how many must be; below >= needed is what the threshold asks",
     "redundant": "(B, T) or (P, B, T, L) bool: the decision",
+    "bias": "in the names of model-bias: (width of the projection's output,) input, added to what it gives",
     "tokens": "(B, T) int32 input",
     "n": "(P, B, T, L) int32: how many slots of the cache the token may see, its own included; 0 if it skips attention",
     "dense": "(B, T, V) logits with no filter",
@@ -227,7 +228,7 @@ SHAPE: dict[str, Any] = {  # as in files.json
 }  # fmt: skip
 LENGTHS = [64, 40, 17]
 CALLS = [[20, 13, 9], [1, 1, 0], [11, 0, 7], [1, 1, 1], [31, 25, 0]]
-PRUNES = [0.3, 0.6]  # at 0.3 `tail` leaves layer 0 alone, at 0.6 it closes layer 1 past the warm-up
+PRUNES = [0.3, 0.6]  # at 0.3 `tail` leaves layer 0 alone, at 0.6 all of layer 1 is redundant past the warm-up
 CONFIGS = {  # the presets, with windows so small that even these texts have far tokens
     name: preset(name, warmup=6, recent=min(preset(name).recent, 8)) for name in PRESETS
 }
@@ -253,6 +254,17 @@ def random_weights(rng):
     return weights
 
 
+def random_biases(rng):
+    """float32 biases of every layer's q, k, v and o, as large as what they are added to."""
+    C, D = SHAPE["width"], SHAPE["head_dim"]
+    widths = {"q": SHAPE["heads"] * D, "k": SHAPE["kv_heads"] * D, "v": SHAPE["kv_heads"] * D, "o": C}
+    biases = {}
+    for l in range(SHAPE["n_layers"]):
+        for projection, width in widths.items():
+            biases[f"blocks.{l}.attn.{projection}.bias"] = rng.standard_normal(width).astype(np.float32)
+    return biases
+
+
 def rms_norm(x, weight):
     return weight * x / math.sqrt((x * x).mean() + SHAPE["norm_eps"])
 
@@ -275,8 +287,17 @@ def attended(q, keys, values):
     return np.concatenate(heads)
 
 
+def project(w, projection, x):
+    """W x, and b where the projection has a bias: w holds a layer's weights by name."""
+    product = w[f"attn.{projection}.weight"] @ x
+    return product + w.get(f"attn.{projection}.bias", 0)
+
+
 def slow_model(weights, tokens, config):
-    """One sequence through the model: logits (T, V) and, by (T, L), what else TENSORS names."""
+    """One sequence through the model: logits (T, V) and, by (T, L), what else TENSORS names.
+
+    A token that sees nothing gets nothing from attention, o's bias neither.
+    """
     W = {name: w.astype(np.float64) for name, w in weights.items()}
     L, H, KVH, D = (SHAPE[name] for name in ("n_layers", "heads", "kv_heads", "head_dim"))
     ratio, T = schedule_ratios(config.schedule, config.prune, L), len(tokens)
@@ -290,15 +311,13 @@ def slow_model(weights, tokens, config):
         for l in range(L):
             w = {name[len(f"blocks.{l}.") :]: m for name, m in W.items() if name.startswith(f"blocks.{l}.")}
             normed = rms_norm(x, w["attn_norm.weight"])
-            raw_k = (w["attn.k.weight"] @ normed).reshape(KVH, D)
+            raw_k = project(w, "k", normed).reshape(KVH, D)
             k = turned(raw_k, t, THETA)
-            v = (w["attn.v.weight"] @ normed).reshape(KVH, D)
-            q = turned((w["attn.q.weight"] @ normed).reshape(H, D), t, THETA)
+            v = project(w, "v", normed).reshape(KVH, D)
+            q = turned(project(w, "q", normed).reshape(H, D), t, THETA)
 
             redundant = False
-            if ratio[l] == 1 and config.mode == "skip" and config.recent == 0:
-                redundant = t >= max(config.warmup, 1)
-            elif ratio[l] > 0:
+            if ratio[l] > 0:
                 compared = k if config.keys == "rotated" else raw_k
                 found, score, _, states[l] = filter_loop(compared[None, None], v[None, None], [1], [ratio[l]], config, states[l])
                 redundant, out["score"][t, l] = found[0, 0], score[0, 0]
@@ -308,7 +327,7 @@ def slow_model(weights, tokens, config):
             out["redundant"][t, l], out["n"][t, l] = redundant, len(seen)
 
             if seen:
-                x = x + w["attn.o.weight"] @ attended(q, *(np.array(part)[seen] for part in past[l][:2]))
+                x = x + project(w, "o", attended(q, *(np.array(part)[seen] for part in past[l][:2])))
             normed = rms_norm(x, w["mlp_norm.weight"])
             gate = w["mlp.gate.weight"] @ normed
             x = x + w["mlp.down.weight"] @ (gate / (1 + np.exp(-gate)) * (w["mlp.up.weight"] @ normed))
@@ -326,6 +345,17 @@ def batch(weights, tokens, config):
     return out
 
 
+def filtered(weights, tokens, config):
+    """batch() at each value of PRUNES, by (P, B, T, ...), and the ratios; None if a decision would be too close for float32."""
+    results, ratios = [], [schedule_ratios(config.schedule, p, SHAPE["n_layers"]) for p in PRUNES]
+    for p, ratio in zip(PRUNES, ratios):
+        results.append(batch(weights, tokens, replace(config, prune=p)))
+        for b, l in np.ndindex(len(LENGTHS), SHAPE["n_layers"]):
+            if np.abs(margins(results[-1]["score"][b, : LENGTHS[b], l], ratio[l], config)).min() <= MARGIN:
+                return None
+    return {"ratio": np.array(ratios)} | {part: np.stack([result[part] for result in results]) for part in results[0]}
+
+
 def model_files(seed):
     """{file: (tensors, what, config)} of the model made from a seed; None if a decision would be too close for float32."""
     rng = np.random.default_rng(seed)
@@ -334,17 +364,29 @@ def model_files(seed):
     tokens[np.arange(max(LENGTHS)) >= np.array(LENGTHS)[:, None]] = 0
     files = {}
     for name, config in CONFIGS.items():
-        results, ratios = [], [schedule_ratios(config.schedule, p, SHAPE["n_layers"]) for p in PRUNES]
-        for p, ratio in zip(PRUNES, ratios):
-            results.append(batch(weights, tokens, replace(config, prune=p)))
-            for b, l in np.ndindex(len(LENGTHS), SHAPE["n_layers"]):
-                if np.abs(margins(results[-1]["score"][b, : LENGTHS[b], l], ratio[l], config)).min() <= MARGIN:
-                    return None
-        tensors = {"ratio": np.array(ratios)} | {part: np.stack([result[part] for result in results]) for part in results[0]}
+        tensors = filtered(weights, tokens, config)
+        if tensors is None:
+            return None
         files[f"model-{name}"] = tensors, f"The model filtered as preset {name} does; axis P is prune = {PRUNES}.", config
     dense = batch(weights, tokens, FilterConfig(prune=0.0))["logits"]
     what = "The two-layer model: weights, a batch of three texts, and its logits when nothing is filtered."
     return {"model": ({**weights, "tokens": tokens, "dense": dense}, what, FilterConfig(prune=0.0))} | files
+
+
+def bias_file(model, seed):
+    """(tensors, what, config) of model.safetensors' own weights and tokens with biases made from a seed; None as above.
+
+    Preset paper, as what a port can get wrong is whether a token that skips attention gets o's bias.
+    """
+    weights = dict(model)
+    tokens = weights.pop("tokens")
+    del weights["dense"]
+    biases = random_biases(np.random.default_rng(seed))
+    found = filtered(weights | biases, tokens, CONFIGS["paper"])
+    if found is None:
+        return None
+    what = "The same weights and texts with biases on q, k, v and o, filtered as preset paper does."
+    return biases | found, what, CONFIGS["paper"]
 
 
 # ------------------------------------------------------------------------------------------------------------- main
@@ -381,10 +423,12 @@ def make(folder):
     what = "The threshold alone: scores full of ties and NaN (an input here), from an empty history."
     index["ties"] = {"what": what, "config": asdict(config)}
     files, model["weights_from_seed"] = search(model_files)
+    files["model-bias"], model["biases_from_seed"] = search(bias_file, files["model"][0])
     model["files"] = {}
     for name, (tensors, what, config) in files.items():
         save_file(tensors, folder / f"{name}.safetensors")
         model["files"][name] = {"what": what, "config": asdict(config)}
+    model["files"]["model-bias"]["shape"] = {"qkv_bias": True, "o_bias": True}
     (folder / "files.json").write_text(as_json(index) + "\n")
 
 

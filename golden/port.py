@@ -122,12 +122,16 @@ class Model:
         self.w = {name: w.astype(dtype) for name, w in weights.items()}
         self.shape, self.config, self.dtype = shape, config, dtype
         self.ratio = layer_ratios(config["schedule"], config["prune"], shape["n_layers"])
-        self.closed = (self.ratio == 1) & (config["mode"] == "skip") & (config["recent"] == 0)
-        self.layers = [LayerCache(B, shape, config, some, dtype) for some in (self.ratio > 0) & ~self.closed]
+        self.layers = [LayerCache(B, shape, config, filters, dtype) for filters in self.ratio > 0]
         self.seen = np.zeros(B, int)
 
     def norm(self, x, name):
         return self.w[name] * x / np.sqrt((x * x).mean(-1, keepdims=True) + self.dtype(self.shape["norm_eps"]))
+
+    def project(self, x, l, projection):
+        """W x, and b where there is a bias, of one of attention's four projections."""
+        name = f"blocks.{l}.attn.{projection}"
+        return x @ self.w[name + ".weight"].T + self.w.get(name + ".bias", self.dtype(0))
 
     def feed(self, tokens, n_new):
         """tokens (B, T), row b's first n_new[b] real: {"logits": (B, T, V)} and, by (B, T, L), what else is expected."""
@@ -147,12 +151,12 @@ class Model:
     def attention(self, x, l, cache, real, position, n_new):
         """x (B, T, C), the residual stream -> what attention adds to it, and a dict of (B, T)."""
         normed, D = self.norm(x, f"blocks.{l}.attn_norm.weight"), self.shape["head_dim"]
-        q, k, v = (normed @ self.w[f"blocks.{l}.attn.{part}.weight"].T for part in "qkv")
+        q, k, v = (self.project(normed, l, part) for part in "qkv")
         raw_k, q, v = (y.reshape(*y.shape[:2], -1, D) for y in (k, q, v))
         k, q = (rotate(y, position, self.shape["rope_theta"]) for y in (raw_k, q))
 
         # who is redundant
-        score, redundant = np.full(real.shape, np.nan), real & self.closed[l] & (position >= max(self.config["warmup"], 1))
+        score, redundant = np.full(real.shape, np.nan), np.zeros(real.shape, bool)
         if cache.ring:
             compared = k if self.config["keys"] == "rotated" else raw_k
             found = filter_chunk(compared, v, n_new, cache.state, self.ratio[l], self.config)
@@ -161,8 +165,9 @@ class Model:
         # store and attend
         n, y = np.zeros(real.shape, int), np.zeros_like(q)
         for t in range(real.shape[1]):
-            b = np.flatnonzero(real[:, t] & ~(self.closed[l] & redundant[:, t]))
+            b = np.flatnonzero(real[:, t])
             n[b, t] = cache.put(b, np.stack((k[b, t], v[b, t])), redundant[b, t], position[b, t])
             y[:, t] = attend(q[:, t], cache.kv[0], cache.kv[1], n[:, t])
-        added = y.reshape(*real.shape, -1) @ self.w[f"blocks.{l}.attn.o.weight"].T
+        added = self.project(y.reshape(*real.shape, -1), l, "o")
+        added[n == 0] = 0  # who sees nothing gets nothing, o's bias neither
         return added, {"score": score, "redundant": redundant, "n": n}
