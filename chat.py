@@ -35,8 +35,8 @@ from cli.process import N_RANKS, fail, one_line, run_command
 from cli.report import refuse_zeros
 from filter_config import PRESETS, FilterConfig
 
-# Torch takes seconds to import. So what needs it is imported in the functions below, which are called
-# once the arguments are known to make sense.
+# Torch takes seconds to import. So what needs it is imported in the functions below, which are
+# called once the arguments are known to make sense.
 if TYPE_CHECKING:
     from loading.tokenizer import Tokenizer
     from model import Transformer
@@ -47,8 +47,8 @@ class Conversation:
 
     messages       what was said so far, as {"role": ..., "content": ...}
     ids            the tokens of the conversation that the cache holds
-    was_fed_anew   whether the latest turn fed everything into a new cache, because what came before,
-                   rendered again, has other tokens (a template may drop or trim some of it)
+    was_fed_anew   whether the latest turn fed everything into a new cache, because what came
+                   before, rendered again, has other tokens (a template may drop or trim some of it)
     """
 
     def __init__(
@@ -63,7 +63,10 @@ class Conversation:
         eos_ids=None,
         **settings,
     ):
-        """messages: that it begins with; eos_ids: default, the tokenizer's; settings: of generate()."""
+        """An empty conversation, or one that begins with `messages`.
+
+        eos_ids: the tokenizer's, if None; settings: as in generate().
+        """
         self.model = model
         self.tokenizer = tokenizer
         self.filter = filter
@@ -162,7 +165,10 @@ Where lines are piped in, a wrong command ends the conversation, with exit code 
 
 
 def piped_lines(echo: bool) -> Iterator[str]:
-    """The lines that are piped in, printed, if `echo`, as a terminal would. Fails where they are no text."""
+    """The lines that are piped in; with `echo`, they are printed, as a terminal would.
+
+    Fails where they are no text.
+    """
     sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")  # type: ignore[union-attr]
     try:
         for line in sys.stdin:
@@ -198,7 +204,7 @@ def typed_lines() -> Iterator[str]:
 
 @contextmanager
 def collected_interrupts(on_terminal: bool):
-    """On a terminal, collect Ctrl-C, so that it is obeyed between two steps, when the cache is whole.
+    """On a terminal, collect Ctrl-C, to be obeyed between two steps, when the cache is whole.
 
     A second one is obeyed at once, and so is the first where lines are piped in.
     """
@@ -261,11 +267,34 @@ def take_turn(conversation: Conversation, message: str, on_terminal: bool, say: 
         say(f"the model's context of {context} tokens is full: /reset starts anew")
 
 
+def start_conversation(model: Transformer, tokenizer: Tokenizer, messages: Sequence[dict], args):
+    """(name of its filter, Conversation) as args says, with nothing said but `messages`."""
+    name = "dense"
+    filter = None
+    if args.prune:
+        preset_name = args.preset or "paper"
+        [(name, filter)] = filters_from(args, [preset_name], [args.prune], with_ratio=True)
+    conversation = Conversation(
+        model,
+        tokenizer,
+        filter,
+        messages,
+        stop=args.stop,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
+        eos_ids=frozenset() if args.ignore_eos else None,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+    )
+    return name, conversation
+
+
 def talk(model: Transformer, tokenizer: Tokenizer, messages: Sequence[dict], args):
     """Lines in, answers out, until the end of stdin.
 
-    Figures, notes and errors go to stderr. Where lines are piped in, an error ends the process with exit
-    code 2.
+    Figures, notes and errors go to stderr. Where lines are piped in, an error ends the process with
+    exit code 2.
     """
     from loading.checkpoint_files import CheckpointError
 
@@ -278,27 +307,10 @@ def talk(model: Transformer, tokenizer: Tokenizer, messages: Sequence[dict], arg
         print(text, file=sys.stderr, flush=True)
 
     def start() -> Conversation:
-        name = "dense"
-        filter = None
-        if args.prune:
-            [(name, filter)] = filters_from(
-                args, [args.preset or "paper"], [args.prune], with_ratio=True
-            )
+        name, conversation = start_conversation(model, tokenizer, messages, args)
         hint = "; /help lists commands" if on_terminal else ""
         say(f"a new conversation: {name}{hint}")
-        return Conversation(
-            model,
-            tokenizer,
-            filter,
-            messages,
-            stop=args.stop,
-            max_new_tokens=args.max_new_tokens,
-            seed=args.seed,
-            eos_ids=frozenset() if args.ignore_eos else None,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-        )
+        return conversation
 
     conversation = start()
     lines = typed_lines() if on_terminal else piped_lines(echo=not args.no_echo)
@@ -327,8 +339,8 @@ def talk(model: Transformer, tokenizer: Tokenizer, messages: Sequence[dict], arg
 
 def make_parser() -> Parser:
     parser = Parser(
-        description="A conversation with a model: each line of stdin is a turn, and the cache is kept "
-        "from turn to turn. /help lists what else can be typed."
+        description="A conversation with a model: each line of stdin is a turn, and the cache is "
+        "kept from turn to turn. /help lists what else can be typed."
     )
     add_model_arguments(parser)
     parser.add_argument(

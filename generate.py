@@ -1,8 +1,8 @@
 """Generate text with token filtering.
 
-    python generate.py [CHECKPOINT] --prompt "..." --prune 0.5           filtered as in the paper
-    python generate.py --prompt "..." --prune 0.5 --preset cache         only the cache is made smaller
-    python generate.py --chat --prompt "..." --prune 0.3 --compare       dense and every preset in turn
+    python generate.py [CHECKPOINT] --prompt "..." --prune 0.5       filtered as in the paper
+    python generate.py --prompt "..." --prune 0.5 --preset cache     only the cache is made smaller
+    python generate.py --chat --prompt "..." --prune 0.3 --compare   dense and every preset in turn
 
 A conversation is python chat.py. From Python: generation.generate().
 """
@@ -29,8 +29,8 @@ from cli.process import fail, run_command, single_process_only
 from cli.report import check_output, print_json, read_text
 from filter_config import PRESETS
 
-# Torch takes seconds to import. So what needs it is imported in the functions below, which are called
-# once the arguments are known to make sense.
+# Torch takes seconds to import. So what needs it is imported in the functions below, which are
+# called once the arguments are known to make sense.
 
 
 def make_parser() -> Parser:
@@ -68,9 +68,7 @@ def make_parser() -> Parser:
         action="store_true",
         help="dense, then every preset, at --prune (default then: 0.3)",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object instead of text"
-    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument(
         "--show-skips",
         action="store_true",
@@ -79,8 +77,8 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--skip-map",
         metavar="FILE",
-        help="each layer's decision on each token, and its score: FILE.html, a page to explore in a "
-        "browser, or FILE.png, a picture (needs matplotlib)",
+        help="each layer's decision on each token, and its score: FILE.html, a page to explore in "
+        "a browser, or FILE.png, a picture (needs matplotlib)",
     )
     add_filter_arguments(parser)
     return parser
@@ -128,9 +126,8 @@ def read_prompts(args) -> list[str]:
         texts += [line for line in lines if line.strip()]
     check_text("--prompt", texts)
     if not texts:
-        if args.chat and not args.prompts_file:
-            fail("no prompt: give --prompt TEXT or --prompts-file FILE; to talk, use python chat.py")
-        fail("no prompt: give --prompt TEXT or --prompts-file FILE")
+        hint = "; to talk, use python chat.py" if args.chat else ""
+        fail(f"no prompt: give --prompt TEXT or --prompts-file FILE{hint}")
     if "" in texts:
         fail(f"prompt {texts.index('') + 1} is empty")
     if args.num_samples > 1 and len(texts) > 1:
@@ -232,8 +229,6 @@ def warm_up_compiled(model, prompts, args, filter):
 
 def run_setting(model, tokenizer, prompts, texts, args, title, filter, decisions, coloured):
     """generate_answers(), which it calls and whose result it returns, with the answers printed."""
-    from cli.skip_map import paint, token_pieces
-
     echoes = ["" if args.no_echo else f"{text}\n" for text in texts]
     streams = len(prompts) == 1 and not args.json and not coloured
     not_yet_printed = echoes[:1]  # the prompt, until something stands under it
@@ -260,10 +255,7 @@ def run_setting(model, tokenizer, prompts, texts, args, title, filter, decisions
     if streams:
         print(*not_yet_printed)
     elif coloured:
-        for i, (prompt, answer) in enumerate(zip(prompts, pieces)):
-            number = f"[{i + 1}] " if len(prompts) > 1 else ""
-            all_pieces = token_pieces(tokenizer, prompt) + answer
-            print(number + paint(all_pieces, len(prompt), decisions.redundant[i]))
+        print_coloured(tokenizer, prompts, pieces, decisions)
     elif not args.json:
         for i, answer in enumerate(pieces):
             print(f"[{i + 1}] {echoes[i]}{''.join(answer)}\n")
@@ -272,6 +264,16 @@ def run_setting(model, tokenizer, prompts, texts, args, title, filter, decisions
         file = sys.stdout if args.compare else sys.stderr
         print(f"{title}: {stats.line()}", file=file, flush=True)
     return pieces, stats, was_interrupted
+
+
+def print_coloured(tokenizer, prompts, pieces, decisions):
+    """Each prompt with its answer, in the colours of --show-skips."""
+    from cli.skip_map import paint, token_pieces
+
+    for i, (prompt, answer) in enumerate(zip(prompts, pieces)):
+        number = f"[{i + 1}] " if len(prompts) > 1 else ""
+        all_pieces = token_pieces(tokenizer, prompt) + answer
+        print(number + paint(all_pieces, len(prompt), decisions.redundant[i]))
 
 
 def chosen_settings(args):
@@ -283,17 +285,38 @@ def chosen_settings(args):
     return filters_from(args, [args.preset or "paper"], [args.prune])
 
 
+def shows_colours(args) -> bool:
+    """Whether --show-skips was given and has an effect; a note on stderr where it has none."""
+    if not args.show_skips:
+        return False
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+        return True
+    print(
+        "note: --show-skips has no effect where stdout is not a terminal, or NO_COLOR is set",
+        file=sys.stderr,
+    )
+    return False
+
+
+def figures_of(name, filter, pieces, stats):
+    """What --json says of a setting."""
+    return {
+        "setting": name,
+        "filter": None if filter is None else asdict(filter),
+        "texts": ["".join(answer) for answer in pieces],
+        "skip_ratio": stats.skip_ratio,
+        "kv_held": stats.kv_held,
+        "kv_read": stats.kv_read,
+        **asdict(stats),
+    }
+
+
 def main(argv=None):
     args, texts = read_arguments(argv)
     from cli.skip_map import Decisions, paint_legend, token_pieces, write_skip_map
 
     settings = chosen_settings(args)
-    coloured = args.show_skips and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    if args.show_skips and not coloured:
-        print(
-            "note: --show-skips has no effect where stdout is not a terminal, or NO_COLOR is set",
-            file=sys.stderr,
-        )
+    coloured = shows_colours(args)
     model, tokenizer = load_checkpoint(args)
     prompts = encode_prompts(tokenizer, texts, args)
     longest = max(len(prompt) for prompt in prompts) + args.max_new_tokens
@@ -310,17 +333,7 @@ def main(argv=None):
         pieces, stats, was_interrupted = run_setting(
             model, tokenizer, prompts, texts, args, title, filter, decisions, coloured
         )
-        results.append(
-            {
-                "setting": name,
-                "filter": None if filter is None else asdict(filter),
-                "texts": ["".join(answer) for answer in pieces],
-                "skip_ratio": stats.skip_ratio,
-                "kv_held": stats.kv_held,
-                "kv_read": stats.kv_read,
-                **asdict(stats),
-            }
-        )
+        results.append(figures_of(name, filter, pieces, stats))
         if was_interrupted:
             break
 

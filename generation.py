@@ -7,11 +7,10 @@ Prompts are lists of token ids, as tokenizer.encode(text) and tokenizer.chat(mes
 """
 
 import copy
-import math
 import operator
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -22,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from filter_config import FilterConfig
-from kv_cache import USAGE, KVCache
+from kv_cache import KVCache
 from loading.checkpoint_files import CheckpointError
 from model import ModelConfig, Transformer
 from runtime.cuda_graph import has_fixed_batch
@@ -65,13 +64,13 @@ def sample(logits, temperature=0.0, top_k=0, top_p=1.0, rng=None) -> int:
 def sample_rows(logits, temperature, top_k, top_p, rngs) -> torch.Tensor:
     """A token for each row of logits (B, vocab): (B,) int64, on the same device.
 
-    Greedy at temperature 0. Otherwise drawn from the top_k likeliest ids (0: all), of which the smallest
-    set with probability top_p stays. Of equals, the lower id comes first. rngs: each row's generator, on
-    the logits' device.
+    Greedy at temperature 0. Otherwise drawn from the top_k likeliest ids (0: all), of which the
+    smallest set with probability top_p stays. Of equals, the lower id comes first. rngs: each row's
+    generator, on the logits' device.
 
-    Each id gets a random number of its own, e ~ Exp(1), and the largest p / e wins, which is id i with
-    probability p_i. Where rounding moves the logits a little, few draws change: as few as probabilities
-    moved.
+    Each id gets a random number of its own, e ~ Exp(1), and the largest p / e wins, which is id i
+    with probability p_i. Where rounding moves the logits a little, few draws change: as few as
+    probabilities moved.
     """
     if temperature == 0:
         return logits.argmax(1)
@@ -123,7 +122,7 @@ def row_seed(seed: int, row: int) -> int:
     return int(mixed[0]) // 2  # below 2**63, which torch's generators take
 
 
-def row_seeds(seed: int | Sequence[int], n_rows: int) -> list[int]:
+def row_seeds(seed: int | list[int] | tuple[int, ...], n_rows: int) -> list[int]:
     """The seed of each row, from generate()'s `seed`. Raises ValueError."""
     if not isinstance(seed, list | tuple):
         return [row_seed(seed, row) for row in range(n_rows)]
@@ -151,7 +150,7 @@ class Stats:
     slot_bytes: int = 0  # K and V of one token in one layer
     # Of each row that has ended what it used, by name: pairs (of a token and a layer), skipped
     # (redundant ones), held (slots at the end), read (slots that its queries have read), dense_read
-    # (slots that they would have read without a filter).
+    # (slots that they would have read without a filter). A row that has not ended has no names.
     rows: list[dict[str, int]] = field(default_factory=list)
 
     def add_seconds(self, seconds):
@@ -163,10 +162,14 @@ class Stats:
 
     def end_row(self, row, usage):
         """Keep what KVCache.usage() says of a row that has ended."""
-        figures = dict(zip(USAGE, usage))
-        figures["skipped"] = figures.pop("redundant")
-        names = ("pairs", "skipped", "held", "read", "dense_read")
-        self.rows[row] = {name: figures[name] for name in names}
+        pairs, redundant, held, read, dense_read = usage
+        self.rows[row] = {
+            "pairs": pairs,
+            "skipped": redundant,
+            "held": held,
+            "read": read,
+            "dense_read": dense_read,
+        }
 
     def total(self, name) -> int:
         return sum(row.get(name, 0) for row in self.rows)
@@ -213,36 +216,38 @@ def generate(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    seed: int | Sequence[int] = 0,
+    seed: int | list[int] | tuple[int, ...] = 0,
     chunk: int = 512,
     stats: Stats | None = None,
     watch: Callable[[list[int], KVCache], None] | None = None,
     cache: KVCache | None = None,
     ended: set[int] | None = None,
 ) -> Iterator[tuple[int, int]]:
-    """Continue token prompts of any lengths as one batch, yielding (row, token) as each token is found.
+    """Continue token prompts of any lengths as one batch.
 
-    A row ends at a token of eos_ids, which is not yielded, or after max_new_tokens, and leaves the batch.
-    Each row has its own random numbers, from row_seed(seed, row), or its own seed where `seed` is a list.
-    So its tokens do not depend on its neighbours: in float64 and, nearly always, in float32. In half
-    precision other neighbours mean other rounding, and sooner or later another token, greedy or not.
+    Yields (row, token), each token as soon as it is found. A row ends at a token of eos_ids, which
+    is not yielded, or after max_new_tokens. Then it leaves the batch. Each row has its own random
+    numbers, from row_seed(seed, row), or its own seed where `seed` is a list. So its tokens do not
+    depend on its neighbours: in float64 and, nearly always, in float32. In half precision other
+    neighbours mean other rounding, and sooner or later another token, greedy or not.
 
     chunk  prompts are fed so many tokens at a time; equal prompts, and what all begin with, once
     stats  is complete once the iterator is exhausted
-    watch  is called as watch(rows, cache) after each forward, with the numbers of the rows in the cache,
-           whose decisions() are the latest; prompts are then fed whole, each by itself
-    cache  one of model.new_cache(len(prompts), filter) that was fed the first cache.lengths[row] tokens
-           of each prompt before: only the others are fed
+    watch  is called as watch(rows, cache) after each forward, with the numbers of the rows in the
+           cache, whose decisions() are the latest; prompts are then fed whole, each by itself
+    cache  one of model.new_cache(len(prompts), filter) that was fed the first cache.lengths[row]
+           tokens of each prompt before: only the others are fed
     ended  a set of rows: those that the caller puts in end with their latest token
 
-    Raises ValueError for settings that make no sense; for a cache of another filter; for a prompt that is
-    no list of token ids, is empty, has a token that the model does not know, or does not fit the context
-    with its new tokens. Raises FloatingPointError where logits are not finite.
+    Raises ValueError for settings that make no sense; for a cache of another filter; for a prompt
+    that is no list of token ids, is empty, has a token that the model does not know, or does not
+    fit the context with its new tokens. Raises FloatingPointError where logits are not finite.
     """
     check_settings(max_new_tokens, temperature, top_k, top_p, chunk=chunk)
     if filter is not None and not isinstance(filter, FilterConfig):
         raise ValueError(
-            f"filter is {filter!r}, not None or a FilterConfig, as filter_config.preset(name) makes it"
+            f"filter is {filter!r}, "
+            "not None or a FilterConfig, as filter_config.preset(name) makes it"
         )
     if cache is not None:
         check_filter_of(cache, filter)
@@ -271,7 +276,8 @@ def check_filter_of(cache: KVCache, filter: FilterConfig | None):
     both_dense = wanted.prune == 0 and cache.filter.prune == 0
     if wanted != cache.filter and not both_dense:
         raise ValueError(
-            f"filter is {wanted}, but the cache was made for {cache.filter}: it must be the same one"
+            f"filter is {wanted}, but the cache was made for {cache.filter}: "
+            "it must be the same one"
         )
 
 
@@ -370,7 +376,8 @@ class _Loop:
         if self.watch is None and not self.cache.lengths.any():
             logits, n_tokens = feed(self.model, self.prompts, self.cache, self.chunk)
         else:
-            # What is watched is each prompt by itself, and whole. What the cache holds is not fed again.
+            # What is watched is each prompt by itself, and whole. What the cache holds is not fed
+            # again.
             fed = self.cache.lengths.tolist()
             rest = [prompt[n:] for prompt, n in zip(self.prompts, fed)]
             chunk = self.chunk
@@ -382,7 +389,10 @@ class _Loop:
         return logits
 
     def sample(self, logits) -> list[int]:
-        """A token for each row of the cache. Raises FloatingPointError where logits are not finite."""
+        """A token for each row of the cache.
+
+        Raises FloatingPointError where logits are not finite.
+        """
         # Both in one tensor: a greedy step waits for the device once.
         is_finite, tokens = torch.stack((logits.isfinite().all(1), logits.argmax(1))).tolist()
         for row, fine in zip(self.rows, is_finite):
@@ -396,23 +406,20 @@ class _Loop:
         return tokens
 
     def end_rows(self, tokens):
-        """Take the rows that end with these tokens out of the active ones, and keep their figures."""
-        ending = [
-            i
-            for i, row in enumerate(self.rows)
-            if row in self.active
-            and (
-                tokens[i] in self.eos_ids
-                or row in self.ended
-                or len(self.generated[row]) == self.max_new_tokens
-            )
-        ]
-        if not ending:
-            return
-        usage = self.cache.usage().tolist()
-        for i in ending:
-            self.stats.end_row(self.rows[i], usage[i])
-            self.active.remove(self.rows[i])
+        """Rows that end with these tokens are no longer active; their figures are kept."""
+        usage = None
+        for i, (row, token) in enumerate(zip(self.rows, tokens)):
+            if row not in self.active or not self.has_ended(row, token):
+                continue
+            if usage is None:  # it waits for the device, so only where a row has ended
+                usage = self.cache.usage().tolist()
+            self.stats.end_row(row, usage[i])
+            self.active.remove(row)
+
+    def has_ended(self, row, token) -> bool:
+        """Whether a row ends with this token, its latest."""
+        is_full = len(self.generated[row]) == self.max_new_tokens
+        return is_full or token in self.eos_ids or row in self.ended
 
     def drop_ended_rows(self, tokens) -> list[int]:
         """Let ended rows leave the cache: the tokens of those that stay.
@@ -487,9 +494,9 @@ def feed(model: Transformer, prompts, cache: KVCache, chunk=512):
     if n_rows < len(prompts):
         cache.select(range(n_rows))
     if n_shared > 0:
-        model.prefill([different[0][:n_shared]], cache, chunk)
+        model.prefill([list(different[0][:n_shared])], cache, chunk)
         cache.select([0] * len(different))
-    rest = [prompt[n_shared:] for prompt in different]
+    rest = [list(prompt[n_shared:]) for prompt in different]
     logits = model.prefill(rest, cache, chunk)
     if len(different) < len(prompts):
         fork = [different.index(tuple(prompt)) for prompt in prompts]
@@ -520,16 +527,17 @@ def opening_messages(tokenizer, system: str | None) -> list[dict]:
     leaves_it_out = rendered("b") == rendered("c")
     if works_without and (refuses_it or leaves_it_out):
         raise CheckpointError(
-            tokenizer.path.parent, "the chat template takes no message of a system: leave out --system"
+            tokenizer.path.parent,
+            "the chat template takes no message of a system: leave out --system",
         )
     return [{"role": "system", "content": system}]
 
 
 class Answer:
-    """A row's text, token by token, up to one of eos_ids or the first of the stop texts to be complete.
+    """A row's text, token by token, up to one of eos_ids or the first stop text to be complete.
 
-    Stop texts are looked for where special tokens are written out, the one that ends the answer too.
-    What is given out is without these, as decode() of the tokens is.
+    Stop texts are looked for where special tokens are written out, the one that ends the answer
+    too. What is given out is without these, as decode() of the tokens is.
     """
 
     def __init__(self, tokenizer, stop=(), eos_ids=frozenset(), start=False):

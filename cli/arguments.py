@@ -68,7 +68,12 @@ def number(is_allowed: Callable[[float], bool], wanted: str):
     return read
 
 
-share = number(lambda x: 0 <= x < 1, "a number in [0, 1)")
+def number_in(at_least: float, below: float):
+    """A type for argparse: a number in [at_least, below)."""
+    return number(lambda x: at_least <= x < below, f"a number in [{at_least:g}, {below:g})")
+
+
+share = number_in(0, 1)
 temperature = number(lambda x: 0 <= x < math.inf, "a finite number of at least 0")
 probability = number(lambda x: 0 < x <= 1, "a number above 0 and at most 1")
 
@@ -79,7 +84,8 @@ def add_model_arguments(parser):
         "checkpoint",
         nargs="?",
         default=DEMO,
-        help="checkpoint folder, or org/name on the Hugging Face hub (default: the demo's, %(default)s)",
+        help="checkpoint folder, or org/name on the Hugging Face hub "
+        "(default: the demo's, %(default)s)",
     )
     parser.add_argument(
         "--device",
@@ -101,25 +107,26 @@ def add_filter_arguments(parser, several=False, default="paper"):
     """
     group = parser.add_argument_group(
         "token filtering",
-        "None of these does anything without --prune above 0. What is not given is as the preset has "
-        "it; in [brackets] is what preset paper has.",
+        "None of these does anything without --prune above 0. What is not given is as the preset "
+        "has it; in [brackets] is what preset paper has.",
     )
     group.add_argument(
         "--preset",
         choices=PRESETS,
         nargs="+" if several else None,
-        help="the paper's setting, or one of ours, which the README compares "
-        f"(default: {default})",
+        help=f"the paper's setting, or one of ours, which the README compares (default: {default})",
     )
     for field in FILTER_FIELDS:
         options: dict[str, Any] = {"help": f"{field.metadata['help']} [{field.default}]"}
+        at_least = field.metadata["at_least"]
+        below = field.metadata["below"]
         if field.name in CHOICES:
             options["choices"] = CHOICES[field.name]
         elif field.type is int:
-            options["type"] = whole_number(field.metadata["at_least"])
+            options["type"] = whole_number(at_least)
             options["metavar"] = "N"
         else:
-            options["type"] = share
+            options["type"] = number_in(at_least, below)
             options["metavar"] = "X"
         group.add_argument(f"--{field.name}", **options)
 
@@ -145,10 +152,11 @@ def check_filter_arguments(args, *others) -> list[str]:
 
 
 def filters_from(args, names, ratios, with_ratio=False) -> list[tuple[str, FilterConfig]]:
-    """(label, FilterConfig) of each named preset, with the flags that were given, at each ratio above 0.
+    """(label, FilterConfig) of each named preset, with the flags that were given.
 
-    A label names the preset and what differs from it, and with_ratio also the ratio. Of settings that
-    come out equal only the first is there, with a note on stderr.
+    There is one for each of the ratios above 0. A label names the preset and what differs from it,
+    and with_ratio also the ratio. Of settings that come out equal only the first is there, with a
+    note on stderr.
     """
     given = filter_options(args)
     label_of: dict[FilterConfig, str] = {}
@@ -241,7 +249,10 @@ def add_generation_arguments(parser):
 
 
 def check_generation_arguments(args, num_samples=1):
-    """Fail where flags of add_generation_arguments make no sense together. Sets args.seed to 0 if not given."""
+    """Fail where flags of add_generation_arguments make no sense together.
+
+    Sets args.seed to 0 if it was not given.
+    """
     if args.temperature == 0:
         does_nothing = {
             "--top-k": args.top_k > 0,
@@ -261,7 +272,10 @@ def check_generation_arguments(args, num_samples=1):
 
 
 def check_text(flag, texts):
-    """Fail where one of the texts is not UTF-8. Python stands surrogates for other bytes on a command line."""
+    """Fail where one of the texts is not UTF-8.
+
+    On a command line, Python has surrogates stand for bytes that are not.
+    """
     for text in texts:
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             fail(f"{flag} is not UTF-8 text: is the terminal set to another encoding?")
@@ -294,7 +308,10 @@ def load_checkpoint(args):
 
 
 def note_useless_filter(model, filters, longest):
-    """A note on stderr where filtering does nothing for texts of up to `longest` tokens, or much harm."""
+    """A note on stderr where filtering does nothing, or much harm.
+
+    filters: FilterConfig, or None for dense; longest: the length of the longest text, in tokens.
+    """
     filters = [filter for filter in filters if filter is not None]
     if not filters:
         return
@@ -315,7 +332,10 @@ def note_useless_filter(model, filters, longest):
 
 
 def compile_decode(model) -> bool:
-    """Have the model decode through torch.compile; False, after a note on stderr, where it cannot."""
+    """Have the model decode through torch.compile.
+
+    Returns False, after a note on stderr, where that does not work.
+    """
     import torch
 
     from runtime import cuda_graph

@@ -1,5 +1,4 @@
-"""A command as a process: errors in one line, Ctrl-C, closed streams, and several processes for one
-model.
+"""A command as a process: errors in one line, Ctrl-C, closed streams, several processes.
 
 Imports nothing that takes time, so that a command answers a wrong flag at once.
 """
@@ -8,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, NoReturn
 
 # torchrun starts several processes (ranks) for one model: how many, and which of them this is. Rank
@@ -57,7 +55,7 @@ def single_process_only(**given):
 
 
 class IgnoreWriteErrors:
-    """A stream whose faults stop nobody: for stderr, whose disk may be full or whose reader gone."""
+    """A stream whose faults stop nobody: for stderr, whose disk may be full or reader gone."""
 
     def __init__(self, stream):
         self.stream = stream

@@ -42,7 +42,10 @@ def read_text(path) -> str:
 
 
 def refuse_zeros(path, text):
-    """Fail where a text has zero bytes: UTF-16 of ASCII letters has, and it is valid UTF-8 as well."""
+    """Fail where a text has zero bytes.
+
+    UTF-16 of ASCII letters has them, and it is valid UTF-8 as well.
+    """
     if "\0" in text:
         fail(f"{path}: cannot be read as UTF-8 text (it has zero bytes: is it UTF-16?)")
 
