@@ -287,8 +287,6 @@ def check_text_arguments(args) -> str:
     text = read_text(args.text)
     if not text.strip():
         fail(f"{args.text}: the text is empty")
-    if "\0" in text:
-        fail(f"{args.text}: is a binary file, not text")
     check_report_arguments(args)
     return text
 
