@@ -25,7 +25,8 @@ import tokenizers
 from tokenizers import AddedToken, decoders
 
 from loading.chat_template import changed, own_tokens, read_templates, render
-from loading.checkpoint_files import CheckpointError, JsonObject, added_tokens, read_file, special_tokens, token_name
+from loading.checkpoint_files import CheckpointError, JsonObject, read_file
+from loading.special_tokens import added_tokens, named_tokens, special_tokens, token_name
 
 MARK = "\ufdd0"  # one of the characters that Unicode sets aside for a program's own use, never to be part of a text
 
@@ -188,7 +189,7 @@ class Tokenizer:
             raise CheckpointError(folder, "has no tokenizer.json and no tokenizer.model")
         self.path, backend = found[0], _TokenizerJson if found[0].suffix == ".json" else _SentencePiece
         self._backend: _TokenizerJson | _SentencePiece
-        self._backend = backend(self.path, config, special_tokens(config)[1], model.get("model_type", str, ""))
+        self._backend = backend(self.path, config, special_tokens(config), model.get("model_type", str, ""))
         tokens = {i: token for token, i in self._backend.vocab.items()}
         self.vocab_size, self.plain_size = max(tokens, default=-1) + 1, self._backend.plain_size
         self._shown = {i: token for i, token in tokens.items() if token not in self._backend.special}  # what decode() keeps
@@ -201,7 +202,7 @@ class Tokenizer:
         self._add_bos = config.get("add_bos_token", bool, self._backend.adds_bos)
         if self._add_bos and self.bos_id is None:
             raise CheckpointError(self.path, "BOS is to be added to a text, but no file says which token it is")
-        self._template_tokens, self._templates = special_tokens(config)[0], read_templates(folder, config)
+        self._template_tokens, self._templates = named_tokens(config), read_templates(folder, config)
 
     def _named(self, config: JsonObject, key: str) -> set[int]:
         """The id of a token that a file names: a string, or an object with the string as its content."""
