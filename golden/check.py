@@ -63,7 +63,7 @@ def check_filter(implementation, name, dtype):
     k, v = (data[side] if name == "half" else data[side].astype(dtype) for side in ("k", "v"))
     if "raw_k" in data:
         raw_k = data["raw_k"].astype(dtype)
-        k = implementation.rotate(raw_k, np.arange(raw_k.shape[1])[None].repeat(len(raw_k), 0), about["rope_theta"])
+        k = implementation.apply_rope(raw_k, np.arange(raw_k.shape[1])[None].repeat(len(raw_k), 0), about["rope_theta"])
         agree(k, data["k"], dtype, "k")
     lengths = np.sum(about["calls"], 0).tolist()
     for calls in (about["calls"], [lengths], one_by_one(lengths)):

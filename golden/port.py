@@ -66,7 +66,7 @@ def layer_ratios(schedule, p, L):
     return tail[::-1] if schedule == "head" else tail
 
 
-def rotate(x, position, theta):
+def apply_rope(x, position, theta):
     """RoPE: x (B, T, heads, D), position (B, T)."""
     half = x.shape[-1] // 2
     angle = position[:, :, None, None] * theta ** (-np.arange(half) / half)
@@ -153,7 +153,7 @@ class Model:
         normed, D = self.norm(x, f"blocks.{l}.attn_norm.weight"), self.shape["head_dim"]
         q, k, v = (self.project(normed, l, part) for part in "qkv")
         raw_k, q, v = (y.reshape(*y.shape[:2], -1, D) for y in (k, q, v))
-        k, q = (rotate(y, position, self.shape["rope_theta"]) for y in (raw_k, q))
+        k, q = (apply_rope(y, position, self.shape["rope_theta"]) for y in (raw_k, q))
 
         # who is redundant
         score, redundant = np.full(real.shape, np.nan), np.zeros(real.shape, bool)

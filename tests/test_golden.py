@@ -17,10 +17,8 @@ from safetensors.numpy import load_file
 
 from golden import make, port
 from golden.check import FILES, INDEX, LENGTHS, PRUNES, SHAPE, agree, check, golden
+from filter_config import FilterConfig, layer_ratios
 from model import ModelConfig, Transformer, apply_rope, rope_table
-from filter_config import layer_ratios
-from cli.skip_map import decisions
-from filter_config import FilterConfig
 from token_filter import FilterState, exceeds_quantile, token_filter
 
 DTYPES = ["float64", "float32"]
@@ -80,9 +78,11 @@ class Reference:
 
         def feed(self, tokens, n_new):
             read = self.cache.usage()[:, 3]
-            logits, nan = self.model(torch.tensor(tokens).long(), self.cache, n_new), torch.full(tokens.shape, torch.nan)
-            score = torch.stack([nan if layer.score is None else layer.score for layer in self.cache.layers], 2)
-            out = {"logits": logits, "score": score, "redundant": decisions(self.cache)[0].permute(1, 2, 0)}
+            logits = self.model(torch.tensor(tokens).long(), self.cache, n_new)
+            layers = self.cache.decisions()
+            score = torch.stack([layer.score for layer in layers], 2)  # (B, T, L)
+            redundant = torch.stack([layer.redundant for layer in layers], 2)
+            out = {"logits": logits, "score": score, "redundant": redundant}
             if tokens.shape[1] == 1:  # of one token alone
                 out["read"] = (self.cache.usage()[:, 3] - read)[:, None]
             return {name: x.numpy() for name, x in out.items()}
@@ -135,12 +135,12 @@ CHANGES = {  # to the port: a piece of its text, what it becomes, files that mus
     "redundant not in the anchors": ("[real] = after[real]", "[real & ~redundant] = after[real & ~redundant]", ["history"]),
     "history one short": ("history.shape[1])\n", "history.shape[1])\n    history = history[:, 1:]\n", ["history"]),
     "position of the longest row": ("self.seen[:, None] + step", "self.seen.max() + 0 * n_new[:, None] + step", ["model"]),
-    "position by slot": ("rotate(y, position,", "rotate(y, cache.far[:, None] + position - self.seen[:, None],", PRESET_FILES),
+    "position by slot": ("apply_rope(y, position,", "apply_rope(y, cache.far[:, None] + position - self.seen[:, None],", PRESET_FILES),
     "pads enter the anchors": ("[real] = after[real]", "[:] = after", ["ragged"]),
     "pads enter the history": ("state.history[real,", "real = real | True; state.history[real,", ["ragged", *PRESET_FILES]),
     "a pad is redundant": ("redundant = real & above", "redundant = above", ["ragged"]),
     # the cache, and who sees what
-    "pads enter the cache": ("flatnonzero(real[:, t] &", "flatnonzero((real[:, t] | True) &", ["model", *PRESET_FILES]),
+    "pads enter the cache": ("flatnonzero(real[:, t])", "flatnonzero(real[:, t] | True)", ["model", *PRESET_FILES]),
     "as long as the longest row": ("position + 1, front), self.far[b]", "position + 1, front), self.far.max()", ["model", *PRESET_FILES]),
     "unwritten slots in sight": ("np.minimum(position + 1, front)", "0 * position + front", PRESET_FILES),
     "blind to itself": ("np.minimum(position + 1, front)", "np.minimum(position, front)", PRESET_FILES),
