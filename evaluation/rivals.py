@@ -220,6 +220,13 @@ def future_attention(model: Transformer, ids: list[int], recent: int):
 # ------------------------------------------------------------------------- what is compared
 
 
+def no_attention_in_last_layers(label, p, n_layers) -> Setting:
+    """Depth pruning of a share p of the layers, the last ones."""
+    first_layer = n_layers - round(p * n_layers)
+    all_but_first = FilterConfig(prune=p, schedule="uniform", warmup=0)
+    return Setting(label, all_but_first, without_attention_from(first_layer))
+
+
 def baselines(p, n_layers, window, seeds=(0,)) -> Iterator[Setting]:
     """Each baseline at ratio p; then every preset with random redundant tokens, for each seed.
 
@@ -228,11 +235,7 @@ def baselines(p, n_layers, window, seeds=(0,)) -> Iterator[Setting]:
     the min(t, B) tokens that are seen at t add up to (1-p) of the t that dense sees:
     B = (1 - sqrt(p)) W.
     """
-    # A share p of the layers, the last ones.
-    first_layer = n_layers - round(p * n_layers)
-    all_but_first = FilterConfig(prune=p, schedule="uniform", warmup=0)
-    filter_fn = without_attention_from(first_layer)
-    yield Setting("no attention in last layers", all_but_first, filter_fn)
+    yield no_attention_in_last_layers("no attention in last layers", p, n_layers)
 
     for label, budget in (("held", 1 - p), ("read", 1 - math.sqrt(p))):
         n_recent = max(1, round(budget * window) - SINKS)  # a token itself is one of them
