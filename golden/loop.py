@@ -1,7 +1,7 @@
 """The method as a literal loop, one token and one head at a time.
 
-It is what token_filter.py is tested against (test_filter.py), and what the golden files are made with
-(make.py). `filter_token` is the whole method, for one token; README quotes it.
+It is what token_filter.py is tested against (test_filter.py), and what the golden files are made
+with (make.py). `filter_token` is the whole method, for one token; README quotes it.
 
 Shapes: B sequences, T tokens, KVH key/value heads, D head size, W scores remembered, L layers.
 """
