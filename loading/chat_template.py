@@ -1,4 +1,7 @@
-"""Chat templates: the programs, in Jinja, that make one text of a conversation; and which part of the text is whose."""
+"""Chat templates: programs, in Jinja, that make one text of a conversation.
+
+And which special tokens of the text are the template's own: see own_tokens.
+"""
 
 import itertools
 import json
@@ -13,123 +16,240 @@ import jinja2.sandbox
 
 from loading.checkpoint_files import CheckpointError, JsonObject, read_file
 
+# ------------------------------------------------------------------------------------- rendering
+
 
 class GenerationBlock(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}, which marks an answer for training; here it is just what is in it."""
+    """{% generation %} ... {% endgeneration %}, which marks an answer for training.
+
+    Here it is just what is in it.
+    """
 
     tags = {"generation"}  # noqa: RUF012 (jinja reads it from the class)
 
     def parse(self, parser):
         line = next(parser.stream).lineno
-        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+        content = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(content, lineno=line)
 
 
 def read_templates(folder: Path, config: JsonObject) -> dict[str, tuple[Path, str]]:
-    """Name -> (its file, the template), of tokenizer_config.json and of files beside it, which go first. Raises CheckpointError."""
+    """{name: (its file, the template)}. Raises CheckpointError.
+
+    They stand in tokenizer_config.json, or in files beside it, which go first.
+    """
     template = config.values.get("chat_template")
-    listed = [{"name": "default", "template": template}] if isinstance(template, str) else template or []
+    if isinstance(template, str):
+        listed = [{"name": "default", "template": template}]
+    else:
+        listed = template or []
+    found = {}
     try:
-        found = {each["name"]: (config.path, "" + each["template"]) for each in listed}
+        for entry in listed:
+            found[entry["name"]] = (config.path, "" + entry["template"])
     except (KeyError, TypeError):
-        raise config.error("chat_template", "is neither a string nor a list of named templates") from None
-    for path in (folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja"))):
-        if os.path.lexists(path):
-            try:
-                found["default" if path.parent == folder else path.stem] = path, read_file(path).decode("utf-8")
-            except ValueError as error:
-                raise CheckpointError(path, f"cannot be read ({error})") from None
+        problem = "is neither a string nor a list of named templates"
+        raise config.error("chat_template", problem) from None
+
+    default = folder / "chat_template.jinja"
+    if os.path.lexists(default):
+        found["default"] = (default, read_template(default))
+    for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        found[path.stem] = (path, read_template(path))
     return found
 
 
-def render(source: str, messages: list[dict], known: dict) -> str:
-    """The text that a template makes of the messages, with the names that transformers defines; `known` are further ones.
+def read_template(path: Path) -> str:
+    """The template in a file. Raises CheckpointError."""
+    try:
+        return read_file(path).decode("utf-8")
+    except ValueError as error:
+        raise CheckpointError(path, f"cannot be read ({error})") from None
 
-    A template is a program that came with the checkpoint: the sandbox keeps it away from everything else. Raises whatever
-    the template raises.
+
+def render(source: str, messages: list[dict], known: dict) -> str:
+    """The text that a template makes of the messages, with the names that transformers defines.
+
+    known: further names. A template is a program that came with the checkpoint: the sandbox keeps
+    it away from everything else. Raises whatever the template raises.
     """
 
-    def refuse(message: str) -> None:
+    def refuse(message: str):
         raise jinja2.TemplateError(message)
 
-    def tojson(x, ensure_ascii=False, **options):  # jinja's own is for web pages
-        return json.dumps(x, ensure_ascii=ensure_ascii, **options)
+    def to_json(value, ensure_ascii=False, **options):
+        # Jinja's own is for web pages, and escapes "<".
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationBlock]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", GenerationBlock],
     )
-    sandbox.filters["tojson"] = tojson
-    sandbox.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-    messages = [named_reasoning(message) for message in changed(messages, str.__str__)]
-    return sandbox.from_string(source).render(known, messages=messages, tools=None, documents=None)
+    sandbox.filters["tojson"] = to_json
+    sandbox.globals["raise_exception"] = refuse
+    sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    plain = map_strings(messages, str.__str__)  # copies, of plain strings
+    prepared = [prepare_message(message) for message in plain]
+    template = sandbox.from_string(source)
+    return template.render(known, messages=prepared, tools=None, documents=None)
 
 
-def named_reasoning(message: dict) -> dict:
-    """A message without what is None, and with its reasoning under the names that templates know."""
-    message = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((message[key] for key in ("reasoning_content", "thinking", "reasoning") if key in message), None)
-    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+def prepare_message(message: dict) -> dict:
+    """A message without what is None, its reasoning under all names that templates know."""
+    stated = {key: value for key, value in message.items() if value is not None}
+    for key in ("reasoning_content", "thinking", "reasoning"):
+        if key in stated:
+            reasoning = stated[key]
+            return {"thinking": reasoning, **stated, "reasoning_content": reasoning}
+    return stated
 
 
-def changed(value, change, change_name=None):
-    """The same with all its strings changed; keys, a message's role, and the type of a part of it, in a way of their own."""
+# -------------------------------------------------------------------------- strings in messages
+
+
+def map_strings(
+    value, change: Callable[[str], str], change_name: Callable[[str], str] | None = None
+):
+    """The same value with all its strings changed.
+
+    change_name: how keys change, a message's role and the type of a part; None: as the others do.
+    """
     change_name = change_name or change
     if isinstance(value, dict):
-        ways = {key: change_name if key in ("role", "type") else change for key in value}
-        return {changed(key, change_name): changed(part, ways[key], change_name) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        parts = [changed(part, change, change_name) for part in value]
-        return tuple(parts) if isinstance(value, tuple) else parts
-    return change(value) if isinstance(value, str) else value
+        mapped = {}
+        for key, part in value.items():
+            way = change_name if key in ("role", "type") else change
+            mapped[map_strings(key, change_name)] = map_strings(part, way, change_name)
+        return mapped
+    if isinstance(value, list):
+        return [map_strings(part, change, change_name) for part in value]
+    if isinstance(value, tuple):
+        return tuple(map_strings(part, change, change_name) for part in value)
+    if isinstance(value, str):
+        return change(value)
+    return value
 
 
-def texts(value) -> Iterator[str]:
-    """All strings in it."""
+def strings_in(value) -> Iterator[str]:
+    """All strings in a value, keys too."""
     if isinstance(value, dict):
-        yield from texts([*value, *value.values()])
-    elif isinstance(value, (list, tuple)):
+        yield from strings_in(list(value.keys()))
+        yield from strings_in(list(value.values()))
+    elif isinstance(value, list | tuple):
         for part in value:
-            yield from texts(part)
+            yield from strings_in(part)
     elif isinstance(value, str):
         yield value
 
 
-def own_tokens(text: str, messages: list[dict], special: re.Pattern[str], rendered: Callable) -> list[tuple[int, int]] | None:
-    """Where in `text`, rendered(messages), stand the special tokens that the template wrote, (start, end) of each; None if that
-    cannot be told.
+# ------------------------------------------------------------------- the template's own tokens
 
-    A special token ("<|im_end|>") ends a turn where the template writes it, and is ordinary text where a user types it. Whatever
-    a template does to a message (escape, cut, count, capitalise), the two are told apart by rendering the messages again with
-    other letters in them (rendered gives None if the template fails): a token that is still there is the template's own.
+Span = tuple[int, int]  # start and end in a text
+Swap = dict[int, int]  # other letters for letters, for str.translate
+
+
+def own_tokens(
+    text: str,
+    messages: list[dict],
+    special: re.Pattern[str],
+    render_again: Callable[[list[dict]], str | None],
+) -> list[Span] | None:
+    """Where in a text the template's own special tokens stand; None if that cannot be told.
+
+    text          what the template made of the messages
+    special       matches special tokens
+    render_again  what the template makes of other messages; None if it fails
+
+    A special token ("<|im_end|>") ends a turn where the template writes it, and is ordinary text
+    where a user types it. Whatever a template does to a message (escape, cut, count, capitalise),
+    the two are told apart by rendering the messages again with other letters in them: a token that
+    is still there is the template's own.
     """
     spans = [found.span() for found in special.finditer(text)]
-    verdicts: dict[tuple[int, int], bool] = {}
-    for number, table in enumerate(disguises(text, "".join(text[a:b] for a, b in spans))):
+    is_own: dict[Span, bool] = {}  # of each span that has been told
 
-        def whole(said, table=table):
-            return said.translate(table)
+    def try_swap(swap: Swap):
+        other = render_swapped(messages, swap, special, render_again)
+        for span, still_there in compare(text, other, spans, swap).items():
+            is_own[span] = still_there and is_own.get(span, True)
 
-        def tokens(said, whole=whole):
-            return special.sub(lambda found: whole(found[0]), said)
+    try_swap(swap_all())
+    if len(is_own) < len(spans):
+        token_letters = {letter for start, end in spans for letter in text[start:end]}
+        for swap in swaps_of_one(text, token_letters):
+            try_swap(swap)
 
-        if number == 1 and len(verdicts) == len(spans):
-            break  # other letters all at once have told everything
-        other = rendered(changed(messages, whole, tokens)) or ""
-        looks = {(a, b): (other[a:b] == text[a:b], other[a:b] == whole(text[a:b])) for a, b in spans}
-        if len(other) == len(text) and all(map(any, looks.values())):  # otherwise the template went by what a message says
-            for span, (same, disguised) in looks.items():
-                if not (same and disguised):
-                    verdicts[span] = same and verdicts.get(span, True)
-    if not any(map(special.search, texts(messages))):  # then whatever could not be told is the template's
-        verdicts = dict.fromkeys(spans, True) | verdicts
-    return [span for span in spans if verdicts[span]] if len(verdicts) == len(spans) else None
+    typed = any(special.search(string) for string in strings_in(messages))
+    if not typed:
+        # Whatever could not be told is the template's.
+        for span in spans:
+            is_own.setdefault(span, True)
+    if len(is_own) < len(spans):
+        return None
+    return [span for span in spans if is_own[span]]
 
 
-def disguises(text: str, tokens: str) -> Iterator[dict[int, int]]:
-    """Tables for str.translate: all letters and digits, then one character of the tokens at a time, for one that is not in the text."""
-    letters, capitals, digits = "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
-    halves = ((each[len(each) // 2 :] + each[: len(each) // 2]) for each in (letters, capitals, digits))
-    yield str.maketrans(letters + capitals + digits, "".join(halves))
-    everything = itertools.chain(letters, capitals, digits, map(chr, range(0x400, 0xA000)))  # Cyrillic to Chinese: some letter is free
-    unused = itertools.islice((each for each in everything if each.isalnum() and each not in text), 2)
-    for other, letter in itertools.product([*unused], sorted(set(tokens))):
-        yield str.maketrans(letter + other, other + letter)
+def render_swapped(
+    messages: list[dict],
+    swap: Swap,
+    special: re.Pattern[str],
+    render_again: Callable[[list[dict]], str | None],
+) -> str:
+    """What the template makes of the messages with other letters; "" if it fails.
+
+    Templates go by roles and keys, so there only special tokens get other letters.
+    """
+
+    def swap_letters(string: str) -> str:
+        return string.translate(swap)
+
+    def swap_in_tokens(string: str) -> str:
+        return special.sub(lambda found: found[0].translate(swap), string)
+
+    return render_again(map_strings(messages, swap_letters, swap_in_tokens)) or ""
+
+
+def compare(text: str, other: str, spans: list[Span], swap: Swap) -> dict[Span, bool]:
+    """Which spans are still there in the text with other letters: those it tells something about.
+
+    It tells nothing about a span without any of the letters; and nothing at all where the template
+    went by what a message says, so that the two texts differ in more than the letters.
+    """
+    if len(other) != len(text):
+        return {}
+    told = {}
+    for start, end in spans:
+        token = text[start:end]
+        swapped = token.translate(swap)
+        found = other[start:end]
+        if found not in (token, swapped):
+            return {}
+        if token != swapped:
+            told[start, end] = found == token
+    return told
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+CAPITALS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+DIGITS = "0123456789"
+
+
+def swap_all() -> Swap:
+    """Every letter for the one half an alphabet further, and digits likewise."""
+    swap: Swap = {}
+    for alphabet in (LETTERS, CAPITALS, DIGITS):
+        half = len(alphabet) // 2
+        swap |= str.maketrans(alphabet, alphabet[half:] + alphabet[:half])
+    return swap
+
+
+def swaps_of_one(text: str, letters: set[str]) -> Iterator[Swap]:
+    """One of these letters at a time for one that is not in the text, and then for a second one."""
+    # From Cyrillic to Chinese: some letter is always free.
+    foreign = (chr(code) for code in range(0x400, 0xA000))
+    candidates = itertools.chain(LETTERS, CAPITALS, DIGITS, foreign)
+    unused = (letter for letter in candidates if letter.isalnum() and letter not in text)
+    for other in itertools.islice(unused, 2):
+        for letter in sorted(letters):
+            yield str.maketrans(letter + other, other + letter)

@@ -1,10 +1,45 @@
-"""Which tokens a checkpoint's JSON files name, call special, or add to a vocabulary."""
+"""Special tokens: which ones a checkpoint's files name or add, and where they stand in a text."""
 
 from __future__ import annotations
 
+import re
+from enum import Enum
 from typing import Any, NamedTuple
 
+from tokenizers import AddedToken
+
 from loading.checkpoint_files import CheckpointError, JsonObject
+
+# One of the characters that Unicode sets aside for a program's own use, never to be part of a text.
+MARK = "\ufdd0"
+
+
+class ParseSpecial(Enum):
+    """Which special tokens in a text count as such. The others are ordinary characters."""
+
+    NEVER = "none"
+    ALWAYS = "all"
+    MARKED = "those with MARK in front"
+
+
+def token_pattern(tokens: dict[str, AddedToken], mark: str = "") -> re.Pattern[str]:
+    """Matches any of these tokens, as a group; the longest one where several begin.
+
+    mark: a pattern that stands in front of the special ones.
+    """
+    words = []
+    for name in sorted(tokens, key=len, reverse=True):
+        word = re.escape(name)
+        if tokens[name].single_word:
+            word = rf"(?<!\w){word}(?!\w)"
+        if tokens[name].special:
+            word = mark + word
+        words.append(word)
+    nothing = "(?!)"
+    return re.compile(f"({'|'.join(words) or nothing})")
+
+
+# ------------------------------------------------------------------------- what the files say
 
 FLAGS = ("special", "lstrip", "rstrip", "single_word")  # false if missing
 
@@ -77,3 +112,9 @@ def added_tokens(config: JsonObject) -> dict[str, AddedEntry]:
             raise CheckpointError(config.path, f"or added_tokens.json: {problem}")
         added[name] = entry
     return added
+
+
+def other_id_error(config: JsonObject, name: str, number: int, file: str) -> CheckpointError:
+    """The error of an added token that has another id in the tokenizer's own file."""
+    problem = f"or added_tokens.json gives {name!r:.80} the id {number}, unlike {file}"
+    return config.error("added_tokens_decoder", problem)

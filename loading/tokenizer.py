@@ -1,6 +1,6 @@
 """Text to ids and back: Tokenizer(folder) reads a checkpoint's tokenizer and its chat template.
 
-    tokenizer.json                                     in the format of the `tokenizers` package, or else
+    tokenizer.json                                     in the format of `tokenizers`, or else
     tokenizer.model, tokenizer.model.v3                in SentencePiece's
     tokenizer_config.json, special_tokens_map.json, added_tokens.json,
     generation_config.json, config.json,
@@ -11,316 +11,308 @@ Whatever is wrong is raised as CheckpointError: one line that names the file and
 
 from __future__ import annotations
 
-import itertools
-import json
 import os
-import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from functools import cached_property
+from collections.abc import Iterable
 from pathlib import Path
 
-import sentencepiece
-import tokenizers
-from tokenizers import AddedToken, decoders
+from loading.chat_template import map_strings, own_tokens, read_templates, render
+from loading.checkpoint_files import CheckpointError, JsonObject
+from loading.special_tokens import (
+    MARK,
+    ParseSpecial,
+    named_tokens,
+    special_tokens,
+    token_name,
+    token_pattern,
+)
+from loading.tokenizer_json import TokenizerJson, tokenizer_errors
+from loading.tokenizer_model import TokenizerModel
 
-from loading.chat_template import changed, own_tokens, read_templates, render
-from loading.checkpoint_files import CheckpointError, JsonObject, read_file
-from loading.special_tokens import added_tokens, named_tokens, special_tokens, token_name
+__all__ = ["MARK", "Stream", "Tokenizer"]
 
-MARK = "\ufdd0"  # one of the characters that Unicode sets aside for a program's own use, never to be part of a text
-
-
-@contextmanager
-def _tokenizing(path: Path, doing: str) -> Iterator[None]:
-    """`tokenizers` raises bare Exceptions, and where a file makes no sense its Rust code may panic."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except BaseException as error:
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise CheckpointError(path, f"cannot {doing} ({error})") from None
-        raise
-
-
-def any_of(tokens: dict[str, AddedToken], mark: str = "") -> re.Pattern[str]:
-    """Matches any of these tokens behind `mark`, as a group: the longest one where several begin."""
-    names = sorted(tokens, key=len, reverse=True)
-    words = [rf"(?<!\w){re.escape(name)}(?!\w)" if tokens[name].single_word else re.escape(name) for name in names]
-    return re.compile(f"{mark}({'|'.join(words) or '(?!)'})")  # (?!): nothing
-
-
-def _heed_add_prefix_space(values: dict, config: JsonObject, family: str) -> None:
-    """Whether a text gets a space in front, changed in a tokenizer.json as the tokenizer's class in transformers does: those of Mistral
-    and Phi-3, and those without a class of their own, leave the file as it is."""
-    kind = config.get("tokenizer_class", str, "Qwen2Tokenizer" if family.startswith("qwen") else "")
-    wish, steps = config.get("add_prefix_space", bool, None), values.get("pre_tokenizer") or {}
-    bytes_step = [step for step in steps.get("pretokenizers", [steps]) if step.get("type") == "ByteLevel"]
-    if wish is None or family in ("mistral", "phi3"):
-        return
-    if bytes_step and kind.startswith(("Qwen2Tokenizer", "GPT2Tokenizer")):
-        bytes_step[0]["add_prefix_space"] = wish
-    elif not bytes_step and kind.startswith(("LlamaTokenizer", "CodeLlamaTokenizer")):
-        scheme = "never" if not wish else "always" if config.get("legacy", bool, False) else "first"
-        space, strip = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}, decoders.Strip(" ", 1, 0)
-        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *[strip] * wish]
-        values |= {"normalizer": None, "pre_tokenizer": space, "decoder": json.loads(decoders.Sequence(steps).__getstate__())}
-
-
-class _TokenizerJson:
-    """tokenizer.json, through the `tokenizers` package."""
-
-    def __init__(self, path: Path, config: JsonObject, special: set[str], family: str):
-        values = JsonObject.read(path).values
-        values |= {"truncation": None, "padding": None}  # some files carry their training's
-        post = values.get("post_processor") or {}
-        with _tokenizing(path, "be read as a tokenizer"):
-            _heed_add_prefix_space(values, config, family)
-            self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(values))
-            known = {token.content: token for token in self.tokenizer.get_added_tokens_decoder().values()}
-            vocab = self.tokenizer.get_vocab()
-            added = {name: (vocab[name], dict[str, bool]()) for name in special if name in vocab} | added_tokens(config)
-            for name, (i, flags) in sorted(added.items(), key=lambda item: item[1][0]):
-                token = AddedToken(name, **flags) if flags or name not in known else known[name]
-                token.special |= name in special
-                self.tokenizer.add_tokens([token])
-                if self.tokenizer.token_to_id(name) != i:
-                    raise config.error("added_tokens_decoder", f"or added_tokens.json gives {name!r:.80} the id {i}, unlike {path.name}")
-            self.plain_size = max(self.tokenizer.get_vocab(with_added_tokens=False).values(), default=-1) + 1
-            self.vocab: dict[str, int] = self.tokenizer.get_vocab(with_added_tokens=True)
-            templates = [p["single"] for p in post.get("processors", [post]) if p.get("type") == "TemplateProcessing"]
-            first = [template[0]["SpecialToken"]["id"] for template in templates if "SpecialToken" in template[0]]
-            self.bos = {self.vocab[token] for token in first}
-        self.adds_bos = bool(self.bos)
-        self.special = {token.content: token for token in self.tokenizer.get_added_tokens_decoder().values() if token.special}
-
-    def encode(self, text: str, mark: str | None) -> list[int]:
-        """Here and below: special tokens are parsed where `mark`, "" or MARK, stands in front of them and nowhere else."""
-        tokenizer, ids = self._marked if mark else (self.tokenizer, dict[int, int]())
-        tokenizer.encode_special_tokens = mark != ""  # in a marked text the special ones are text, the new ones are not
-        return [ids.get(i, i) for i in tokenizer.encode(text, add_special_tokens=False).ids]
-
-    @cached_property
-    def _marked(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
-        """A copy with new tokens that are the special ones, each with MARK in front, and their ids -> the special ids."""
-        copy = tokenizers.Tokenizer.from_str(self.tokenizer.to_str())
-        for name, token in self.special.items():
-            copy.add_tokens([AddedToken(MARK + name, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False)])
-        vocab = copy.get_vocab()
-        return copy, {vocab[MARK + name]: self.vocab[name] for name in self.special}
-
-    def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=False)
-
-
-class _SentencePiece:
-    """tokenizer.model, through SentencePiece. Tokens that the JSON files beside it add count as special."""
-
-    adds_bos = True
-
-    def __init__(self, path: Path, config: JsonObject, special: set[str], family: str):
-        try:
-            proto = read_file(path) or b"empty"  # no bytes at all would pass for a model
-            model = self.model = sentencepiece.SentencePieceProcessor(model_proto=proto)
-        except RuntimeError as error:
-            raise CheckpointError(path, f"cannot be read as a SentencePiece model ({error})") from None
-        self.plain_size, self.bos = model.get_piece_size(), {model.bos_id()} - {-1}
-        self.vocab = {model.id_to_piece(i): i for i in range(self.plain_size)}
-        for key, i in (("bos_token", model.bos_id()), ("eos_token", model.eos_id()), ("unk_token", model.unk_id())):
-            config.values |= {key: config.values.get(key, model.id_to_piece(i))} if i >= 0 else {}
-        control = {name for name, i in self.vocab.items() if model.is_control(i) or model.is_unknown(i)}
-        added = added_tokens(config)
-        said = {name for name in self.vocab if name in special or added.get(name, (0, {}))[1].get("special")}
-        new = added.keys() - self.vocab.keys()  # of a new id, or another name for a piece
-        for name, (i, _) in added.items():
-            if self.vocab.setdefault(name, i) != i:
-                raise config.error("added_tokens_decoder", f"or added_tokens.json gives {name!r:.80} the id {i}, unlike {path.name}")
-        self.special = {name: AddedToken(name, **added.get(name, (0, {}))[1]) for name in control | said | new}
-        # the model itself parses these, so a text is cut within them
-        self._cut = re.compile("|".join(f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in said - control) or "(?!)")
-        self._space = config.get("add_prefix_space", bool, None)
-        self._legacy = config.get("legacy", bool, self._space is None)
-
-    def encode(self, text: str, mark: str | None) -> list[int]:
-        parts = [text] if mark is None else any_of(self.special, mark).split(text)
-        texts, names, ids = parts[::2], parts[1::2], list[int]()
-        for number, name in enumerate(names):
-            texts[number] = texts[number].rstrip() if self.special[name].lstrip else texts[number]
-            texts[number + 1] = texts[number + 1].lstrip() if self.special[name].rstrip else texts[number + 1]
-        for number, part in enumerate(texts):
-            ids += [self.vocab[name] for name in names[:number][-1:]] + self._plain(part, first=not number)
-        return ids
-
-    def _plain(self, text: str, first: bool) -> list[int]:
-        """Text alone. It gets a space in front as add_prefix_space says, or else the model; where tokenizer_config.json has
-        legacy: false, only if it is the first."""
-        ids = list[int]()
-        for number, part in enumerate(self._cut.split(text)):
-            spaced = (first or self._legacy) and not number
-            part = " " + part if spaced and self._space and part else part
-            bare = 0 if spaced and self._space is None else len(self.model.encode(MARK))
-            ids += self.model.encode(MARK * bool(bare) + part)[bare:]
-        return ids
-
-    def decode(self, ids: list[int]) -> str:
-        space = [] if self._space is None else [self.model.piece_to_id("▁")]  # whose space the model drops, not the text's own
-        text = self.model.decode(space + ids)[len(self.model.decode(space)) :]
-        return text.removeprefix(" ") if self._space else text
+FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer.model.v3",
+)  # the first that is there is read
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer, from tokenizer.json or else SentencePiece's tokenizer.model, and its chat template.
+    """A checkpoint's tokenizer and its chat template.
 
-    Attributes: vocab_size (highest id + 1), plain_size (the same without the tokens that were added to a vocabulary, such as
-    one for padding, which a model may have no embedding for), bos_id (None if there is none), eos_ids (a set: any of them ends a text).
+    path        the tokenizer's file vocab_size  the highest id + 1 plain_size  the same without the
+    tokens that were added to a vocabulary, such as one for padding,
+                which a model may have no embedding for
+    bos_id      the id of BOS; None if there is none
+    eos_ids     a set of ids, any of which ends a text
+
     Raises CheckpointError.
     """
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
-        files = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
-        config, older, generation, model = (JsonObject.read(folder / name, optional=True) for name in files)
+        config = JsonObject.read(folder / "tokenizer_config.json", optional=True)
+        older = JsonObject.read(folder / "special_tokens_map.json", optional=True)
+        generation = JsonObject.read(folder / "generation_config.json", optional=True)
+        model = JsonObject.read(folder / "config.json", optional=True)
         if config.raw("added_tokens_decoder") is None:  # as transformers does
             config.values |= older.values
-        names = ("tokenizer.json", "tokenizer.model", "tokenizer.model.v3")  # v3: as Mistral names it
-        found = [folder / name for name in names if os.path.lexists(folder / name)]
-        if not found:
-            raise CheckpointError(folder, "has no tokenizer.json and no tokenizer.model")
-        self.path, backend = found[0], _TokenizerJson if found[0].suffix == ".json" else _SentencePiece
-        self._backend: _TokenizerJson | _SentencePiece
-        self._backend = backend(self.path, config, special_tokens(config), model.get("model_type", str, ""))
-        tokens = {i: token for token, i in self._backend.vocab.items()}
-        self.vocab_size, self.plain_size = max(tokens, default=-1) + 1, self._backend.plain_size
-        self._shown = {i: token for i, token in tokens.items() if token not in self._backend.special}  # what decode() keeps
 
-        # EOS: the first that names any. BOS: generation_config.json says nothing about it.
-        numbered = self._numbered(generation, "eos_token_id") or self._numbered(model, "eos_token_id")
-        self.eos_ids = numbered or self._named(config, "eos_token")
-        bos = self._named(config, "bos_token") or self._numbered(model, "bos_token_id") or self._backend.bos
-        self.bos_id = min(bos, default=None)
-        self._add_bos = config.get("add_bos_token", bool, self._backend.adds_bos)
-        if self._add_bos and self.bos_id is None:
-            raise CheckpointError(self.path, "BOS is to be added to a text, but no file says which token it is")
-        self._template_tokens, self._templates = named_tokens(config), read_templates(folder, config)
+        self.path = find_file(folder)
+        kind = TokenizerJson if self.path.suffix == ".json" else TokenizerModel
+        family = model.get("model_type", str, "")
+        self._backend = kind(self.path, config, special_tokens(config), family)
+        for key, name in self._backend.own_names.items():
+            config.values.setdefault(key, name)
+
+        names = {i: name for name, i in self._backend.vocab.items()}
+        self.vocab_size = max(names, default=-1) + 1
+        self.plain_size = self._backend.plain_size
+        # What decode() shows, by id.
+        self._shown = {i: name for i, name in names.items() if name not in self._backend.special}
+
+        # An answer ends at the tokenizer's own EOS, which may be the end of a turn, and at those
+        # that the model's files number.
+        eos_ids = self._numbered(generation, "eos_token_id")
+        if not eos_ids:
+            eos_ids = self._numbered(model, "eos_token_id")
+        self.eos_ids = eos_ids | self._named(config, "eos_token")
+        self._first = self._find_first(config, model)
+        self.bos_id = self._find_bos(config, model)
+        self._template_tokens = named_tokens(config)
+        self._templates = read_templates(folder, config)
+
+    def _find_first(self, config: JsonObject, model: JsonObject) -> list[int]:
+        """The ids in front of a text, as transformers 5.23 puts them there.
+
+        tokenizer.json: what its post-processor writes, whichever token bos_token names, and nothing
+        where there is no post-processor. add_bos_token does not count. Two classes do not go by the
+        post-processor: CodeLlamaTokenizer writes bos_token, and GPTNeoXTokenizer writes nothing.
+
+        tokenizer.model: bos_token where add_bos_token is true. If bos_token is missing, it is the
+        model's own BOS; if it is null, nothing is written. If add_bos_token is missing, it is true
+        for CodeLlamaTokenizer and false for other classes. Where no file names a class it is true,
+        unlike in transformers: such folders hold LLaMA's or Mistral's own files, and these models
+        were trained with BOS.
+
+        The class is tokenizer_class of tokenizer_config.json, or else of config.json. In a Mistral,
+        Phi-3 or Qwen2 model it does not count. What a post-processor writes behind a text is left
+        out, as a model is to go on with the text.
+        """
+        model_class = model.get("tokenizer_class", str, "")
+        class_name = config.get("tokenizer_class", str, model_class).removesuffix("Fast")
+        class_counts = model.get("model_type", str, "") not in ("mistral", "phi3", "qwen2")
+        is_code_llama = class_name == "CodeLlamaTokenizer" and class_counts
+        is_neox = class_name == "GPTNeoXTokenizer" and class_counts
+        adds_bos = config.get("add_bos_token", bool, is_code_llama or class_name == "")
+        if isinstance(self._backend, TokenizerModel):
+            writes_bos_token = adds_bos
+        else:
+            writes_bos_token = is_code_llama
+        if writes_bos_token:
+            return list(self._named(config, "bos_token"))
+        if is_neox:
+            return []
+        return self._backend.first
+
+    def _find_bos(self, config: JsonObject, model: JsonObject) -> int | None:
+        """BOS: what stands in front of a text, or else what the first file that names any says.
+
+        generation_config.json has nothing to say about it.
+        """
+        ids = self._named(config, "bos_token")
+        if not ids:
+            ids = self._numbered(model, "bos_token_id")
+        if self._first:
+            return self._first[0]
+        return min(ids, default=self._backend.own_bos)
 
     def _named(self, config: JsonObject, key: str) -> set[int]:
-        """The id of a token that a file names: a string, or an object with the string as its content."""
-        token = token_name(config.values.get(key))
-        if not token:
+        """The id of a token that a file names; a set of one, or of none."""
+        name = token_name(config.values.get(key))
+        if not name:
             return set()
-        if not isinstance(token, str) or token not in self._backend.vocab:
-            raise config.error(key, f"{token!r:.80} is not in the vocabulary")
-        return {self._backend.vocab[token]}
+        if not isinstance(name, str) or name not in self._backend.vocab:
+            raise config.error(key, f"{name!r:.80} is not in the vocabulary")
+        return {self._backend.vocab[name]}
 
     def _numbered(self, config: JsonObject, key: str) -> set[int]:
         """The ids that a file gives: one number or a list."""
         value = config.values.get(key)
-        ids = [] if value is None else value if isinstance(value, list) else [value]
-        if not all(type(i) is int and 0 <= i < self.vocab_size for i in ids):
-            raise config.error(key, f"is {value!r:.80}, not in the tokenizer's vocabulary of {self.vocab_size}")
+        if value is None:
+            return set()
+        ids = value if isinstance(value, list) else [value]
+        for i in ids:
+            if type(i) is not int or not 0 <= i < self.vocab_size:
+                problem = (
+                    f"is {value!r:.80}, not in the tokenizer's vocabulary of {self.vocab_size}"
+                )
+                raise config.error(key, problem)
         return set(ids)
 
-    def encode(self, text: str, bos: bool | None = None, parse_special: bool = False) -> list[int]:
-        """Text to ids. bos: put BOS in front (None: if the checkpoint's files say so).
+    # ----------------------------------------------------------------------------------- texts
 
-        "<s>" and the like in `text` are ordinary characters unless parse_special. Raises CheckpointError.
+    def encode(self, text: str, bos: bool | None = None, parse_special: bool = False) -> list[int]:
+        """Text to ids.
+
+        bos            whether BOS stands in front; None: as the checkpoint's files say it, by the
+                       rule of _find_first
+        parse_special  whether "<s>" and the like in the text are special tokens; otherwise they are
+                       ordinary characters
+
+        Raises CheckpointError.
         """
-        bos = self._add_bos if bos is None else bos
-        if bos and self.bos_id is None:
-            raise CheckpointError(self.path, "there is no BOS token to add")
-        with _tokenizing(self.path, "encode the text"):
-            ids = self._backend.encode(text, "" if parse_special else None)
-        return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
+        first = self._first
+        if bos and not first:
+            if self.bos_id is None:
+                raise CheckpointError(self.path, "there is no BOS token to add")
+            first = [self.bos_id]
+        parse = ParseSpecial.ALWAYS if parse_special else ParseSpecial.NEVER
+        with tokenizer_errors(self.path, "encode the text"):
+            ids = self._backend.encode(text, parse)
+        if bos is False:
+            return ids
+        return first + ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids to text. Special tokens and ids outside the vocabulary are dropped."""
-        with _tokenizing(self.path, "decode the tokens"):
-            return self._backend.decode([i for i in ids if i in self._shown])
+        shown = [i for i in ids if i in self._shown]
+        with tokenizer_errors(self.path, "decode the tokens"):
+            return self._backend.decode(shown)
 
     def stream(self, start: bool = False) -> Stream:
-        """A new Stream: ids in one by one, text out as soon as it is certain. They are taken to go on with a text, so that an
-        answer has its first space, or to start one."""
+        """A new Stream: ids in one by one, text out as soon as it is certain.
+
+        start: whether the ids start a text. Otherwise they go on with one, so that an answer has
+        its first space.
+        """
         return Stream(self, start)
 
-    def chat_text(self, messages: list[dict], add_generation_prompt: bool = True, template: str = "default") -> str:
-        """The text that a chat template makes of a conversation, by default up to where the assistant speaks next; rendered as
-        transformers does.
+    # ------------------------------------------------------------------------------------ chat
 
-        Raises CheckpointError if there is no chat template of this name or it fails, which it may do on purpose.
+    def chat_text(
+        self, messages: list[dict], add_generation_prompt: bool = True, template: str = "default"
+    ) -> str:
+        """The text that a chat template makes of a conversation, rendered as transformers does it.
+
+        By default it ends where the assistant speaks next. Raises CheckpointError if there is no
+        chat template of this name, or if it fails, which it may do on purpose.
         """
         if not self._templates:
-            raise CheckpointError(self.path.parent, "has no chat template; is it a base model? prompt it without chat")
+            problem = "has no chat template; is it a base model? prompt it without chat"
+            raise CheckpointError(self.path.parent, problem)
         if template not in self._templates:
-            raise CheckpointError(self.path.parent, f"has no chat template named {template}, only {', '.join(self._templates)}")
+            names = ", ".join(self._templates)
+            problem = f"has no chat template named {template}, only {names}"
+            raise CheckpointError(self.path.parent, problem)
         path, source = self._templates[template]
-
         known = {"add_generation_prompt": add_generation_prompt, **self._template_tokens}
         try:
             return render(source, messages, known)
-        except Exception as error:  # noqa: BLE001 (a template can fail in as many ways as any program)
+        except Exception as error:  # noqa: BLE001 (it can fail in as many ways as any program)
             raise CheckpointError(path, f"the chat template failed ({error})") from None
 
-    def chat(self, messages: list[dict], parse_special: bool = False, template: str = "default") -> list[int]:
-        """Ids of a conversation, [{"role": "user", "content": "..."}, ...], up to where the assistant speaks next.
+    def chat(
+        self, messages: list[dict], parse_special: bool = False, template: str = "default"
+    ) -> list[int]:
+        """Ids of a conversation, up to where the assistant speaks next.
 
-        "<|im_end|>" and the like are special where the template writes them; in a message they are ordinary characters,
-        so that nobody can end their own turn by typing it, unless parse_special. Raises CheckpointError as chat_text does.
+        messages: [{"role": "user", "content": "..."}, ...]
+
+        "<|im_end|>" and the like are special where the template writes them. In a message they are
+        ordinary characters, so that nobody can end their own turn by typing it, unless
+        parse_special. Raises CheckpointError as chat_text does.
         """
-        messages = changed(messages, lambda text: text.replace(MARK, ""))
-        text = self.chat_text(messages, template=template)
+        unmarked = map_strings(messages, lambda text: text.replace(MARK, ""))
+        text = self.chat_text(unmarked, template=template)
         if parse_special:
             return self.encode(text, bos=False, parse_special=True)
 
-        def rendered(messages):
-            with suppress(CheckpointError):
-                return self.chat_text(messages, template=template)
+        def render_again(changed_messages) -> str | None:
+            try:
+                return self.chat_text(changed_messages, template=template)
+            except CheckpointError:
+                return None
 
-        own = own_tokens(text, messages, any_of(self._backend.special), rendered)
+        pattern = token_pattern(self._backend.special)
+        own = own_tokens(text, unmarked, pattern, render_again)
         if own is None:
-            problem = "the chat template does something else with these messages because of the special tokens in them"
-            raise CheckpointError(self._templates[template][0], problem)
-        for a, _ in reversed(own):
-            text = text[:a] + MARK + text[a:]
-        with _tokenizing(self.path, "encode the conversation"):
-            return self._backend.encode(text, MARK)
+            path, _ = self._templates[template]
+            problem = (
+                "does something else with these messages because of the special tokens in them"
+            )
+            raise CheckpointError(path, f"the chat template {problem}")
+        for start, _ in reversed(own):
+            text = text[:start] + MARK + text[start:]
+        with tokenizer_errors(self.path, "encode the conversation"):
+            return self._backend.encode(text, ParseSpecial.MARKED)
+
+
+def find_file(folder: Path) -> Path:
+    """The tokenizer's file in a folder. Raises CheckpointError if there is none."""
+    for name in FILES:
+        if os.path.lexists(folder / name):
+            return folder / name
+    raise CheckpointError(folder, "has no tokenizer.json and no tokenizer.model")
 
 
 class Stream:
-    """Text from ids that come one at a time: all of push()'s results and flush()'s, joined, are decode(all ids), or what
-    these add to a text.
+    """Text from ids that come one at a time.
 
-    A token may hold only part of a character, and text that was given out cannot be taken back, so some is held back:
-    an unfinished character, which decodes to U+FFFD at the end, and a run of byte tokens (<0xE2>) while it goes on,
-    because some decoders turn all of it into U+FFFD when any of it is not UTF-8.
+    All of push()'s results and flush()'s, joined, are decode(all ids), or what these add to a text.
+
+    A token may hold only part of a character, and text that was given out cannot be taken back, so
+    some is held back: an unfinished character, which decodes to U+FFFD at the end, and a run of
+    byte tokens (<0xE2>) while it goes on, because some decoders turn all of it into U+FFFD when any
+    of it is not UTF-8.
     """
 
     def __init__(self, tokenizer: Tokenizer, start: bool):
         self._tokenizer = tokenizer
-        # Only the latest ids are decoded again. The context is there because decoders treat the start of a text in a
-        # special way (a space is stripped); once some text has come out, the rest no longer depends on what was before.
-        words = (i for i, piece in tokenizer._shown.items() if piece.isalnum() and tokenizer.decode([i]) == piece)
-        self._context = [] if start else [*itertools.islice(words, 1)]
+        # Only the latest ids are decoded again, after some that were decoded before: decoders treat
+        # the start of a text in a special way (a space is stripped). Once some text has come out,
+        # the rest no longer depends on what was before.
+        self._context: list[int] = []
+        if not start:
+            self._context = self._any_word()
         self._pending: list[int] = []
-        self._given = len(tokenizer.decode(self._context))  # characters of decode(context + pending) already given out
+        # How many characters of decode(context + pending) were given out.
+        self._given = len(tokenizer.decode(self._context))
+
+    def _any_word(self) -> list[int]:
+        """The id of a token that is a word whatever stands around it; a list of one, or of none."""
+        for i, name in self._tokenizer._shown.items():
+            if name.isalnum() and self._tokenizer.decode([i]) == name:
+                return [i]
+        return []
 
     def push(self, token: int) -> str:
         """The text that has become certain with this id, often of this id alone, maybe ""."""
-        piece = self._tokenizer._shown.get(token)
-        if piece is None:
+        name = self._tokenizer._shown.get(token)
+        if name is None:
             return ""
         self._pending.append(token)
-        return "" if len(piece) == 6 and piece.startswith("<0x") else self._give(last=False)
+        is_byte = len(name) == 6 and name.startswith("<0x")
+        if is_byte:
+            return ""
+        return self._give(is_last=False)
 
     def flush(self) -> str:
         """What is left, for after the last id."""
-        return self._give(last=True)
+        return self._give(is_last=True)
 
-    def _give(self, last: bool) -> str:
+    def _give(self, is_last: bool) -> str:
+        """The text of context and pending ids that is certain and was not given out yet."""
         text = self._tokenizer.decode(self._context + self._pending)
-        end = len(text) - (text.endswith("\N{REPLACEMENT CHARACTER}") and not last)
-        new, self._given = text[self._given : end], end
-        alone = self._tokenizer.decode(self._pending)
-        if end == len(text) and alone:
-            self._context, self._pending, self._given = self._pending, [], len(alone)
+        end = len(text)
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and not is_last:
+            end -= 1
+        new = text[self._given : end]
+        self._given = end
+        pending_text = self._tokenizer.decode(self._pending)
+        if end == len(text) and pending_text:
+            # All is given out, so that these ids can be the context of those to come.
+            self._context = self._pending
+            self._pending = []
+            self._given = len(pending_text)
         return new
