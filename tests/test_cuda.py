@@ -49,12 +49,10 @@ class Again:
     made = 0
 
     def __init__(self, step, tokens, cache):
-        self.step, self.cache, self.tokens, self.recorded = (
-            step,
-            cache,
-            tokens.clone(),
-            addresses(cache),
-        )
+        self.step = step
+        self.cache = cache
+        self.tokens = tokens.clone()
+        self.recorded = addresses(cache)
         Again.made += 1
 
     def __call__(self, tokens):
@@ -74,7 +72,9 @@ def feed(model, filter, length=0, lengths=(12, 3, 40), steps=70):
     tokens = torch.randint(
         0, 97, (3, max(lengths) + steps), generator=torch.Generator().manual_seed(5)
     )
-    cache, logits, redundant = model.new_cache(3, filter, length=length), [], []
+    cache = model.new_cache(3, filter, length=length)
+    logits = []
+    redundant = []
     model(tokens[:, : max(lengths)], cache, lengths)
     for t in range(steps):
         logits.append(model(tokens[:, max(lengths) + t, None], cache)[:, 0].cpu())
@@ -91,7 +91,7 @@ def assert_same(one, other, atol=1e-9):
     assert one[1] == other[1] and torch.equal(one[2], other[2])
 
 
-# ------------------------------------------------------------------------------------------------------ on a GPU
+# --------------------------------------------------------------------------------------- on a GPU
 
 
 @cuda
@@ -99,11 +99,9 @@ def assert_same(one, other, atol=1e-9):
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("name", NAMES)
 def test_in_float64_a_gpu_does_what_the_cpu_does(name, window, captured):
-    filter, model, length = (
-        filter_of(name, 3 if window == 9 else 16),
-        small("gqa", window),
-        120 if window else 0,
-    )
+    filter = filter_of(name, 3 if window == 9 else 16)
+    model = small("gqa", window)
+    length = 120 if window else 0
     on_gpu = copy.deepcopy(model).to("cuda")
     record_decode(on_gpu, CudaGraph if captured else None)
     assert_same(feed(model, filter, length), feed(on_gpu, filter, length))
@@ -124,7 +122,8 @@ def test_captured_is_uncaptured_in_every_dtype_and_batch(dtype, heads):
         for lengths in ([40], [12, 40], [5, 40, 12, 3, 17, 20, 31, 2])[
             :: 1 if name == "paper" else 2
         ]:
-            runs, tokens = [], torch.randint(0, 97, (len(lengths), 80))
+            runs = []
+            tokens = torch.randint(0, 97, (len(lengths), 80))
             for record in (CudaGraph, None):
                 record_decode(model, record)
                 cache = model.new_cache(len(lengths), filter_of(name, 3))
@@ -143,7 +142,8 @@ def test_compiled_is_eager_captured_or_not_and_for_two_shapes(name, window):
     for heads in ((8, 2), (4, 4))[: 2 if name == "paper" else 1]:
         torch.manual_seed(1)
         config = ModelConfig(97, heads[0] * 64, 3, *heads, 64, 48, 1e4, 1e-5, 512, False, window)
-        model, runs = Transformer(config).requires_grad_(False).to("cuda"), []
+        model = Transformer(config).requires_grad_(False).to("cuda")
+        runs = []
         tokens = torch.randint(0, 97, (2, 200))
         for way in ("eager", "compiled", "both"):
             model.decode_block = Block.forward
@@ -164,8 +164,25 @@ def test_compiled_is_eager_captured_or_not_and_for_two_shapes(name, window):
 @pytest.mark.parametrize("flags", ["", "--compile", "--no-graph"])
 def test_the_command(checkpoint, capsys, flags):
     """Rows of which one ends early: the same texts as on the CPU."""
-    run = [str(checkpoint), "--prompt", "the quick", "--prompt", "brown", "--prompt", "fox " * 9, "--dtype", "float32", "--ignore-eos",
-           "--max-new-tokens", "30", "--prune", "0.5", "--preset", "cache", *flags.split()]  # fmt: skip
+    run = [
+        str(checkpoint),
+        "--prompt",
+        "the quick",
+        "--prompt",
+        "brown",
+        "--prompt",
+        "fox " * 9,
+        "--dtype",
+        "float32",
+        "--ignore-eos",
+        "--max-new-tokens",
+        "30",
+        "--prune",
+        "0.5",
+        "--preset",
+        "cache",
+        *flags.split(),
+    ]
     texts = []
     for device in ("cuda", "cpu"):
         generate_module.main([*run, "--device", device])
@@ -175,7 +192,8 @@ def test_the_command(checkpoint, capsys, flags):
 
 @cuda
 def test_rows_that_have_ended_ride_along_until_half_have():
-    model, sizes = copy.deepcopy(small()).to("cuda"), []
+    model = copy.deepcopy(small()).to("cuda")
+    sizes = []
     prompts = [[1, 2, 3], [4, 5], [6] * 20, [7] * 9]
     whole = list(generate_module.generate(small(), prompts, 40, filter_of("cache")))
     ends = {token for row, token in whole if row in (0, 2)}
@@ -211,14 +229,15 @@ def test_out_of_memory_is_one_line(capsys):
     assert "out of memory" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------- without one, as with one
+# ----------------------------------------------------------------------- without one, as with one
 
 
 @pytest.mark.parametrize("length", [0, 120])
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("name", NAMES)
 def test_repeated_steps_are_those_that_are_run(name, window, length):
-    model, Again.made = small("gqa", window), 0
+    model = small("gqa", window)
+    Again.made = 0
     repeated = copy.deepcopy(model)
     record_decode(repeated, Again)
     assert_same(feed(model, filter_of(name), length), feed(repeated, filter_of(name), length))
@@ -263,7 +282,8 @@ def test_a_step_takes_nothing_from_the_host(name, window):
 @pytest.mark.parametrize("shape", ["mha", "gqa", "mqa"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_kernel_may_return_its_result_in_any_order(name, shape, monkeypatch):
-    model, attention = small(shape), F.scaled_dot_product_attention
+    model = small(shape)
+    attention = F.scaled_dot_product_attention
     expected = feed(model, filter_of(name))
 
     def transposed(*args, **options):
@@ -292,7 +312,8 @@ def test_the_compiled_kernel_is_given_contiguous_int32(n, monkeypatch):
         return q
 
     monkeypatch.setattr(decode_attention, "flex_attention", strict)
-    q, (k, v) = torch.randn(len(n), 2, 3, 8), torch.randn(2, len(n), 2, 300, 8)
+    q = torch.randn(len(n), 2, 3, 8)
+    (k, v) = torch.randn(2, len(n), 2, 300, 8)
     for mask in (None, torch.rand(len(n), 300) < 0.5):
         decode_attention.block_by_block(q, k, v, torch.tensor(n), mask)
 

@@ -46,7 +46,7 @@ def on_meta(window=None, n_layers=4):
         ).requires_grad_(False)
 
 
-# ---------------------------------------------------------------------------------------------- nothing waits
+# ---------------------------------------------------------------------------------- nothing waits
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -70,7 +70,8 @@ def test_prefill_waits_twice_a_layer_that_filters_at_most_and_room_is_made_with_
     """All waits go through Tensor.cpu(). It is recorded on the CPU and played back on the meta
     device, where any other raises.
     """
-    recorded, filter = [], filter_of(name)
+    recorded = []
+    filter = filter_of(name)
 
     def feed(model):
         cache = model.new_cache(3, filter)
@@ -101,13 +102,12 @@ def test_prefill_waits_twice_a_layer_that_filters_at_most_and_room_is_made_with_
     ]  # within a window all has its slot by then
 
 
-# ------------------------------------------------------------------------------------------------------ one graph
+# -------------------------------------------------------------------------------------- one graph
 
 
 @functools.cache
 def compiles():
-    """torch.compile needs a C++ compiler, and that no folder above torch has a space in its name.
-    """
+    """torch.compile needs a C++ compiler, and no space in the names of the folders above torch."""
     try:
         torch.compile(torch.sin)(torch.zeros(2))
         return True
@@ -122,9 +122,13 @@ def test_compiled_steps_equal_plain_ones_and_compile_once(name, window):
         pytest.skip("torch.compile cannot compile anything here")
     torch._dynamo.reset()
     plain = small("gqa", window, n_layers=3)
-    compiled, filter = copy.deepcopy(plain), filter_of(name)
+    compiled = copy.deepcopy(plain)
+    filter = filter_of(name)
     compile_decode(compiled)
-    expected, cache, graphs, bytes_ = prompted(plain, filter), prompted(compiled, filter), [], []
+    expected = prompted(plain, filter)
+    cache = prompted(compiled, filter)
+    graphs = []
+    bytes_ = []
     for t in range(300):
         torch.testing.assert_close(
             step(compiled, cache, t), step(plain, expected, t), rtol=0, atol=1e-9
@@ -144,7 +148,7 @@ def test_compiled_steps_equal_plain_ones_and_compile_once(name, window):
     torch._dynamo.reset()
 
 
-# -------------------------------------------------------------------------------------------------- few operations
+# --------------------------------------------------------------------------------- few operations
 
 
 class Operations(TorchDispatchMode):
@@ -153,7 +157,8 @@ class Operations(TorchDispatchMode):
     count = 0
 
     def attend(self, *args):
-        before, y = self.count, decode_attention.decode_attention(*args)
+        before = self.count
+        y = decode_attention.decode_attention(*args)
         self.count = before + 1
         return y
 
@@ -180,7 +185,7 @@ def test_operations_of_a_layer(name, device, monkeypatch):
     assert 20 < count(5) - count(4) <= (48 if name is None else 112)
 
 
-# ------------------------------------------------------------------------------------------------------ attending
+# -------------------------------------------------------------------------------------- attending
 
 
 def attend_loop(q, k, v, n, mask=None):
@@ -226,7 +231,9 @@ def test_every_way_to_attend_equals_the_loop(n, heads, way):
     n, some = torch.tensor(n), torch.rand(len(n), 20) < 0.5
     some[torch.arange(len(n)), (n - 1).clamp(min=0)] = True  # a token sees itself
     for mask in (None, some):
-        y, expected, sees = WAYS[way](q, k, v, n, mask), attend_loop(q, k, v, n, mask), n > 0
+        y = WAYS[way](q, k, v, n, mask)
+        expected = attend_loop(q, k, v, n, mask)
+        sees = n > 0
         torch.testing.assert_close(y[sees], expected[sees], rtol=0, atol=1e-12)
         if way != "all slots":
             assert (y[~sees] == 0).all()
@@ -241,7 +248,9 @@ def transposed(way, q, k, *args):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_way_to_attend_decodes_alike(name, window, monkeypatch):
     """And wherever the kernel's result lies in memory: some return it transposed."""
-    model, filter = small("gqa", window), filter_of(name, warmup=3)  # the prompts are past it
+    # the prompts are past it
+    model = small("gqa", window)
+    filter = filter_of(name, warmup=3)
     caches = {way: prompted(model, filter) for way in WAYS}
     for t in range(40):
         logits = []
@@ -254,13 +263,14 @@ def test_every_way_to_attend_decodes_alike(name, window, monkeypatch):
             torch.testing.assert_close(other, logits[0], rtol=0, atol=1e-9)
 
 
-# --------------------------------------------------------------------------------------- what is read on the CPU
+# ------------------------------------------------------------------------ what is read on the CPU
 
 
 @pytest.fixture
 def slots(monkeypatch):
     """The slots of each call of the kernel: rows times keys."""
-    attention, calls = F.scaled_dot_product_attention, []
+    attention = F.scaled_dot_product_attention
+    calls = []
 
     def counting(q, k, v, **options):
         calls.append(k.shape[0] * k.shape[2])
@@ -270,13 +280,16 @@ def slots(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("n, expected", [
-    ([0, 0, 0], []),  # who sees nothing reads nothing
-    ([7, 7, 7], [21]),  # all at once if about as long,
-    ([19, 20, 18, 20], [80]),
-    ([10, 0, 7, 0, 20, 19], [10, 7, 20, 19]),  # otherwise one by one
-    ([1, 20, 3, 9, 2], [1, 20, 3, 9, 2]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "n, expected",
+    [
+        ([0, 0, 0], []),  # who sees nothing reads nothing
+        ([7, 7, 7], [21]),  # all at once if about as long,
+        ([19, 20, 18, 20], [80]),
+        ([10, 0, 7, 0, 20, 19], [10, 7, 20, 19]),  # otherwise one by one
+        ([1, 20, 3, 9, 2], [1, 20, 3, 9, 2]),
+    ],
+)
 def test_rows_read_their_own_slots(n, expected, slots):
     decode_attention.row_by_row(
         torch.randn(len(n), 2, 3, 8), *torch.randn(2, len(n), 2, 64, 8), torch.tensor(n)

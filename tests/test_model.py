@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from load_weights import load
-from filter_config import PRESETS, FilterConfig, preset
-from model import ModelConfig, Transformer
 from cli.skip_map import Decisions
+from filter_config import PRESETS, FilterConfig, preset
+from load_weights import load
+from model import ModelConfig, Transformer
 from test_filter import decode_loop, small, visible
 
 LENGTHS = [90, 40, 63]  # of the three rows of most tests
@@ -44,7 +44,10 @@ def feed(model, filter, sizes, rows=(0, 1, 2)):
     """The rows' texts in one batch, in chunks of these sizes: logits (B, T, V), decisions (L, B,
     T), the cache.
     """
-    cache, logits, redundant, start = model.new_cache(len(rows), filter), [], [], 0
+    cache = model.new_cache(len(rows), filter)
+    logits = []
+    redundant = []
+    start = 0
     for size in sizes:
         n_new = [min(max(LENGTHS[row] - start, 0), size) for row in rows]
         logits.append(model(texts()[list(rows), start : start + size], cache, n_new))
@@ -67,7 +70,7 @@ def test_what_other_families_add_equals_the_literal_loop(name):
     torch.testing.assert_close(logits[0], expected, rtol=0, atol=1e-9)
 
 
-# ------------------------------------------------------------------------------- chunk-free and batch-invariant
+# ----------------------------------------------------------------- chunk-free and batch-invariant
 
 
 @pytest.mark.parametrize(
@@ -77,7 +80,8 @@ def test_what_other_families_add_equals_the_literal_loop(name):
     "name, prune", [(None, 0), *((name, prune) for name in PRESETS for prune in (0.3, 0.5, 0.8))]
 )
 def test_chunks_and_neighbours_change_nothing(shape, window, name, prune):
-    model, filter = small(shape, window), filter_of(name, prune)
+    model = small(shape, window)
+    filter = filter_of(name, prune)
     whole = feed(model, filter, [90])
     usage = whole[2].usage()
     assert usage[:, 1].sum() == whole[1].sum() and (name is None or whole[1].any())
@@ -93,13 +97,28 @@ def test_chunks_and_neighbours_change_nothing(shape, window, name, prune):
         same(whole, feed(model, filter, [33, 57], rows=[2, 1, 0]), row, place, LENGTHS[row])
 
 
-@pytest.mark.parametrize("changes", [
-    {"fusion": "key"}, {"keys": "unrotated"}, {"schedule": "uniform"}, {"schedule": "head"}, {"schedule": "last"},
-    {"warmup": 0}, {"history": 8}, {"gamma": 0.0}, {"recent": 1}, {"recent": 200}, {"mode": "cache"}, {"mode": "local", "recent": 3},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fusion": "key"},
+        {"keys": "unrotated"},
+        {"schedule": "uniform"},
+        {"schedule": "head"},
+        {"schedule": "last"},
+        {"warmup": 0},
+        {"history": 8},
+        {"gamma": 0.0},
+        {"recent": 1},
+        {"recent": 200},
+        {"mode": "cache"},
+        {"mode": "local", "recent": 3},
+    ],
+)
 def test_chunks_and_neighbours_change_nothing_with_other_settings(changes):
-    model, filter = small(), filter_of("paper", **changes)
-    whole, steps = feed(model, filter, [90]), feed(model, filter, [16, *[1] * 40, 34])
+    model = small()
+    filter = filter_of("paper", **changes)
+    whole = feed(model, filter, [90])
+    steps = feed(model, filter, [16, *[1] * 40, 34])
     assert whole[1].any()
     for row, length in enumerate(LENGTHS):
         same(whole, steps, row, row, length)
@@ -108,7 +127,9 @@ def test_chunks_and_neighbours_change_nothing_with_other_settings(changes):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_and_empty_chunks_change_nothing(name):
-    model, filter, tokens = small(), filter_of(name), texts()[:2, :60]
+    model = small()
+    filter = filter_of(name)
+    tokens = texts()[:2, :60]
     cache = model.new_cache(2, filter)
     logits = model(tokens, cache, [20, 10])[0, :20]
     redundant, score = decisions(cache)
@@ -129,10 +150,12 @@ def test_padding_and_empty_chunks_change_nothing(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_nothing(name):
     """No tokens, no rows, rows that get nothing for a while, and none that stay."""
-    model, filter = small(), filter_of(name)
+    model = small()
+    filter = filter_of(name)
     none = torch.zeros(0, 5, dtype=torch.int64)
     assert model(none, model.new_cache(0, filter)).shape == (0, 5, 97)
-    cache, alone = model.new_cache(2, filter), model.new_cache(1, filter)
+    cache = model.new_cache(2, filter)
+    alone = model.new_cache(1, filter)
     for part in texts()[:2, :40].split(10, dim=1):
         assert model(part[:, :0], cache).shape == (2, 0, 97) and model(
             part, cache, [0, 0], last=True
@@ -158,7 +181,8 @@ def test_the_future_changes_nothing(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_prefill_of_ragged_prompts_gives_each_ones_last_logits(name):
-    model, filter = small(), filter_of(name)
+    model = small()
+    filter = filter_of(name)
     prompts = [texts()[row, :length].tolist() for row, length in enumerate(LENGTHS)]
     for chunk in (7, 512):
         logits = model.prefill(prompts, model.new_cache(3, filter), chunk)
@@ -168,9 +192,16 @@ def test_prefill_of_ragged_prompts_gives_each_ones_last_logits(name):
 
 
 MOMENTS = {  # the chunks that are fed before rows leave and fork
-    "at the start": [], "before the warm-up ends": [5], "as it ends": [16], "past it": [17], "ring half full": [32], "ring full": [60],
-    "amid a block of steps": [20, *[1] * 5], "at its end": [20, *[1] * 32], "in the next one": [20, *[1] * 33],
-}  # fmt: skip
+    "at the start": [],
+    "before the warm-up ends": [5],
+    "as it ends": [16],
+    "past it": [17],
+    "ring half full": [32],
+    "ring full": [60],
+    "amid a block of steps": [20, *[1] * 5],
+    "at its end": [20, *[1] * 32],
+    "in the next one": [20, *[1] * 33],
+}
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -180,8 +211,11 @@ def test_rows_leave_and_fork(name, window, moment):
     """select() drops and copies whole rows: each goes on, in steps or in chunks, as if nothing had
     happened to the others.
     """
-    model, filter, done = small("gqa", window), filter_of(name), sum(MOMENTS[moment])
-    origins, more = [2, 0, 2, 1], torch.randint(0, 97, (4, 40))
+    model = small("gqa", window)
+    filter = filter_of(name)
+    done = sum(MOMENTS[moment])
+    origins = [2, 0, 2, 1]
+    more = torch.randint(0, 97, (4, 40))
     whole = [
         torch.cat((texts()[origin, : min(done, LENGTHS[origin])], new))[None]
         for origin, new in zip(origins, more)
@@ -199,8 +233,10 @@ def test_rows_leave_and_fork(name, window, moment):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_long_row_that_leaves_takes_its_slots_along(name):
-    model, filter = small(), filter_of(name, 0.3)
-    cache, alone = model.new_cache(2, filter), model.new_cache(1, filter)
+    model = small()
+    filter = filter_of(name, 0.3)
+    cache = model.new_cache(2, filter)
+    alone = model.new_cache(1, filter)
     model(texts()[:2, :90], cache, [90, 10])
     cache.select([1])
     model(texts()[1:2, :10], alone)
@@ -209,7 +245,7 @@ def test_a_long_row_that_leaves_takes_its_slots_along(name):
     )  # room for the next steps
 
 
-# ------------------------------------------------------------------------------------------------- off means off
+# ---------------------------------------------------------------------------------- off means off
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -230,21 +266,25 @@ def test_off_means_no_filter_work_and_no_filter_state(name):
         raise AssertionError("the filter was called")
 
     model = small()
-    cache, dense = model.new_cache(3, filter_of(name, 0.0), filter_fn=refuse), model.new_cache(3)
+    cache = model.new_cache(3, filter_of(name, 0.0), filter_fn=refuse)
+    dense = model.new_cache(3)
     for each in (cache, dense):
         model(texts(), each, LENGTHS)
         model(texts()[:, :1], each)
     assert cache.nbytes() == dense.nbytes() and not any(layer.filters for layer in cache.layers)
 
 
-# --------------------------------------------------------------------------------------------------- real savings
+# ----------------------------------------------------------------------------------- real savings
 
 
 @pytest.mark.parametrize("sizes", [[90], [20, 38, 32]], ids=len)
 @pytest.mark.parametrize("name", NAMES)
 def test_skipped_tokens_run_no_projection_and_no_attention(name, sizes, monkeypatch):
     """In prefill."""
-    model, rows, queries, attention = small(), {}, [], F.scaled_dot_product_attention
+    model = small()
+    rows = {}
+    queries = []
+    attention = F.scaled_dot_product_attention
 
     def counting(q, k, v, **options):
         queries.append(
@@ -278,13 +318,13 @@ def test_skipped_tokens_run_no_projection_and_no_attention(name, sizes, monkeypa
 @pytest.mark.parametrize("name", NAMES)
 def test_usage_and_live_bytes_are_what_is_in_use(name, window, sizes):
     """Counted token by token, from what was found redundant."""
-    model, filter, tokens = small("gqa", window), filter_of(name), torch.randint(0, 97, (3, 130))
-    config, cache, decided, start = (
-        filter or FilterConfig(),
-        model.new_cache(3, filter),
-        Decisions(3, 4),
-        0,
-    )
+    model = small("gqa", window)
+    filter = filter_of(name)
+    tokens = torch.randint(0, 97, (3, 130))
+    config = filter or FilterConfig()
+    cache = model.new_cache(3, filter)
+    decided = Decisions(3, 4)
+    start = 0
     empty = cache.live_bytes()
     for size in sizes:
         model(tokens[:, start : start + size], cache, [size, (size + 1) // 2, min(size, 3)])
@@ -293,8 +333,10 @@ def test_usage_and_live_bytes_are_what_is_in_use(name, window, sizes):
     for row, usage in enumerate(cache.usage().tolist()):
         pairs = skipped = in_sight = read = dense_read = 0
         for layer, redundant in zip(cache.layers, decided.redundant[row].tolist()):
-            T, recent = len(redundant), config.recent + 1 if layer.filters else 0
-            pairs, skipped = pairs + T, skipped + sum(redundant)
+            T = len(redundant)
+            recent = config.recent + 1 if layer.filters else 0
+            pairs = pairs + T
+            skipped = skipped + sum(redundant)
             slots = [j for j in range(T) if not redundant[j] or j >= T - recent]
             in_sight += sum(window is None or T - j <= window for j in slots)
             read += sum(len(visible(t, redundant, config, window)) for t in range(T))
@@ -357,7 +399,7 @@ def test_a_sliding_window_bounds_the_cache(name, sizes):
     assert cache.nbytes() <= empty + 4 * (20 + spare) * (cache.slot_bytes + 8)
 
 
-# ------------------------------------------------------------------------------------------------------- parity
+# ----------------------------------------------------------------------------------------- parity
 
 
 def hf_logits(folder, ids, steps, dtype=torch.float32):
@@ -379,8 +421,11 @@ def our_logits(model, ids, steps):
     return torch.cat(logits, 1)
 
 
-PROSE = """The lighthouse keeper kept a careful record of every ship that passed the point: its name, if he could read it,
-the colour of its funnel, and the hour. On foggy nights he wrote down only the sound of the engines."""
+PROSE = (
+    "The lighthouse keeper kept a careful record of every ship that passed the point: its name, if "
+    "he could read it,\nthe colour of its funnel, and the hour. On foggy nights he wrote down only "
+    "the sound of the engines."
+)
 
 
 @pytest.mark.parametrize("dtype, atol", [("float32", 3e-4), ("float64", 1e-4)])
@@ -392,7 +437,8 @@ def test_demo_logits_equal_transformers(demo, dtype, atol):
     ids = torch.tensor(
         [tokenizer.encode(PROSE) + tokenizer.chat([{"role": "user", "content": PROSE}])]
     )
-    ours, theirs = our_logits(model, ids, 20), hf_logits(demo, ids, 20, getattr(torch, dtype))
+    ours = our_logits(model, ids, 20)
+    theirs = hf_logits(demo, ids, 20, getattr(torch, dtype))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
 
 
@@ -402,14 +448,17 @@ def test_demo_is_chunk_free_and_batch_invariant(demo, name):
     in pieces, in company.
     """
     model, tokenizer = load(demo, "cpu", "float64")
-    long, short = tokenizer.encode(PROSE * 2), tokenizer.encode(PROSE[:90])
+    long = tokenizer.encode(PROSE * 2)
+    short = tokenizer.encode(PROSE[:90])
     filter = preset(name, prune=0.5)
     whole = model.new_cache(1, filter)
     expected = model(torch.tensor([long]), whole)[0]
     pairs, skipped = whole.usage()[0, :2]
     assert pairs == len(long) * 30 and 0.2 < skipped / pairs < 0.6
     tokens = torch.tensor([short + [0] * (len(long) - len(short)), long])
-    cache, logits, start = model.new_cache(2, filter), [], 0
+    cache = model.new_cache(2, filter)
+    logits = []
+    start = 0
     for size in (40, 1, 1, len(long) - 42):
         n_new = [min(max(len(short) - start, 0), size), size]
         logits.append(model(tokens[:, start : start + size], cache, n_new)[1])
@@ -418,7 +467,7 @@ def test_demo_is_chunk_free_and_batch_invariant(demo, name):
     torch.testing.assert_close(torch.cat(logits), expected, rtol=0, atol=1e-9)
 
 
-# ---------------------------------------------------------------------------------------------------- the rest
+# --------------------------------------------------------------------------------------- the rest
 
 
 def test_beyond_the_context_is_refused():
