@@ -1,56 +1,367 @@
-"""Zero-shot and few-shot tasks through EleutherAI's lm-evaluation-harness, dense against filtered.
+"""Zero-shot and few-shot tasks through EleutherAI's lm-evaluation-harness, dense and filtered.
 
-    python eval_tasks.py [CHECKPOINT] --suite commonsense --prune 0 0.2 0.5 --preset paper cache --limit 100
-    python eval_tasks.py --tasks common_sense --num-fewshot 5          the questions in tasks/, no download
+    python -m evaluation.tasks [CHECKPOINT] --suite commonsense --prune 0 0.5 --preset paper cache
+    python -m evaluation.tasks [CHECKPOINT] --tasks common_sense --num-fewshot 5
 
-Needs `pip install -r requirements-extra.txt`. The harness knows the tasks and the metrics; this file gives it the model.
-Every (context, continuation) is scored as if alone, from an empty cache: what begins alike shares that part's prefill, which
-changes nothing, because filtering is causal, chunk-free and batch-invariant.
+The second asks the questions in evaluation/common_sense/, which need no download. The harness knows
+the tasks and the metrics; harness_model.py gives it the model.
+Needs `pip install -r requirements-extra.txt`.
 """
 
+import logging
+import math
 import os
+import random
+import statistics
 import sys
-from collections import defaultdict
 from dataclasses import asdict
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 
-from cli.arguments import Parser, add_filter_arguments, add_model_arguments, check_filter_arguments, share
-from cli.process import fail, run_command
+import numpy as np
+import torch
+from tqdm import tqdm
 
+from cli.arguments import (
+    Parser,
+    add_filter_arguments,
+    add_model_arguments,
+    check_filter_arguments,
+    filters_from,
+    share,
+)
+from cli.process import fail, run_command
+from cli.report import finite, print_json
+from eval_ppl import Setting
+from evaluation.rivals import by_chance, no_attention_in_last_layers
+from load_weights import CheckpointError, load
+
+try:
+    from evaluation.harness_model import FilteredLM  # isort: skip (it says where data sets are)
+    import datasets
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    fail(f"{error}: the harness is an extra, pip install -r requirements-extra.txt")
+
+# The benchmarks that the paper reports.
 SUITES = {
-    "commonsense": ["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"],
+    "commonsense": [
+        "boolq",
+        "piqa",
+        "hellaswag",
+        "winogrande",
+        "arc_easy",
+        "arc_challenge",
+        "openbookqa",
+    ],
     "mmlu": ["mmlu"],
     "wikitext": ["wikitext"],
 }
+OWN_TASKS = Path(__file__).resolve().parent / "common_sense"
+AVERAGED = ("acc", "acc_norm", "exact_match")  # metrics that mean the same on every task
+# The harness's default for NumPy's and torch's generators. Python's own it starts at 0.
+OTHER_SEED = 1234
+
+
+# ---------------------------------------------------------------------------------- the tasks
+
+
+def load_tasks(names, include_path):
+    """What the harness loads for these names, and the lines to report.
+
+    Returns {"tasks": {name: Task}, "groups": {name: Group}}, and of each line its name, a group's
+    or a task's, and its tasks: {name: [task, ...]}. Fails in one line if a task cannot be had.
+    """
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):
+        # The harness's own tasks are thousands of files to read.
+        manager = TaskManager(include_path=include_path)
+    loaded: dict[str, dict] = {"tasks": {}, "groups": {}}
+    lines: dict[str, list[str]] = {}
+    for name in names:
+        try:
+            found = manager.load([name])
+        except KeyError:
+            fail(f"task {name}: neither the harness nor {' nor '.join(include_path)} has it")
+        except Exception as error:  # noqa: BLE001 (whatever a data set's loading raises)
+            hint = "to download them, run once with HF_HUB_OFFLINE=0"
+            no_such_file = str(error).startswith("Unable to find '/")
+            if isinstance(error, FileNotFoundError) and no_such_file:
+                hint = "is the path in its task file right?"
+            fail(f"task {name}: its data cannot be loaded: {error}; {hint}")
+        loaded["tasks"].update(found["tasks"])
+        loaded["groups"].update(found["groups"])
+        if name in found["groups"]:
+            lines[name] = list(found["tasks"])
+        else:
+            for task in found["tasks"]:
+                lines[task] = [task]
+    return loaded, lines
+
+
+def prepare_tasks(args):
+    """load_tasks() of what the arguments name, with as many solved examples as they want."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    # The harness has a bar for each task, and MMLU has 57: ours are enough.
+    lm_eval.api.task.tqdm = partial(tqdm, disable=True)
+    # A few tasks shuffle their choices or make their data with one of these. In the harness, too, a
+    # seed that is given is for all of them.
+    random.seed(args.seed)
+    np.random.seed(args.seed or OTHER_SEED)
+    torch.manual_seed(args.seed or OTHER_SEED)
+    loaded, lines = load_tasks(args.tasks, [str(OWN_TASKS), *(args.include_path or [])])
+    for task in loaded["tasks"].values():
+        own = task.get_config("num_fewshot")
+        # A 0 in a task's own file stays, as in the harness.
+        if own is None or (own > 0 and args.num_fewshot is not None):
+            task.set_config("num_fewshot", args.num_fewshot or 0)
+    return loaded, lines
+
+
+class RandomStates:
+    """The states of all three generators, to go back to."""
+
+    def __init__(self):
+        self.python = random.getstate()
+        self.numpy = np.random.get_state()
+        self.torch = torch.get_rng_state()
+
+    def restore(self):
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.torch)
+
+
+# ---------------------------------------------------------------------------------- the table
+
+
+def summarise(results, lm: FilteredLM, lines):
+    """The harness's results of one setting as {name of a line: row}. A row has
+
+    metrics                       {metric: (value, standard error or None)}
+    outcomes                      {metric: the values of its questions}; not in the row "average"
+    texts, longest                how many texts were asked, and the tokens of the longest
+    unfiltered                    how many of them the warm-up covers
+    skip_ratio, kv_held, kv_read  shares, of what cache.usage() counts
+
+    With several tasks, the row "average" is over all that report a metric ("acc of 7": over 7), its
+    standard error as of independent tasks.
+    """
+    table: dict[str, dict] = {}
+    used: dict[str, list] = {}
+    for name, tasks in lines.items():
+        table[name] = metrics_of(results, name, tasks)
+        used[name] = [text for task in tasks for text in lm.used[task]]
+    if len(table) > 1:
+        every_text = [text for texts in used.values() for text in texts]
+        table["average"] = {"metrics": averages(table, "metrics")}
+        used["average"] = every_text
+    for name, row in table.items():
+        row.update(usage_figures(used[name], lm))
+    return table
+
+
+def metrics_of(results, name, tasks):
+    """What the harness found for a group or task: its metrics, and each question's own values."""
+    metrics = {}
+    outcomes = {}
+    values = results["results"][name]
+    for key, value in values.items():
+        metric, _, kind = key.partition(",")  # "acc,none": the metric and the filter of answers
+        if not kind or metric.endswith("_stderr"):
+            continue
+        label = metric if kind == "none" else f"{metric}, {kind}"
+        error = values.get(f"{metric}_stderr,{kind}")
+        if not isinstance(error, float) or not math.isfinite(error):
+            error = None
+        metrics[label] = (value, error)
+        samples = [sample for task in tasks for sample in results["samples"][task]]
+        outcomes[label] = [
+            float(sample[metric])
+            for sample in samples
+            if sample["filter"] == kind and isinstance(sample.get(metric), bool | int | float)
+        ]
+    return {"metrics": metrics, "outcomes": outcomes}
+
+
+def usage_figures(used, lm: FilteredLM):
+    """What a row says of its texts. used: their rows of cache.usage()."""
+    usage = torch.tensor(used or [[0] * 5])  # (texts, 5); none where the only text is empty
+    pairs, redundant, held, read, dense_read = usage.sum(0).tolist()
+    lengths = (usage[:, 0] // lm.model.config.n_layers).tolist()
+    n_unfiltered = len(lengths)
+    if lm.filter is not None:
+        n_unfiltered = sum(length <= lm.filter.n_sinks for length in lengths)
+    return {
+        "texts": len(lengths),
+        "longest": max(lengths),
+        "skip_ratio": redundant / max(pairs, 1),
+        "kv_held": held / max(pairs, 1),
+        "kv_read": read / max(dense_read, 1),
+        "unfiltered": n_unfiltered,
+    }
+
+
+def averages(table, key):
+    """Means of what rows have under `key`: {"acc of 7": (mean, standard error)}, if 7 of them do.
+
+    Of the metrics in AVERAGED. The error is None if one of theirs is.
+    """
+    found = {}
+    for metric in AVERAGED:
+        having = [row[key][metric] for row in table.values() if metric in row[key]]
+        n = len(having)
+        if n > 1:
+            values, errors = zip(*having)
+            error = None if None in errors else math.hypot(*errors) / n
+            found[f"{metric} of {n}"] = (sum(values) / n, error)
+    return found
+
+
+def compare(table, dense):
+    """Give each row of `table` "- dense": {metric: (difference, standard error)}.
+
+    It is paired: of the same questions, with and without a filter.
+    """
+    tasks = {name: row for name, row in table.items() if name != "average"}
+    for name, row in tasks.items():
+        row["- dense"] = {}
+        for metric, outcomes in row["outcomes"].items():
+            changes = [
+                ours - theirs for ours, theirs in zip(outcomes, dense[name]["outcomes"][metric])
+            ]
+            error = None
+            if len(changes) > 1:
+                error = statistics.stdev(changes) / math.sqrt(len(changes))
+            value, _ = row["metrics"][metric]
+            dense_value, _ = dense[name]["metrics"][metric]
+            row["- dense"][metric] = (value - dense_value, error)
+    if "average" in table:
+        table["average"]["- dense"] = averages(tasks, "- dense")
+
+
+# Titles of the figures, and their formats. "whole" is the share of texts that the warm-up covers.
+FIGURES = (
+    ("value", ".4f"),
+    ("stderr", ".4f"),
+    ("- dense", "+.4f"),
+    ("stderr", ".4f"),
+    ("skipped", ".4f"),
+    ("KV held", ".4f"),
+    ("KV read", ".4f"),
+    ("whole", ".0%"),
+)
+
+
+def print_head(width, name_width):
+    titles = " ".join(f"{title:>8}" for title, _ in FIGURES)
+    print(f"{'setting':<{width}}  {'task':<{name_width}}  {'metric':<13} {titles}")
+
+
+def print_table(title, table, width, name_width):
+    """A line for each task and metric of one setting, whose table summarise() made."""
+    for name, row in table.items():
+        shares = (row["skip_ratio"], row["kv_held"], row["kv_read"])
+        whole = row["unfiltered"] / row["texts"]
+        for metric, value_and_error in row["metrics"].items():
+            difference = row.get("- dense", {}).get(metric, (None, None))
+            figures = (*value_and_error, *difference, *shares, whole)
+            cells = []
+            for (_, form), figure in zip(FIGURES, figures):
+                text = "" if figure is None else format(figure, form)
+                cells.append(f"{text:>8}")
+            line = f"{title:<{width}}  {name:<{name_width}}  {metric:<13} {' '.join(cells)}"
+            print(line, flush=True)
+
+
+# ---------------------------------------------------------------------------- the command line
+
+
+def make_parser() -> Parser:
+    parser = Parser(description="Tasks of the lm-evaluation-harness, dense and filtered.")
+    add_model_arguments(parser)
+    parser.add_argument("--suite", choices=SUITES, help="the benchmarks that the paper reports")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=[],
+        metavar="TASK",
+        help="common_sense, which is our own; tasks of the harness; tasks of --include-path",
+    )
+    parser.add_argument(
+        "--include-path",
+        action="append",
+        metavar="FOLDER",
+        help="more task files (repeatable)",
+    )
+    parser.add_argument(
+        "--num-fewshot",
+        type=int,
+        metavar="N",
+        help="solved examples before each question (default: the task's)",
+    )
+    parser.add_argument(
+        "--fewshot-seed",
+        type=int,
+        default=1234,
+        metavar="N",
+        help="which examples (default: the harness's, %(default)s)",
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="ask through the checkpoint's chat template"
+    )
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="only the first N documents of each task"
+    )
+    parser.add_argument(
+        "--prune",
+        type=share,
+        nargs="+",
+        default=[0.0, 0.2, 0.5],
+        metavar="P",
+        help="shares of (token, layer) pairs to skip (default: 0 0.2 0.5)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=8,
+        metavar="N",
+        help="continuations at a time (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of what tasks and --rivals draw at random (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rivals",
+        action="store_true",
+        help="also presets with tokens by chance, and last layers without attention, to which the "
+        "filter's flags mean nothing",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of the table"
+    )
+    add_filter_arguments(parser, several=True)
+    return parser
 
 
 def read_arguments(argv=None):
-    """The command's arguments, checked as far as they can be without the model."""
-    parser = Parser(description="Tasks of the lm-evaluation-harness, dense against filtered.")
-    add_model_arguments(parser)
-    parser.add_argument("--suite", choices=SUITES, help="the benchmarks that the paper reports")
-    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="tasks of the harness, of tasks/ or of --include-path")
-    parser.add_argument("--include-path", action="append", metavar="FOLDER", help="more task files, beside tasks/ (repeatable)")
-    parser.add_argument("--num-fewshot", type=int, metavar="N", help="solved examples before each question (default: the task's)")
-    parser.add_argument("--fewshot-seed", type=int, default=1234, metavar="N", help="which examples (default: the harness's, %(default)s)")
-    parser.add_argument("--chat", action="store_true", help="ask through the checkpoint's chat template")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
-    parser.add_argument("--prune", type=share, nargs="+", default=[0.0, 0.2, 0.5], metavar="P",
-                        help="shares of (token, layer) pairs to skip (default: 0 0.2 0.5)")  # fmt: skip
-    parser.add_argument("--batch", type=int, default=8, metavar="N", help="continuations at a time (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what tasks and --rivals draw at random (default: 0)")
-    parser.add_argument("--rivals", action="store_true", help="also presets with tokens by chance, and last layers without attention, "
-                        "to which the filter's flags mean nothing")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-    add_filter_arguments(parser, several=True)
-    args = parser.parse_args(argv)
-
-    args.tasks = SUITES.get(args.suite, []) + args.tasks
+    """The arguments. Fails in one line where they make no sense."""
+    args = make_parser().parse_args(argv)
+    if args.suite:
+        args.tasks = SUITES[args.suite] + args.tasks
     if not args.tasks:
         fail("no task: give --suite or --tasks")
-    if args.batch < 1 or args.seed < 0 or (args.limit is not None and args.limit < 1) or (args.num_fewshot or 0) < 0:
+    limit = 1 if args.limit is None else args.limit
+    num_fewshot = 0 if args.num_fewshot is None else args.num_fewshot
+    if min(args.batch, limit) < 1 or min(args.seed, num_fewshot) < 0:
         fail("--batch and --limit must be at least 1, --seed and --num-fewshot at least 0")
     if args.seed >= 2**32:
         fail("--seed must be below 2**32")
@@ -61,476 +372,99 @@ def read_arguments(argv=None):
     return args
 
 
-if __name__ == "__main__":
-    given = run_command(read_arguments)  # before torch is imported, which takes seconds
-
-import logging
-import math
-import random
-import statistics
-
-from cli.arguments import filters_from
-
-import numpy as np
-import torch
-import torch.nn.functional as F
-from tqdm import tqdm
-
-from generation import check_settings, feed, generate, overflow, shared_beginning
-from load_weights import CheckpointError, Tokenizer, load
-from model import Transformer
-from generation import Stats
-from cli.report import finite, print_json
-from evaluation.rivals import by_chance, without_attention_from
-from filter_config import FilterConfig
-from token_filter import token_filter
-from loading.tokenizer import MARK
-
-for name in ("HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):  # read when lm_eval is imported: data sets, and metrics, which are
-    os.environ.setdefault(name, os.environ.get("HF_HUB_OFFLINE", "1"))  # programs, come from this machine only
-try:
-    import datasets
-    import lm_eval
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.models.utils import normalize_gen_kwargs
-    from lm_eval.tasks import TaskManager
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-except ModuleNotFoundError as e:
-    if __name__ != "__main__":
-        raise
-    fail(f"{e}: the harness is an extra, pip install -r requirements-extra.txt")
-
-AVERAGED = ("acc", "acc_norm", "exact_match")  # metrics that mean the same on every task
-GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}  # what generate_until understands
-NEUTRAL = {  # Settings that tasks write out at the value that changes nothing: at this value they are understood, too.
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "repetition_penalty": 1,
-    "length_penalty": 1,
-    "no_repeat_ngram_size": 0,
-    "min_new_tokens": 0,
-    "typical_p": 1,
-    "early_stopping": False,
-}
-OTHER_SEED = 1234  # the harness's default for NumPy and torch; Python's own generator it starts at 0
-
-
-# ------------------------------------------------------------------------------------------- the harness's model
-
-
-def batches(pairs, size):
-    """Cut pairs (context, continuation) into lists of at most `size` indices, those of one context together if they fit, and
-    those of contexts that begin alike apart from others.
-
-    Longest first, so that memory runs out early if at all, and rows of a batch are of similar length.
-    """
-    begun, family = (), {}  # family: of each context that shares its beginning, the first that has it
-    for context in sorted({context for context, _ in pairs}):
-        if shared_beginning([begun, context]):
-            family[begun] = family[context] = begun
-        else:
-            begun = context
-    batch: list[int] = []
-    order = [(family.get(context, ()), context, i) for i, (context, _) in enumerate(pairs)]
-    order.sort(key=lambda at: (-len(at[0]), at[0], -len(at[1]), at[1], -len(pairs[at[2]][1])))
-    for (begun, _), same in groupby(order, key=lambda at: at[:2]):
-        group = [i for _, _, i in same]
-        if batch and (len(batch) + len(group) > size or begun != family.get(pairs[batch[0]][0], ())):
-            yield batch
-            batch = []
-        batch += group
-        while len(batch) > size:
-            yield batch[:size]
-            batch = batch[size:]
-    if batch:
-        yield batch
-
-
-def score(model: Transformer, pairs, filter: FilterConfig | None, criterion=token_filter, chunk=128):
-    """Score pairs (context, continuation) of token tuples, none empty, each from an empty cache, as one batch.
-
-    Returns for each: sum of log p(token | all before it) over the continuation, in nats; whether every token of it is
-    the likeliest; the row of cache.usage(), of all tokens but the last, which is only predicted. `criterion` is as in
-    model.new_cache, `chunk` bounds the memory the logits take. Raises ValueError beyond the model's context,
-    FloatingPointError where logits are not finite.
-    """
-    cache = model.new_cache(len(pairs), filter, criterion)
-    logits = feed(model, [context for context, _ in pairs], cache)[0][:, None]
-    n = torch.tensor([len(continuation) for _, continuation in pairs])
-    targets = torch.nn.utils.rnn.pad_sequence([torch.tensor(c) for _, c in pairs], batch_first=True)  # (B, T)
-    nll, greedy = torch.zeros(len(pairs), dtype=torch.float64), torch.ones(len(pairs), dtype=torch.bool)
-    usage, rows, done = torch.zeros(len(pairs), 5, dtype=torch.int64), torch.arange(len(pairs)), 0  # rows: not at their end yet
-    while True:
-        target = targets[rows, done : done + logits.shape[1]]  # what these logits predict
-        pad = torch.arange(done, done + target.shape[1]) >= n[rows, None]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-        losses = F.cross_entropy(logits, target.flatten().to(logits.device), reduction="none").cpu().view(target.shape)
-        nll[rows] += losses.double().masked_fill(pad, 0).sum(1)
-        if not nll.isfinite().all():
-            context, continuation = pairs[int(nll.isfinite().int().argmin())]
-            raise FloatingPointError(overflow(model, [*context, *continuation], filter))
-        greedy[rows] &= ((logits.argmax(-1).cpu().view(target.shape) == target) | pad).all(1)
-        done += target.shape[1]
-        left = n[rows] - done
-        if left.min() <= 0:
-            usage[rows] = cache.usage()
-            if left.max() <= 0:
-                return list(zip((-nll).tolist(), greedy.tolist(), usage.tolist()))
-            cache.select((left > 0).nonzero()[:, 0])
-            rows, left = rows[left > 0], left[left > 0]
-        step = int(left.min().clamp(16, chunk))  # to the end of the shortest, lest others feed padding, but not for a token or two
-        logits = model(targets[rows, done - 1 : -1][:, :step], cache, left.clamp(max=step))
-
-
-class Answer:
-    """A text that comes token by token, until one of eos_ids or a stop string, which it does not have. Stop strings are looked
-    for where special tokens are written out; the text is without them, and decoded as one that starts here, as the harness does.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stops):
-        self.stream, self.eos_ids = tokenizer.stream(start=True), tokenizer.eos_ids
-        self.special = {tokenizer._backend.vocab[token]: token for token in tokenizer._backend.special}
-        self.stops = [stop for stop in stops if stop]
-        self.parts = [""]  # text, then by turns a special token and text
-
-    def push(self, token) -> bool:
-        """Whether the text ends with this token."""
-        if token in self.special:
-            self.parts[-1] += self.stream.flush()
-            self.parts += [self.special[token], ""]
-        self.parts[-1] += self.stream.push(token)
-        said = "".join(self.parts)
-        return token in self.eos_ids or any(stop in said for stop in self.stops)
-
-    def text(self) -> str:
-        self.parts[-1] += self.stream.flush()
-        said = "".join(self.parts)
-        left = min((said.index(stop) for stop in self.stops if stop in said), default=len(said))
-        text = ""
-        for i, part in enumerate(self.parts):
-            text += part[: max(left, 0)] if i % 2 == 0 else ""
-            left -= len(part)
-        return text
-
-
-class FilteredLM(TemplateLM):
-    """A Transformer and its Tokenizer as the harness wants a model.
-
-    `batch` is how many continuations are scored, or texts continued, at a time. `used[task]` lists what
-    cache.usage() says of every text scored or continued for that task, a shared context counted for each.
-    """
-
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, filter: FilterConfig | None = None, batch=8, seed=0, title="",
-                 criterion=token_filter):  # fmt: skip
-        super().__init__()
-        self.model, self.tokenizer, self.filter, self.criterion = model, tokenizer, filter, criterion
-        self.batch, self.seed, self.title = batch, seed, title
-        self.context = model.config.max_positions
-        self.used: dict[str, list[list[int]]] = defaultdict(list)
-
-    @property
-    def eot_token_id(self):
-        """The tokenizer's own EOS, or else one that ends a generated text; None if there is none."""
-        own = self._own("eos_token")
-        return min(self.tokenizer.eos_ids, default=None) if own is None else own
-
-    @property
-    def prefix_token_id(self):
-        """What an empty context becomes: BOS, or else the end of another text; ValueError if there is neither."""
-        for token in (self._own("bos_token"), self._own("eos_token"), self.tokenizer.bos_id, self.eot_token_id):
-            if token is not None:
-                return token
-        raise ValueError("an empty context has to become a BOS or EOS token, and the checkpoint's files name none")
-
-    def _own(self, name):
-        """The id of the token that the tokenizer has under this name, None if it has none."""
-        return self.tokenizer._backend.vocab.get(self.tokenizer._template_tokens.get(name, ""))
-
-    @property
-    def tokenizer_name(self):
-        return str(self.tokenizer.path)
-
-    def apply_chat_template(self, chat_history, add_generation_prompt=True):
-        """The text of a conversation, without its system messages if the template refuses them: up to where the assistant speaks
-        next, or to the end of the last message, a turn that is begun and goes on.
-        """
-        *earlier, last = chat_history
-        if not add_generation_prompt:  # the mark shows where the message ends, and the space whether the template strips it
-            chat_history = [*earlier, {**last, "content": last["content"] + MARK + " "}]
-        try:
-            text = self.tokenizer.chat_text(chat_history, add_generation_prompt)
-        except CheckpointError:
-            if all(message["role"] != "system" for message in chat_history):
-                raise
-            text = self.tokenizer.chat_text([m for m in chat_history if m["role"] != "system"], add_generation_prompt)
-        if add_generation_prompt:
-            return text
-        text, mark, rest = text.rpartition(MARK)
-        if not mark:
-            raise ValueError("the chat template does not show the last message as it is, so no answer can be begun with it")
-        return text if rest.startswith(" ") else text.rstrip()
-
-    def tok_encode(self, string, add_special_tokens=None, **kwargs):
-        """Ids; special tokens written out in the string count as such; no second BOS in front of one."""
-        ids = self.tokenizer.encode(string, bos=False, parse_special=True)
-        if add_special_tokens is False or ids[:1] == [self.tokenizer.bos_id]:
-            return ids
-        return self.tokenizer.encode(string, parse_special=True)
-
-    def _encode_pair(self, context, continuation):
-        """Ids of both; spaces that end the context begin the continuation, and an empty context becomes a token."""
-        if context.strip():
-            return super()._encode_pair(context, continuation)
-        ids = self.tok_encode(context + continuation, add_special_tokens=False)
-        return (ids[:1], ids[1:]) if ids[:1] == [self.prefix_token_id] else ([self.prefix_token_id], ids)
-
-    def score_all(self, requests):
-        """score() for (context ids, continuation ids) of any number and length, truncated from the left as need be."""
-        pairs = []
-        for context, continuation in requests:
-            if not 0 < len(continuation) <= self.context:
-                raise ValueError(f"a continuation has {len(continuation)} tokens, not 1 to {self.context}, the model's context")
-            ids = (*context, *continuation)[-(self.context + 1) :]
-            pairs.append((ids[: -len(continuation)], ids[-len(continuation) :]))
-        scored: dict[int, tuple] = {}
-        with tqdm(total=len(pairs), desc=self.title, unit=" texts", leave=False) as bar:
-            for batch in batches(pairs, self.batch):
-                scored.update(zip(batch, score(self.model, [pairs[i] for i in batch], self.filter, self.criterion)))
-                bar.update(len(batch))
-        return [scored[i] for i in range(len(pairs))]
-
-    def _loglikelihood_tokens(self, requests, **kwargs):
-        return [scored[:2] for scored in self.score_all([(context, continuation) for _, context, continuation in requests])]
-
-    def loglikelihood(self, requests, disable_tqdm=False):
-        scored = self.score_all([self._encode_pair(*request.args) for request in requests])
-        for request, (_, _, used) in zip(requests, scored):
-            self.used[request.task_name].append(used)
-        return [(logprob, greedy) for logprob, greedy, _ in scored]
-
-    def loglikelihood_rolling(self, requests, disable_tqdm=False):
-        """Log-probability of whole texts, in windows as long as the model's context that do not overlap."""
-        windows, owner = [], []
-        for i, request in enumerate(requests):
-            ids = self.tok_encode(request.args[0])
-            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.context, context_len=1):
-                windows.append(make_disjoint_window(window))
-                owner.append(i)
-        totals = [0.0] * len(requests)
-        for i, (logprob, _, used) in zip(owner, self.score_all(windows)):
-            totals[i] += logprob
-            self.used[requests[i].task_name].append(used)
-        return totals
-
-    def generation_options(self, task, given):
-        """A task's generation settings with all of GENERATION's names. Raises ValueError for what is not known here, and, as the
-        harness's own model does, for sampling without a temperature."""
-        problem = f"{task}: cannot generate with {given}"
-        named = {name: value for name, value in given.items() if value is not None}  # null: the default
-        try:
-            option = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, **normalize_gen_kwargs(named, default_max_gen_toks=256)}
-            check_settings(1, option["temperature"], option["top_k"], option["top_p"])
-        except (TypeError, ValueError, OverflowError) as e:
-            raise ValueError(f"{problem}: {e}") from None
-        unknown = [name for name in option if name not in GENERATION and option[name] != NEUTRAL.get(name)]
-        if unknown:
-            raise ValueError(f"{problem}: {', '.join(map(str, unknown))} is not supported at this value")
-        if option["do_sample"] and option["temperature"] == 0:
-            raise ValueError(f"{problem}: do_sample draws at random, which takes a temperature above 0")
-        if not 0 < option["max_gen_toks"] < self.context:
-            raise ValueError(f"{problem} in a context of {self.context} tokens")
-        return option
-
-    def generate_until(self, requests, disable_tqdm=False):
-        """Texts that continue the contexts, each cut before the first of its stop strings, of which the tokenizer's EOS is one.
-
-        Greedy, unless the task asks for sampling. Raises ValueError for generation settings that are not known here.
-        """
-        prompts, answers = [], []
-        together: dict[tuple, list[int]] = defaultdict(list)  # texts that are to be generated alike
-        for i, request in enumerate(requests):
-            context, given = request.args
-            option = self.generation_options(request.task_name, given)
-            room = self.context - option["max_gen_toks"]
-            prompts.append(self.tok_encode(context)[-room:] or [self.prefix_token_id])
-            answers.append(Answer(self.tokenizer, [*option["until"], self.tokenizer._template_tokens.get("eos_token")]))
-            together[tuple(option[name] for name in ("max_gen_toks", "temperature", "top_k", "top_p"))].append(i)
-
-        with tqdm(total=len(prompts), desc=self.title, unit=" texts", leave=False) as bar:
-            for (most, temperature, top_k, top_p), texts in together.items():
-                texts.sort(key=lambda i: -len(prompts[i]))
-                for start in range(0, len(texts), self.batch):
-                    rows, stats, ended = texts[start : start + self.batch], Stats(), set[int]()
-                    settings = most, self.filter, frozenset[int](), temperature, top_k, top_p, self.seed + start
-                    cache = self.model.new_cache(len(rows), self.filter, self.criterion)
-                    for row, token in generate(self.model, [prompts[i] for i in rows], *settings, stats=stats, cache=cache, ended=ended):
-                        if answers[rows[row]].push(token):
-                            ended.add(row)
-                    for i, used in zip(rows, stats.rows):
-                        self.used[requests[i].task_name].append([*used.values()])
-                    bar.update(len(rows))
-        return [answer.text() for answer in answers]
-
-
-# ------------------------------------------------------------------------------------------------ the command line
-
-
-def load_tasks(names, include_path):
-    """What the harness loads for these names, {"tasks": {name: Task}, "groups": {name: Group}}, and the lines to report:
-    {name of a group or task: its tasks}. Exits with one line if a task cannot be had.
-    """
-    manager = TaskManager(include_path=include_path, include_defaults=False)
-    if not set(names) <= set(manager.all_tasks):  # the harness's own are thousands of files to read
-        manager = TaskManager(include_path=include_path)
-    loaded: dict[str, dict] = {"tasks": {}, "groups": {}}
-    lines: dict[str, list[str]] = {}
-    for name in names:
-        try:
-            found = manager.load([name])
-        except KeyError:
-            fail(f"task {name}: neither the harness nor {' nor '.join(include_path)} has it")
-        except Exception as e:  # noqa: BLE001 (whatever a data set's loading raises)
-            local = isinstance(e, FileNotFoundError) and str(e).startswith("Unable to find '/")
-            hint = "is the path in its task file right?" if local else "to download them, run once with HF_HUB_OFFLINE=0"
-            fail(f"task {name}: its data cannot be loaded: {e}; {hint}")
-        loaded["tasks"].update(found["tasks"])
-        loaded["groups"].update(found["groups"])
-        lines.update({name: list(found["tasks"])} if name in found["groups"] else {task: [task] for task in found["tasks"]})
-    return loaded, lines
-
-
-def summarise(results, lm: FilteredLM, lines):
-    """The harness's results of one setting, {name: row}. A row has "metrics" {metric: (value, stderr)}; "outcomes" {metric: each
-    question's own}; of its texts how many and how long they are, how many are not filtered, and cache.usage()'s shares.
-
-    With several tasks, "average" is over all that report a metric ("acc of 7": over 7), its stderr as of independent tasks.
-    """
-    table: dict[str, dict] = {}
-    for name, parts in lines.items():
-        row = table[name] = {"metrics": {}, "outcomes": {}, "used": [text for part in parts for text in lm.used[part]]}
-        for key, value in results["results"][name].items():
-            metric, _, kind = key.partition(",")
-            if kind and not metric.endswith("_stderr"):
-                stderr = results["results"][name].get(f"{metric}_stderr,{kind}")
-                label = metric if kind == "none" else f"{metric}, {kind}"
-                row["metrics"][label] = (value, stderr if isinstance(stderr, float) and math.isfinite(stderr) else None)
-                samples = [sample for part in parts for sample in results["samples"][part] if sample["filter"] == kind]
-                row["outcomes"][label] = [float(s[metric]) for s in samples if isinstance(s.get(metric), bool | int | float)]
-    if len(table) > 1:
-        used = [text for row in table.values() for text in row["used"]]
-        table["average"] = {"metrics": averages(table, "metrics"), "used": used}
-    for row in table.values():
-        usage = torch.tensor(row.pop("used") or [[0] * 5])  # (texts, 5); none where the only text is empty
-        pairs, redundant, held, read, dense_read = usage.sum(0).tolist()
-        lengths = (usage[:, 0] // lm.model.config.n_layers).tolist()
-        row["texts"], row["longest"] = len(lengths), max(lengths)
-        row |= {"skip_ratio": redundant / (pairs or 1), "kv_held": held / (pairs or 1), "kv_read": read / (dense_read or 1)}
-        row["unfiltered"] = sum(n <= max(lm.filter.warmup, 1) for n in lengths) if lm.filter else len(lengths)
-    return table
-
-
-def averages(table, key):
-    """{"acc of 7": the mean of what 7 rows have under `key`, and its stderr, None if one is}, for each metric of AVERAGED."""
-    found = {}
-    for metric in AVERAGED:
-        having = [row[key][metric] for row in table.values() if metric in row[key]]
-        if len(having) > 1:
-            values, errors = zip(*having)
-            error = None if None in errors else math.hypot(*errors) / len(having)
-            found[f"{metric} of {len(having)}"] = (sum(values) / len(having), error)
-    return found
-
-
-def compare(table, dense):
-    """Give each row of `table` "- dense" {metric: (difference, stderr)}, paired: the same questions, with and without a filter."""
-    tasks = {name: row for name, row in table.items() if name != "average"}
-    for name, row in tasks.items():
-        row["- dense"] = {}
-        for metric, outcomes in row["outcomes"].items():
-            changes = [ours - theirs for ours, theirs in zip(outcomes, dense[name]["outcomes"][metric])]
-            error = statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else None
-            row["- dense"][metric] = (row["metrics"][metric][0] - dense[name]["metrics"][metric][0], error)
-    if "average" in table:
-        table["average"]["- dense"] = averages(tasks, "- dense")
-
-
-HEAD = ("value", "stderr", "- dense", "stderr", "skipped", "KV held", "KV read", "whole")  # whole: texts the warm-up covers
-
-
-def print_table(title, table, width, head=False):
-    """One line per task and metric of one setting, summarise()'s table, as wide as the longest title; with `head` what they are."""
-    name_width = max(map(len, table))
-    if head:
-        print(f"{'setting':<{width}}  {'task':<{name_width}}  {'metric':<13}", *(f"{name:>8}" for name in HEAD))
-    for name, row in table.items():
-        for metric, figures in row["metrics"].items():
-            shares = row["skip_ratio"], row["kv_held"], row["kv_read"], row["unfiltered"] / row["texts"]
-            figures = *figures, *row.get("- dense", {}).get(metric, (None, None)), *shares
-            formats = (".4f", ".4f", "+.4f", ".4f", ".4f", ".4f", ".4f", ".0%")
-            cells = (f"{'' if figure is None else format(figure, form):>8}" for figure, form in zip(figures, formats))
-            print(f"{title:<{width}}  {name:<{name_width}}  {metric:<13}", *cells, flush=True)
-
-
-def prepare(args):
-    """load_tasks() of what the arguments name, with as many solved examples as they want."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # one bar for each task, and MMLU has 57: ours are enough
-    # A few tasks shuffle their choices or make their data with one of these. In the harness, too, a seed that is given is for all.
-    random.seed(args.seed)
-    other = args.seed or OTHER_SEED
-    np.random.seed(other)
-    torch.manual_seed(other)
-    loaded, lines = load_tasks(args.tasks, [str(Path(__file__).resolve().parent / "tasks"), *(args.include_path or [])])
-    for task in loaded["tasks"].values():
-        if task.get_config("num_fewshot") is None or (args.num_fewshot is not None and task.get_config("num_fewshot") > 0):
-            task.set_config("num_fewshot", args.num_fewshot or 0)  # a 0 in a task's own file stays, as in the harness
-    return loaded, lines
-
-
-def main(argv=None, given=None):
-    args = given or read_arguments(argv)
-    settings = {} if all(args.prune) else {"dense": (None, token_filter)}
-    for title, config in filters_from(args, args.preset or ["paper"], sorted(args.prune), with_ratio=True):
-        settings[title] = config, token_filter
+def make_settings(args, n_layers) -> list[Setting]:
+    """What is compared. Dense comes first, where a --prune is 0."""
+    settings = []
+    if 0 in args.prune:
+        settings.append(Setting("dense"))
+    ratios = sorted(args.prune)
+    for label, filter in filters_from(args, args.preset or ["paper"], ratios, with_ratio=True):
+        settings.append(Setting(label, filter))
         if args.rivals:
-            settings[f"{title}, random"] = config, partial(by_chance, seed=args.seed)
-    loaded, lines = prepare(args)
-    drawn = random.getstate(), np.random.get_state(), torch.get_rng_state()
+            chance = partial(by_chance, seed=args.seed)
+            settings.append(Setting(f"{label}, random", filter, chance))
+    if args.rivals:
+        for prune in dict.fromkeys(ratios):
+            if prune > 0:
+                label = f"last layers {prune:g}"
+                settings.append(no_attention_in_last_layers(label, prune, n_layers))
+    return settings
+
+
+def run_setting(args, lm: FilteredLM, loaded) -> dict:
+    """The harness's results of one setting. Fails in one line where there are none."""
+    for task in loaded["tasks"].values():
+        task.set_fewshot_seed(args.fewshot_seed)
     try:
-        model, tokenizer = load(args.checkpoint, args.device, args.dtype, progress=sys.stderr.isatty())
-    except CheckpointError as e:
-        fail(e)
+        return lm_eval.evaluate(
+            lm,
+            loaded,
+            limit=args.limit,
+            apply_chat_template=args.chat,
+            # In a chat, solved examples are turns: the harness's own command does it too.
+            fewshot_as_multiturn=args.chat,
+        )
+    except (ValueError, FloatingPointError, CheckpointError) as error:
+        fail(error)
+    except ArithmeticError as error:
+        fail(
+            f"{lm.title}: the harness cannot make figures of what was scored, {error}: "
+            "a loss without bound, or only empty texts?"
+        )
 
-    for prune in sorted(filter(None, args.prune if args.rivals else ())):
-        settings[f"last layers {prune:g}"] = without_attention_from(prune, model.config.n_layers)
+
+def main(argv=None):
+    args = read_arguments(argv)
+    loaded, lines = prepare_tasks(args)
+    random_states = RandomStates()
+    try:
+        model, tokenizer = load(
+            args.checkpoint, args.device, args.dtype, progress=sys.stderr.isatty()
+        )
+    except CheckpointError as error:
+        fail(error)
+    settings = make_settings(args, model.config.n_layers)
+    width = max(len("setting"), *(len(setting.label) for setting in settings))
+
     tables: dict[str, dict] = {}
-    for title, (config, criterion) in settings.items():
-        lm = FilteredLM(model, tokenizer, config, args.batch, args.seed, title, criterion)
-        random.setstate(drawn[0])  # for every setting anew, so that all get the same prompts
-        np.random.set_state(drawn[1])
-        torch.set_rng_state(drawn[2])
-        for task in loaded["tasks"].values():
-            task.set_fewshot_seed(args.fewshot_seed)
-        chat = {"apply_chat_template": args.chat, "fewshot_as_multiturn": args.chat}  # as turns: the harness's command does it too
-        try:
-            results = lm_eval.evaluate(lm, loaded, limit=args.limit, **chat)
-        except (ValueError, FloatingPointError, CheckpointError) as e:
-            fail(e)
-        except ArithmeticError as e:
-            fail(f"{title}: the harness cannot make figures of what was scored, {e}: a loss without bound, or only empty texts?")
-        tables[title] = summarise(results, lm, lines)
+    results: dict = {}
+    for setting in settings:
+        title = setting.label
+        lm = FilteredLM(
+            model, tokenizer, setting.filter, args.batch, args.seed, title, setting.filter_fn
+        )
+        random_states.restore()  # for every setting anew, so that all get the same prompts
+        results = run_setting(args, lm, loaded)
+        table = summarise(results, lm, lines)
         if title != "dense" and "dense" in tables:
-            compare(tables[title], tables["dense"])
+            compare(table, tables["dense"])
         if not args.json:
-            print_table(title, tables[title], max(map(len, ("setting", *settings))), head=len(tables) == 1)
-
+            name_width = max(len(name) for name in table)
+            if not tables:
+                print_head(width, name_width)
+            print_table(title, table, width, name_width)
+        tables[title] = table
     if args.json:
-        about = {"lm_eval": lm_eval.__version__, "checkpoint": str(args.checkpoint), "limit": args.limit, "chat": args.chat}
-        about |= {"num_fewshot": results["n-shot"], "versions": results["versions"]}
-        rows = [{"setting": title, "filter": settings[title][0] and asdict(settings[title][0]), "tasks": tables[title]} for title in tables]
-        print_json(finite({**about, "results": rows}))
+        print_results(args, settings, tables, results)
+
+
+def print_results(args, settings, tables, results):
+    """--json: all tables, and how they were made, as one object. results: the harness's latest."""
+    rows = []
+    for setting in settings:
+        filter = None if setting.filter is None else asdict(setting.filter)
+        table = tables[setting.label]
+        rows.append({"setting": setting.label, "filter": filter, "tasks": table})
+    about = {
+        "lm_eval": lm_eval.__version__,
+        "checkpoint": str(args.checkpoint),
+        "limit": args.limit,
+        "chat": args.chat,
+        "num_fewshot": results["n-shot"],
+        "versions": results["versions"],
+    }
+    print_json(finite({**about, "results": rows}))
 
 
 if __name__ == "__main__":
-    run_command(main, None, given)
+    run_command(main)

@@ -15,7 +15,7 @@ from evaluation.bench import ROOT, SHAPES, main
 from filter_config import PRESETS, preset
 from load_weights import load
 from model import ModelConfig, Transformer
-from test_generate import refused
+from test_cli import refused
 
 RUN = ["--device", "cpu", "--batch", "1", "3", "--context", "60", "--new-tokens", "4"]
 RUN += ["--repeat", "1"]

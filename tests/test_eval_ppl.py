@@ -13,8 +13,9 @@ from eval_ppl import Setting, cut, evaluate, main
 from evaluation.rivals import recent_only
 from filter_config import PRESETS, FilterConfig, preset
 from load_weights import load
+from test_cli import LONG, refused
 from test_filter import small
-from test_generate import FILTERS, LONG, PROMPTS, refused
+from test_generation import FILTERS, PROMPTS
 
 # --------------------------------------------------------------------------------- perplexity
 

@@ -9,7 +9,7 @@ from evaluation import passkey as passkey_module
 from evaluation.passkey import ANSWER, main, passkey, passkey_prompt
 from filter_config import PRESETS, preset
 from load_weights import Tokenizer, load
-from test_generate import refused
+from test_cli import refused
 
 
 @pytest.mark.parametrize("depth", [0, 0.25, 1])

@@ -19,8 +19,9 @@ from evaluation.rivals import (
 from filter_config import FilterConfig, preset
 from golden.loop import drift, is_above
 from model import rope_frequencies
+from test_cli import LONG, refused
 from test_filter import rotated, small
-from test_generate import LONG, PROMPTS, refused
+from test_generation import PROMPTS
 from test_model import LENGTHS, texts
 from token_filter import FilterState
 
