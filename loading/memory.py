@@ -45,6 +45,7 @@ def check_memory(
         return
 
     hint = "no --dtype makes it fit"
+    # The larger one comes last, as it is the better choice where both fit.
     for name, size in (("bfloat16", 2), ("float32", 4)):
         if n_own * size <= free:
             hint = f"it fits with --dtype {name}"

@@ -205,7 +205,7 @@ def pairs_from_halves(tensor, heads):
 
 
 def in_mistrals_format(folder, target):
-    """Write a Hugging Face folder of a Mistral model as params.json and consolidated.safetensors."""
+    """Write a Hugging Face folder of a Mistral model in the form that Mistral gives out."""
     config = json.loads((folder / "config.json").read_text())
     heads = {"wq": config["num_attention_heads"], "wk": config["num_key_value_heads"]}
     tensors = {}
