@@ -315,7 +315,8 @@ class LayerCache:
         _, B, KVH, _, D = self.kv.shape
         self.kv = context.kv.gather(3, order[:, None, :, None].expand(2, B, KVH, n_slots, D))
         self.positions = position.gather(1, order).masked_fill(~is_filled, EMPTY)
-        self.kept = (context.kept.gather(1, order) & is_filled)[:, : self.n_near]
+        kept = context.kept.gather(1, order[:, : self.n_near])
+        self.kept = kept & is_filled[:, : self.n_near]
         self.n_far = (n_stay - self.n_near).clamp(min=0)
 
     # ------------------------------------------------------------------------------------ slots

@@ -325,7 +325,7 @@ def test_agrees_with_the_loop_from_one_chunk_to_the_next():
 
 @pytest.mark.parametrize("history", [7, 64, 256])
 def test_the_state_holds_the_loop_s_anchors_and_scores(history):
-    """The history is a ring: the score of position t is in column t mod W, NaN where there is none."""
+    """The history is a ring: the score of position t in column t mod W, NaN where there is none."""
     k, v = drift(4, 150, 3, 4)
     config = FilterConfig(history=history)
     lengths = [150, 0, 149, 1]
