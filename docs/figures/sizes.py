@@ -1,9 +1,9 @@
 """The two pictures at the head of the results, drawn from the tables in results/.
 
-    python -m docs.figures.sizes --draw FOLDER     write both there:
+python -m docs.figures.sizes --draw FOLDER     write both there:
 
-    sizes.png    what filtering costs against the model's size
-    reads.png    perplexity against KV read, `cache` and its rivals, at the smallest and the largest size
+sizes.png    what filtering costs against the model's size
+reads.png    perplexity against KV read, `cache` and its rivals, at the smallest and largest size
 """
 
 import re
@@ -11,48 +11,23 @@ from pathlib import Path
 
 from cli.arguments import Parser
 from cli.process import run_command
-
 from cli.report import check_output
 
 RESULTS = Path(__file__).resolve().parent.parent.parent / "results"
-MODELS = {"smollm2-135m.txt": 0.135, "qwen2.5-coder-0.5b.txt": 0.49, "qwen2.5-coder-1.5b.txt": 1.54}  # billion parameters
+
+# The commands whose tables are drawn score these windows.
+WINDOWS = "--window 768 --offsets 0 4096 8192"
+
+# File of a model's tables -> billion parameters
+MODELS = {
+    "smollm2-135m.txt": 0.135,
+    "qwen2.5-coder-0.5b.txt": 0.49,
+    "qwen2.5-coder-1.5b.txt": 1.54,
+}
 COLOURS = {"paper": "tab:blue", "local": "tab:orange", "cache": "tab:green"}
 
-
-def rows(file, windows="--window 768 --offsets 0 4096 8192"):
-    """(setting, prune) -> (perplexity, times dense, KV read): what eval_ppl.py printed for these windows."""
-    found = {}
-    for block in (RESULTS / file).read_text(encoding="utf-8").split("\n$ python ")[1:]:
-        command, _, table = block.partition("\n")
-        if f"{windows} " in f"{command} ":
-            lines = re.findall(r"^(\S.*?) +(0\.\d{3}) +([\d.]+) +([\d.]+) +[\d.]+ +[\d.]+ +([\d.]+)", table, re.M)
-            found |= {(name, float(prune)): (float(ppl), float(times), float(read)) for name, prune, ppl, times, read in lines}
-    return found
-
-
-def draw_sizes(path):
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    tables = {size: rows(file) for file, size in MODELS.items()}
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    for axes, names in zip(figure.subplots(1, 2), (list(COLOURS), ["local", "cache"])):  # all; the two that are close to dense
-        for name in names:
-            for prune, style in ((0.2, "--"), (0.5, "-")):
-                points = [(size, table[name, prune][1]) for size, table in tables.items()]
-                axes.plot(*zip(*points), style, color=COLOURS[name], marker="o", label=f"{name}, prune {prune}")
-        axes.axhline(1, color="black", linewidth=0.8)
-        axes.set(xscale="log", yscale="log" if "paper" in names else "linear", xlabel="parameters, billion")
-        axes.set_xticks(list(tables), [f"{size:g}" for size in tables])
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    figure.supylabel("perplexity, times the dense model's")
-    figure.savefig(path, dpi=120)
-
-
-RIVALS = {  # a curve: the settings on it, its colour
+# Each curve of reads.png: its label -> the settings on it, and its colour.
+CURVES = {
     "cache": (["cache"], "tab:green"),
     "KeyDiff, online": (["KeyDiff, online"], "tab:purple"),
     "StreamingLLM": (["StreamingLLM, as much held", "StreamingLLM, as much read"], "tab:red"),
@@ -61,32 +36,122 @@ RIVALS = {  # a curve: the settings on it, its colour
     "local": (["local"], "tab:orange"),
 }
 
+# setting, prune, perplexity, times dense, two columns that are not drawn, KV read
+ROW = re.compile(
+    r"^(\S.*?) +(0\.\d{3}) +([\d.]+) +([\d.]+) +[\d.]+ +[\d.]+ +([\d.]+)", re.MULTILINE
+)
+
+
+def rows(file) -> dict[tuple[str, float], tuple[float, float, float]]:
+    """(setting, prune) -> (perplexity, times dense, KV read), from a file's tables of WINDOWS."""
+    text = (RESULTS / file).read_text(encoding="utf-8")
+    found = {}
+    for block in text.split("\n$ python ")[1:]:
+        command, _, table = block.partition("\n")
+        if WINDOWS + " " not in command + " ":
+            continue
+        for setting, prune, perplexity, times, read in ROW.findall(table):
+            found[setting, float(prune)] = (float(perplexity), float(times), float(read))
+    return found
+
+
+def label_plainly(axis, locator=None):
+    """Numbers as one writes them, 0.5 and 2, at the marks of the locator alone."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    if locator is not None:
+        axis.set_major_locator(locator)
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+# ------------------------------------------------------------------------------------ sizes.png
+
+
+def draw_sizes(path):
+    """Times the dense model's perplexity, against the model's size.
+
+    On the left all presets, on the right the two that are close to dense.
+    """
+    from matplotlib.figure import Figure
+
+    tables = {size: rows(file) for file, size in MODELS.items()}
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw_costs(left, tables, ["paper", "local", "cache"])
+    left.set_yscale("log")
+    draw_costs(right, tables, ["local", "cache"])
+    for panel in (left, right):
+        panel.set(xscale="log", xlabel="parameters, billion")
+        label_plainly(panel.xaxis)
+        label_plainly(panel.yaxis)
+        panel.set_xticks(list(tables))
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    figure.supylabel("perplexity, times the dense model's")
+    figure.savefig(path, dpi=120)
+
+
+def draw_costs(panel, tables, names):
+    """A curve for each of these presets at 0.2 and at 0.5; tables: size -> rows()."""
+    for name in names:
+        for prune, style in ((0.2, "--"), (0.5, "-")):
+            sizes = list(tables)
+            times = [table[name, prune][1] for table in tables.values()]
+            label = f"{name}, prune {prune}"
+            panel.plot(sizes, times, style, color=COLOURS[name], marker="o", label=label)
+    panel.axhline(1, color="black", linewidth=0.8)
+
+
+# ------------------------------------------------------------------------------------ reads.png
+
+
+def curve(table, settings) -> tuple[list[float], list[float]]:
+    """KV read and perplexity of these settings at every ratio, from the least read to the most.
+
+    A setting that was run with several seeds is averaged over them.
+    """
+    by_setting: dict[tuple[str, float], list[tuple[float, float]]] = {}
+    for (name, prune), (perplexity, _, read) in table.items():
+        setting = name.split(", seed")[0]
+        if setting in settings:
+            by_setting.setdefault((setting, prune), []).append((read, perplexity))
+    points = []
+    for seeds in by_setting.values():
+        read = sum(read for read, _ in seeds) / len(seeds)
+        perplexity = sum(perplexity for _, perplexity in seeds) / len(seeds)
+        points.append((read, perplexity))
+    points.sort()
+    return [read for read, _ in points], [perplexity for _, perplexity in points]
+
 
 def draw_reads(path):
+    """Perplexity against KV read, at the smallest and the largest size."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(11, 4.8), layout="constrained")
-    for axes, (file, title) in zip(figure.subplots(1, 2), ((next(iter(MODELS)), "135 million parameters"), ([*MODELS][-1], "1.5 billion"))):
-        table = rows(file)
-        dense = table["dense", 0.0][0]
-        axes.axhline(dense, color="black", linestyle="--", linewidth=0.8, label=f"dense: {dense:.1f}")
-        for label, (names, colour) in RIVALS.items():
-            drawn: dict[tuple, list] = {}  # points by setting and ratio, of one or several seeds
-            for (name, prune), (ppl, _, read) in table.items():
-                if name.split(", seed")[0] in names:
-                    drawn.setdefault((name.split(", seed")[0], prune), []).append((read, ppl))
-            points = sorted(tuple(sum(x) / len(x) for x in zip(*seeds)) for seeds in drawn.values())
-            axes.plot(*zip(*points), "o-", color=colour, label=label, markersize=4)
-        axes.set(xlim=(0, 1), ylim=(0.97 * dense, 2.2 * dense), yscale="log", title=title)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    left, right = figure.subplots(1, 2)
+    draw_curves(left, rows("smollm2-135m.txt"), "135 million parameters")
+    draw_curves(right, rows("qwen2.5-coder-1.5b.txt"), "1.5 billion")
     figure.supxlabel("KV read: keys and values read, over those read without a filter")
     figure.supylabel("perplexity (logarithmic)")
     figure.savefig(path, dpi=120)
+
+
+def draw_curves(panel, table, title):
+    """All CURVES of one model."""
+    from matplotlib.ticker import LogLocator
+
+    dense, _, _ = table["dense", 0.0]
+    label = f"dense: {dense:.1f}"
+    panel.axhline(dense, color="black", linestyle="--", linewidth=0.8, label=label)
+    for label, (settings, colour) in CURVES.items():
+        reads, perplexities = curve(table, settings)
+        panel.plot(reads, perplexities, "o-", color=colour, label=label, markersize=4)
+    panel.set(xlim=(0, 1), ylim=(0.97 * dense, 2.2 * dense), yscale="log", title=title)
+    label_plainly(panel.yaxis, LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7)))
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
 
 
 def main(argv=None):
