@@ -25,7 +25,16 @@ import numpy as np
 from gguf import GGUFReader, TokenType, dequantize
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from tqdm import tqdm
 
 from cli.arguments import DEMO, Parser
@@ -300,6 +309,12 @@ def tokenizer(reader: GGUFReader) -> Tokenizer:
         if type_ in (TokenType.CONTROL, TokenType.USER_DEFINED):
             is_special = bool(type_ == TokenType.CONTROL)
             out.add_tokens([AddedToken(token, normalized=False, special=is_special)])
+    if metadata(reader, "tokenizer.ggml.add_bos_token"):
+        # Beside a tokenizer.json its post-processor alone says whether texts begin with BOS.
+        bos = metadata(reader, "tokenizer.ggml.bos_token_id")
+        out.post_processor = processors.TemplateProcessing(
+            f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
+        )
     return out
 
 
