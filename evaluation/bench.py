@@ -24,6 +24,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -191,7 +192,7 @@ def medians(runs, case: Case, weight_bytes) -> dict:
         quartiles = statistics.quantiles(step_ms, n=4)
     lower, median, upper = quartiles
 
-    row = {"batch": len(case.tokens), "context": case.context}
+    row: dict[str, Any] = {"batch": len(case.tokens), "context": case.context}
     for key in runs[0]:
         if key != "step_ms":
             row[key] = statistics.median(run[key] for run in runs)

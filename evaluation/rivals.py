@@ -40,7 +40,7 @@ from eval_ppl import (
     note_short_windows,
 )
 from filter_config import CHOICES, PRESETS, FilterConfig, preset
-from model import Transformer, apply_rope, rope_frequencies, rope_table
+from model import Block, Transformer, apply_rope, rope_frequencies, rope_table
 from token_filter import rank_scores, token_filter
 
 # ---------------------------------------------------------------------------------- baselines
@@ -201,6 +201,7 @@ def future_attention(model: Transformer, ids: list[int], recent: int):
     x = model.embed(torch.tensor(ids, device=device))  # (T, C)
     worth = []
     for block in model.blocks:
+        assert isinstance(block, Block)
         attn = block.attn
         h = block.attn_norm(x)
         k = attn.k_norm(attn.k(h).view(-1, config.kv_heads, config.head_dim))  # (T, KVH, D)

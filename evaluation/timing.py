@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -243,7 +244,7 @@ def timed_run(setting: Setting, case: Case, print_profile=False) -> Iterator[dic
 
     prefill_ms = []
     prompts = case.tokens[: case.distinct, : case.context]
-    cache = None
+    cache: Any = None
     for _ in range(2):
         cache = None  # so that there is one at a time
         wait_for(device)
@@ -357,7 +358,7 @@ def run_in_turn(settings, case: Case, repeat, bar, profile=False) -> dict[str, l
     filtered = [setting for setting in settings if setting.filter is not None]
     profiled = (filtered or settings)[0]
     for repetition in range(repeat):
-        waiting = deque()
+        waiting: deque[tuple[str, Iterator[dict | None]]] = deque()
         for setting in settings:
             print_profile = profile and repetition == 0 and setting is profiled
             waiting.append((setting.name, timed_run(setting, case, print_profile)))

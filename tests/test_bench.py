@@ -16,6 +16,7 @@ from filter_config import PRESETS, preset
 from load_weights import load
 from model import ModelConfig, Transformer
 from test_cli import refused
+from token_filter import FilterState
 
 RUN = ["--device", "cpu", "--batch", "1", "3", "--context", "60", "--new-tokens", "4"]
 RUN += ["--repeat", "1"]
@@ -250,6 +251,26 @@ def test_without_a_compiler_it_runs_uncompiled(checkpoint, capsys, monkeypatch):
     assert note in err.replace("\r", "\n")
     assert "ours eager" in out
     assert "cache 0.5" in out
+
+
+def test_drawn_decisions_are_at_the_ratio_whatever_the_filter_finds():
+    """Zeros tie, so the filter finds nothing redundant. Chunks and neighbours change nothing."""
+    config = preset("cache")
+    k = torch.zeros(2, 500, 2, 8)
+    state = FilterState(2, 2, 8, config, 3, torch.float32, "cpu")
+    whole, _ = timing.drawn_at_ratio(k, k, torch.tensor([500, 300]), state, 0.3, config)
+    assert not whole[:, :16].any()  # the warm-up
+    assert not whole[1, 300:].any()  # padding
+    assert whole[0, 16:].double().mean() == pytest.approx(0.3, abs=0.06)
+
+    state = FilterState(2, 2, 8, config, 3, torch.float32, "cpu")
+    pieces = []
+    for part in k[:, :300].split([250, *[1] * 50], dim=1):
+        lengths = None if part.shape[1] == 1 else torch.tensor([250, 250])
+        redundant, _ = timing.drawn_at_ratio(part, part, lengths, state, 0.3, config)
+        pieces.append(redundant)
+    assert torch.equal(torch.cat(pieces, dim=1), whole[:, :300])
+    assert not torch.equal(whole[0, :300], whole[1, :300])
 
 
 @pytest.mark.parametrize("window", [None, 32])
