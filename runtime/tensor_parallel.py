@@ -1,14 +1,15 @@
 """A model on several devices: torchrun --nproc-per-node N generate.py CHECKPOINT ...
 
-torchrun starts N processes (ranks), one for each device. Each rank holds 1/N of the query and key/value
-heads and of the MLP's columns, so 1/N of those weights and of the cache. Ranks meet in three places:
+torchrun starts N processes (ranks), one for each device. Each rank holds 1/N of the query and
+key/value heads and of the MLP's columns, so 1/N of those weights and of the cache. Ranks meet in
+three places:
 
 - twice a layer they add up what attention and what the MLP add to the residual stream, which so is
   the same on all of them, bit for bit;
-- in a layer that filters they add up sums over the heads' cosines (see token_filter.mean_and_variance),
-  so that all of them take the same decision;
-- the rows of the output projection are divided too: its parts are put together, so that every rank has
-  all logits and chooses the same token.
+- in a layer that filters they add up sums over the heads' cosines (see
+  token_filter.mean_and_variance), so that all of them take the same decision;
+- the rows of the output projection are divided too: its parts are put together, so that every rank
+  has all logits and chooses the same token.
 
 Rank 0 reads, prints and writes for all (cli/process.py).
 """
@@ -16,7 +17,6 @@ Rank 0 reads, prints and writes for all (cli/process.py).
 import math
 import os
 import time
-from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -27,11 +27,14 @@ from torch.distributed.rendezvous import rendezvous
 from cli.process import N_RANKS, RANK, Ranks
 from model import Linear, ModelConfig, Transformer
 
-# ------------------------------------------------------------------------------- meeting and parting
+# -------------------------------------------------------------------------- meeting and parting
 
 
 def init_distributed(device: torch.device):
-    """Join the other ranks, with NCCL on CUDA and gloo on the CPU. Calls after the first do nothing."""
+    """Join the other ranks, through NCCL on CUDA and gloo on the CPU.
+
+    Calls after the first do nothing.
+    """
     if dist.is_initialized():
         return
     backend = "gloo"
@@ -41,10 +44,11 @@ def init_distributed(device: torch.device):
     store, rank, n_ranks = next(rendezvous("env://"))
 
     def is_first_to_fail() -> bool:
-        # The store may be gone when another rank has ended. Then nobody has said why.
-        with suppress(RuntimeError):
+        try:
             return store.add("failed", 1) == 1
-        return True
+        except RuntimeError:
+            # The store is gone, as another rank has ended. Then nobody has said why.
+            return True
 
     # A process that only ends may be aborted by threads of the others that still run.
     Ranks.leave = dist.destroy_process_group
@@ -52,7 +56,7 @@ def init_distributed(device: torch.device):
     dist.init_process_group(backend, store=store, rank=rank, world_size=n_ranks)
 
 
-# ----------------------------------------------------------------------------------- dividing a model
+# ----------------------------------------------------------------------------- dividing a model
 
 
 def shard_config(config: ModelConfig) -> ModelConfig:
@@ -73,7 +77,7 @@ def shard_config(config: ModelConfig) -> ModelConfig:
 
 
 def shard(config: ModelConfig) -> Transformer:
-    """The part of the model that this rank holds; its weights are loaded before connect() is called.
+    """The part of the model that this rank holds: to be loaded with weights, then connected.
 
     With one rank this is the whole model. Raises ValueError where there are no equal parts.
     """
@@ -86,9 +90,7 @@ def shard(config: ModelConfig) -> Transformer:
     return model
 
 
-def shard_slices(
-    whole: torch.Size, own: torch.Size, first_row: int = 0
-) -> tuple[slice, ...]:
+def shard_slices(whole: torch.Size, own: torch.Size, first_row: int = 0) -> tuple[slice, ...]:
     """Where this rank's part of a weight lies in a stored tensor.
 
     whole, own: the shapes of the weight and of the part; first_row: the row of the stored tensor at
