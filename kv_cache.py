@@ -1,13 +1,20 @@
-"""The KV cache of a decoder whose layers filter tokens: each layer keeps tokens of its own choice.
+"""The KV cache of a decoder whose layers filter tokens: each layer stores other tokens.
 
-Read LayerCache first: its docstring says where a token is kept, `append` is what a decode step does
-to it, `context`, `visible` and `rebuild` are what a prompt does.
+In each layer a token is either *redundant* or *kept*. What a redundant token loses is the mode:
+    skip    it does not attend
+    local   it attends to the first tokens (sinks) and the latest ones (recent) only
+    cache   it attends to everything
+In all three a redundant token is stored only as long as it is one of the recent tokens: itself and
+the config.recent before it. Sinks are never redundant.
+
+Read LayerCache first: its docstring says where a token is stored. A decode step uses `append`. A
+prompt uses `context`, `visible` and `rebuild`.
 
 Shapes: B sequences, T new tokens, N real ones among the B * T (the rest is padding), S slots of a
-layer's cache, K tokens that a query may be able to see, L layers, KVH key/value heads, D head size,
-R channels of a head that RoPE rotates.
+layer's cache, K columns of a context (see Context), L layers, KVH key/value heads, D head size, R
+channels of a head that RoPE rotates.
 
-A token's *position* counts from the start of its sequence; its *slot* is where a layer keeps it.
+A token's *position* counts from the start of its sequence; its *slot* is where a layer stores it.
 """
 
 import math
@@ -22,10 +29,11 @@ from token_filter import FilterState, token_filter
 
 EMPTY = -1  # the position of a slot without a token
 NO_WINDOW = 2**62  # a sliding window longer than any text
+UNLIMITED = 2**62  # more steps than any text has
 DROPPED = 2**62  # a sort key that comes after every slot
 SPARE_SLOTS = 32  # slots, at least, by which a layer's cache grows
 
-# The columns of KVCache.usage().
+# The columns of KVCache.usage(), which explains them.
 USAGE = ("pairs", "redundant", "held", "read", "dense_read")
 
 
@@ -35,7 +43,8 @@ class Packing:
     For lengths [3, 1] and T = 3, with x for padding:
         pad    [[a, b, c], [d, x, x]]
         unpad  [a, b, c, d]
-    Products are made of the N packed tokens, so that padding costs nothing; attention needs rows.
+    Linear layers run on the N packed tokens, so that padding costs them nothing. The filter and
+    attention work on the padded grid.
     """
 
     def __init__(self, lengths, T, device):
@@ -65,11 +74,11 @@ class DecodeStep:
 
     position: torch.Tensor  # (B,) of the token in its sequence
     near_slot: torch.Tensor  # (B,) where a layer that filters puts it
-    near_filled: torch.Tensor  # (B,) how many near slots then hold tokens
+    near_filled: torch.Tensor  # (B,) how many near slots hold tokens after this step
     row: torch.Tensor  # (B,) 0 .. B-1
     cos: torch.Tensor | None = None  # (B, 1, R), set by the model: see model.rope_table
     sin: torch.Tensor | None = None
-    lengths: None = None  # every row has one token
+    lengths: None = None  # unlike a PrefillChunk: every row has one token
 
     def by_row(self, x):
         """(N, ...) -> (B, 1, ...)"""
@@ -85,8 +94,8 @@ class PrefillChunk:
     host_lengths: torch.Tensor  # (B,) the same on the host
     longest: int  # how many tokens the longest row has with these
     packing: Packing
-    # How many tokens every row had before this chunk, if all rows had as many and none is padded
-    # now. Where all of them are kept, attention is then plainly causal. None otherwise.
+    # The number of tokens before this chunk, if it is the same in every row and no row is padded
+    # now; else None. A layer that stores all tokens can then use a causal attention kernel.
     n_before: int | None
     cos: torch.Tensor | None = None  # (N, 1, R), set by the model: see model.rope_table
     sin: torch.Tensor | None = None
@@ -98,9 +107,10 @@ class PrefillChunk:
 
 @dataclass
 class Context:
-    """Prefill: all tokens that a chunk's queries may be able to see: far, near and new ones.
+    """Prefill: the keys and values that a chunk's queries look at.
 
-    In this order, since leaving out the far ones is then a slice. Which of them a query does see,
+    Its K columns are the far slots, the near slots and the new tokens. (In the cache near slots
+    come first. Here far ones do, so that without_far() is a slice.) Which columns a query sees,
     LayerCache.visible() says.
     """
 
@@ -112,8 +122,8 @@ class Context:
     def without_far(self):
         """What a redundant token may see in mode "local": sinks and recent tokens, kept or not."""
         positions = self.positions[:, self.n_far :]
-        nobody = torch.zeros_like(positions, dtype=torch.bool)
-        return Context(self.kv[:, :, :, self.n_far :], positions, kept=nobody, n_far=0)
+        none_kept = torch.zeros_like(positions, dtype=torch.bool)
+        return Context(self.kv[:, :, :, self.n_far :], positions, none_kept, n_far=0)
 
 
 @dataclass
@@ -127,7 +137,10 @@ class Decisions:
 
 
 def near_slot(position, n_sinks, ring_size):
-    """The slot that a token has, or had, among sinks and ring."""
+    """The slot that a token has, or had, among sinks and ring.
+
+    ring_size is 0 in a layer that does not filter, which has no use for the result.
+    """
     in_ring = n_sinks + (position - n_sinks) % max(ring_size, 1)
     return torch.where(position < n_sinks, position, in_ring)
 
@@ -135,23 +148,26 @@ def near_slot(position, n_sinks, ring_size):
 class LayerCache:
     """What one layer remembers of B sequences. A row's slots are, in this order:
 
-        sinks   the first tokens: token t in slot t
-        ring    the latest R = recent + 1 tokens, kept or not: token t in slot
-                sinks + (t - sinks) mod R
+        sinks   the first n_sinks tokens: token t in slot t
+        ring    the recent tokens, kept or redundant: the latest one and the config.recent before
+                it, so ring_size = recent + 1; token t in slot n_sinks + (t - n_sinks) mod ring_size
         far     the tokens that left the ring and were kept, oldest first (under a sliding window
-                these are a ring too, of the window's size)
+                these slots are a ring too, of the window's size)
 
-    Sinks and ring are the *near* slots. With 2 sinks, R = 3, and token 4 redundant, the slots hold
+    Sinks and ring are the *near* slots. With 2 sinks, recent = 2, and token 4 redundant, they hold
 
+        after token 4    0 1 | 2 3 4 |        the ring is full
         after token 5    0 1 | 5 3 4 | 2      5 took the slot of 2, which was kept: it is far now
         after token 6    0 1 | 5 6 4 | 2 3    6 took the slot of 3, which was kept too
         after token 7    0 1 | 5 6 7 | 2 3    7 took the slot of 4, which was redundant: it is gone
 
-    So whatever a query may see is the first n slots of its row: sinks and ring, or those and far.
-    That is why decode needs no mask (but for a sliding window), and moves one token a step at most.
+    So whatever a query may see is the first n slots of its row: none (a redundant token in mode
+    skip), the near slots (one in mode local), or near and far slots. That is why decode needs no
+    mask. Only a sliding window needs one, since it hides tokens within those n, sinks included. And
+    a decode step moves one token at most.
 
     In a layer that does not filter (ratio 0) there are no near slots, and every token is far.
-    Each row's last slot never holds a token.
+    Each row has one slot more than it can fill, for a copy that nobody sees: see _leave_ring.
     """
 
     def __init__(
@@ -165,14 +181,16 @@ class LayerCache:
         self.n_sinks = n_sinks if self.filters else 0
         self.ring_size = filter.recent + 1 if self.filters else 0
         self.n_near = self.n_sinks + self.ring_size
-        self.max_slots = self.n_near + self.window  # more can never be filled
+        self.max_slots = self.n_near + self.window  # no row ever fills more
 
         n_slots = max(self.n_near, SPARE_SLOTS) + 1
         kv_shape = (2, B, config.kv_heads, n_slots, config.head_dim)
         self.kv = torch.zeros(kv_shape, dtype=dtype, device=device)
         self.positions = torch.full((B, n_slots), EMPTY, device=device)
-        self.kept = torch.zeros(B, self.n_near, dtype=torch.bool, device=device)  # of near tokens
-        # How many tokens were ever stored as far ones; without a window all of them are there.
+        # Which near slots hold kept tokens.
+        self.kept = torch.zeros(B, self.n_near, dtype=torch.bool, device=device)
+        # How many far tokens there are. Under a window this counts on when the oldest ones are
+        # overwritten, until the next rebuild().
         self.n_far = torch.zeros(B, dtype=torch.int64, device=device)
 
         # Counted for usage(): redundant tokens, and slots that queries have read, (B,) each.
@@ -190,11 +208,11 @@ class LayerCache:
             self.state = FilterState(
                 B, config.kv_heads, config.head_dim, filter, layer, exact, device, sum_over_devices
             )
-            # A tensor, since torch.compile would compile a number in, and so every layer anew.
+            # A tensor, since a number would have torch.compile compile each layer anew.
             self.ratio_tensor = torch.full((), ratio, dtype=torch.float64, device=device)
 
     def find_redundant(self, k, v, lengths):
-        """Run the filter on a chunk: k, v (B, T, KVH, D), lengths as there -> (B, T) bool."""
+        """Run the filter: k, v (B, T, KVH, D), lengths as in token_filter -> (B, T) bool."""
         redundant, score = self.filter_fn(k, v, lengths, self.state, self.ratio_tensor, self.filter)
         self.n_redundant += redundant.sum(1)
         self.redundant = redundant
@@ -209,11 +227,11 @@ class LayerCache:
         k, v (B, KVH, D); redundant (B,) bool, or None in a layer that does not filter.
 
         Returns two things: the number of slots that each query may see, (B,) int64, always the
-        first ones of its row; and, under a sliding window only, which slots hold tokens within it,
-        (B, S) bool (else None).
+        first ones of its row; and, under a sliding window only, which of those are within it, (B,
+        S) bool (else None).
         """
         if redundant is None:
-            slot = self.n_far % self.window
+            slot = self.n_far % self.window  # before this token is counted
             near_filled = 0
             self.n_far += 1
         else:
@@ -221,9 +239,12 @@ class LayerCache:
             near_filled = step.near_filled
             self._leave_ring(slot, near_filled, step)
             self.kept[step.row, slot] = ~redundant
+        # Two index tensors with a slice between them: torch puts their dimension first, (B, 2,
+        # ...).
         self.kv[:, step.row, :, slot] = torch.stack((k, v), dim=1)
         self.positions[step.row, slot] = step.position
 
+        # In mode "cache" a redundant token sees as much as a kept one.
         n_far = self.n_far.clamp(max=self.window)
         if redundant is not None and self.filter.mode == "local":
             n_far = n_far.masked_fill(redundant, 0)
@@ -240,16 +261,18 @@ class LayerCache:
         return n_visible, in_window
 
     def _leave_ring(self, slot, near_filled, step: DecodeStep):
-        """The token in `slot` gives way to a new one. If it was kept, it becomes a far token.
+        """The token in `slot`, if there is one, gives way. If it was kept, it becomes a far token.
 
-        It is copied in any case, so that the host need not know whether it was kept. If it was not,
-        n_far stays as it is: nobody sees the copy, and the next one overwrites it.
+        It is copied to the next far slot in any case, so that the host need not know whether it was
+        kept. If it was not, n_far stays as it is, so the next copy overwrites this one. Its
+        position is EMPTY. Nobody sees it: it lies behind the filled slots, or, where a window's far
+        slots are all in use, in the place of a token that the window hides already.
         """
         was_kept = self.kept[step.row, slot]
-        end = near_filled + self.n_far % self.window
-        self.kv[:, step.row, :, end] = self.kv[:, step.row, :, slot]
-        left = self.positions[step.row, slot]
-        self.positions[step.row, end] = left.masked_fill(~was_kept, EMPTY)
+        far_slot = near_filled + self.n_far % self.window
+        self.kv[:, step.row, :, far_slot] = self.kv[:, step.row, :, slot]
+        position = self.positions[step.row, slot]
+        self.positions[step.row, far_slot] = position.masked_fill(~was_kept, EMPTY)
         self.n_far += was_kept
 
     # --------------------------------------------------------------------------------- prefill
@@ -261,6 +284,7 @@ class LayerCache:
     def context(self, k, v, redundant, chunk: PrefillChunk) -> Context:
         """All that new tokens may be able to see: k, v (B, T, KVH, D), redundant (B, T) or None."""
         new_kv = torch.stack((k, v)).transpose(2, 3)  # (2, B, KVH, T, D)
+        # For a causal kernel just the filled slots, so that K = n_before + T.
         n_slots = chunk.n_before if self.is_causal(chunk) else self.positions.shape[1]
         kv = self.kv[:, :, :, :n_slots]
         positions = self.positions[:, :n_slots]
@@ -271,14 +295,14 @@ class LayerCache:
         new_positions = chunk.position.masked_fill(~is_real, EMPTY)
         new_kept = is_real if redundant is None else is_real & ~redundant
         return Context(
-            torch.cat((far_kv, near_kv, new_kv), dim=3),
-            torch.cat((far_positions, near_positions, new_positions), dim=1),
-            torch.cat((far_positions != EMPTY, self.kept, new_kept), dim=1),
+            kv=torch.cat((far_kv, near_kv, new_kv), dim=3),
+            positions=torch.cat((far_positions, near_positions, new_positions), dim=1),
+            kept=torch.cat((far_positions != EMPTY, self.kept, new_kept), dim=1),
             n_far=far_positions.shape[1],
         )
 
     def visible(self, query, context: Context):
-        """Who may see whom: queries at positions (B, T'), EMPTY at padding -> (B, T', K) bool."""
+        """Which columns queries see: positions (B, T'), EMPTY at padding -> (B, T', K) bool."""
         query = query[..., None]  # (B, T', 1)
         token = context.positions[:, None]  # (B, 1, K)
         is_sink = token < self.n_sinks
@@ -290,14 +314,17 @@ class LayerCache:
         return mask
 
     def rebuild(self, context: Context, chunk: PrefillChunk):
-        """Lay the slots out anew after a chunk: with all that later tokens may still see."""
+        """Lay the slots out anew after a chunk, in the order that LayerCache's docstring gives.
+
+        What stays are the sinks, the ring, and the kept tokens within the window.
+        """
         position = context.positions
         end = (chunk.position[:, 0] + chunk.lengths)[:, None]  # the position of the next token
         is_near = (position < self.n_sinks) | (position >= end - self.ring_size)
         is_far = context.kept & (position >= end - self.window)
         stays = (position != EMPTY) & (is_near | is_far)
 
-        # Sorted by slot: near tokens have theirs, far ones come after all of them, by position.
+        # The tokens that stay are sorted: near ones by their slot, then far ones by position.
         own_slot = near_slot(position, self.n_sinks, self.ring_size)
         sort_key = torch.where(is_near, own_slot, self.n_near + position)
         sort_key = sort_key.masked_fill(~stays, DROPPED)
@@ -305,11 +332,11 @@ class LayerCache:
         if self.filters:
             most = int(n_stay.max().cpu())  # waits for the device
         else:
-            most = min(chunk.longest, self.window)
+            most = min(chunk.longest, self.window)  # all tokens stay, so the host knows
         n_slots = max(most, self.n_near) + 1
         # Where in the context each slot's token is, (B, S).
         order = sort_key.argsort(1)[:, :n_slots]
-        # The context may have no column left for the last slot, which holds no token: any will do.
+        # The context may be one column too short, as the last slot holds no token: repeat any.
         order = F.pad(order, (0, n_slots - order.shape[1]))
         is_filled = torch.arange(n_slots, device=order.device) < n_stay[:, None]
         _, B, KVH, _, D = self.kv.shape
@@ -322,17 +349,18 @@ class LayerCache:
     # ------------------------------------------------------------------------------------ slots
 
     def free_slots(self, n_used):
-        """How many more tokens there are slots for, if `n_used` are filled in the longest row."""
-        n_slots = self.positions.shape[1] - 1  # but for the last, which stays empty
+        """The number of decode steps that there are slots for, if `n_used` are filled."""
+        n_slots = self.positions.shape[1] - 1  # the last one stays empty
         if n_slots >= self.max_slots:
-            return NO_WINDOW  # all there can ever be, each used again and again
+            return UNLIMITED  # slots are used again and again
         return n_slots - n_used
 
     def capacity_for(self, n_used, n_more):
         """How many slots to have when n_used are filled and n_more tokens are known to follow.
 
-        n_more = 0 means that nothing is known. All tokens of a layer that does not filter need a
-        slot; of one that filters a share 1 - ratio, and a few more should it come out a little low.
+        n_more = 0 means that nothing is known. In a layer that does not filter all tokens need a
+        slot. In one that filters about a share 1 - ratio does; a few slots more are for the case
+        that fewer tokens than expected are redundant.
         """
         if n_more == 0:
             growth = max(n_used // 8, SPARE_SLOTS)
@@ -343,13 +371,13 @@ class LayerCache:
         return max(min(n_used + growth, self.max_slots), self.n_near) + 1
 
     def resize(self, n_slots):
-        """Have so many slots in each row, with the tokens where they are."""
+        """Grow or cut each row to n_slots slots. Tokens stay where they are."""
         extra = n_slots - self.positions.shape[1]  # a negative number cuts
         self.kv = F.pad(self.kv, (0, 0, 0, extra))
         self.positions = F.pad(self.positions, (0, extra), value=EMPTY)
 
     def select(self, rows, n_slots):
-        """Keep these rows, an int64 tensor, in this order, and of each its first n_slots slots."""
+        """Keep these rows, an int64 tensor, in this order, and at most n_slots slots of each."""
         self.kv = self.kv[:, rows, :, :n_slots]
         self.positions = self.positions[rows, :n_slots]
         self.kept = self.kept[rows]
@@ -369,15 +397,19 @@ class LayerCache:
 class KVCache:
     """All that a model remembers of B sequences. Transformer.new_cache makes it.
 
-    filter    the FilterConfig that decides, in all its layers; with prune 0 nothing is filtered
+    filter    the FilterConfig of all layers; prune 0 means that nothing is filtered
     lengths   (B,) int64, on the host: how many tokens each row has had so far
     position  (B,) the same on the device: the position of each row's next token
     layers    a LayerCache for each layer
 
-    Memory: a prompt leaves each layer with as many slots as its longest row fills. The first decode
-    step after it adds slots for what is known to follow, or for an eighth more, and so does every
-    later step that finds none left; all other steps allocate nothing. Rows that select() leaves out
-    are freed.
+    Memory, in each layer:
+        a new cache      the near slots, and SPARE_SLOTS at least
+        a prompt's chunk for a while, old slots and new tokens side by side; then as many slots as
+                         the row that fills most needs
+        the first decode step after a prompt or select(), and any later one that finds no slot left
+                         adds slots: for what is known to follow (`length`), else an eighth more
+        other steps      nothing
+        select()         frees the rows that it leaves out
     """
 
     def __init__(
@@ -396,7 +428,8 @@ class KVCache:
         self.filter_fn = filter_fn
         self.window = config.window or NO_WINDOW
         self.n_sinks = min(self.filter.n_sinks, config.max_positions)
-        self.length = length  # how many tokens a row will have in the end, 0 if unknown
+        # How many tokens a row will have in the end, 0 if unknown.
+        self.length = length
         self.lengths = torch.zeros(B, dtype=torch.int64)
         self.position = self.lengths.to(device, copy=True)
         self.latest_T = 0  # columns of the latest chunk
@@ -417,15 +450,16 @@ class KVCache:
             )
             for layer, ratio in enumerate(layer_ratios(self.filter, config.n_layers))
         ]
-        # For how many decode steps every layer has slots. A new layer has SPARE_SLOTS at least.
+        # Decode steps until reserve() must look again whether there are slots.
         self.free_steps = SPARE_SLOTS
-        # Decode steps since one of the cache's tensors was replaced by another, and a recording of
-        # such a step, which knows the tensors' addresses. For runtime/cuda_graph.py.
+        # For runtime/cuda_graph.py: decode steps since a tensor of the cache was replaced by
+        # another,
         self.n_steps = 0
+        # and a recording of such a step, which knows the addresses of the tensors.
         self.recorded_step: Callable | None = None
 
     def begin_decode(self) -> DecodeStep:
-        """One more token in each row. Works on the device alone: it can be recorded."""
+        """One more token in each row. Takes nothing from the host, so that it can be recorded."""
         ring_size = self.filter.recent + 1
         return DecodeStep(
             position=self.position,
@@ -435,7 +469,7 @@ class KVCache:
         )
 
     def begin_prefill(self, lengths, T) -> PrefillChunk:
-        """lengths (B,) int64, on the host: as many more tokens in each row, in T columns."""
+        """Count lengths (B,) more tokens, int64 on the host, in T columns; say where they stand."""
         device = self.position.device
         packing = Packing(lengths, T, device)
         n_before = int(self.lengths[0])
@@ -462,9 +496,11 @@ class KVCache:
     # ------------------------------------------------------------------------------------ slots
 
     def used_slots(self) -> list[int]:
-        """How many slots are filled in the longest row of each layer. Waits for the device."""
+        """How many slots are filled, in each layer, in the row that fills most. Waits for the
+        device.
+        """
         longest = max(self.lengths.tolist(), default=0)
-        # A row of 0 is added, as there may be none.
+        # A 0 is appended, as the cache may have no rows.
         n_far = torch.stack([F.pad(layer.n_far, (0, 1)).max() for layer in self.layers])
         return [
             min(longest, layer.n_near) + min(n, self.window)
@@ -478,15 +514,19 @@ class KVCache:
         return [layer.capacity_for(n, n_more) for layer, n in zip(self.layers, used_slots)]
 
     def reserve(self):
-        """Before a decode step: see to it that every layer has slots for some more steps."""
+        """Before a decode step: see to it that every layer has slots for some more steps.
+
+        Waits for the device, to learn how many slots are filled, and adds slots only if needed.
+        """
         used = self.used_slots()
-        if self._free_steps(used) < 1:
+        if self.possible_steps(used) < 1:
             for layer, n_slots in zip(self.layers, self.wanted_slots(used)):
                 layer.resize(n_slots)
             self._tensors_replaced()
-        self.free_steps = self._free_steps(used)
+        self.free_steps = self.possible_steps(used)
 
-    def _free_steps(self, used_slots) -> int:
+    def possible_steps(self, used_slots) -> int:
+        """For how many decode steps every layer has slots, whatever is kept."""
         return min(layer.free_slots(n) for layer, n in zip(self.layers, used_slots))
 
     @torch.inference_mode()
@@ -511,8 +551,9 @@ class KVCache:
         """What each layer decided about the tokens of the model's latest call, for whoever looks.
 
         The share of redundant tokens of that call, by layer, in a batch without padding:
-            [layer.redundant.float().mean().item() for layer in cache.decisions()]
-        Over all calls so far: redundant_share().
+            [decided.redundant.float().mean().item() for decided in cache.decisions()]
+        Over all calls so far: redundant_share(). After select() nothing is known of a latest call:
+        then no token is redundant, and all scores are NaN, as in layers that do not filter.
         """
         B = len(self.position)
         shape = (B, self.latest_T)
@@ -520,9 +561,9 @@ class KVCache:
         all_decisions = []
         for layer in self.layers:
             if layer.redundant is None or layer.state is None:
-                nobody = torch.zeros(shape, dtype=torch.bool, device=device)
-                unknown = torch.full(shape, math.nan, device=device)
-                decisions = Decisions(nobody, unknown, None, None)
+                all_false = torch.zeros(shape, dtype=torch.bool, device=device)
+                all_nan = torch.full(shape, math.nan, device=device)
+                decisions = Decisions(all_false, all_nan, None, None)
             else:
                 state = layer.state
                 decisions = Decisions(
@@ -541,7 +582,7 @@ class KVCache:
 
         pairs       (token, layer) pairs fed
         redundant   those of them that were found redundant
-        held        slots with a token that a sliding window does not hide by now
+        held        slots in use: not empty, and not outside a sliding window by now
         read        slots that all queries so far have read
         dense_read  slots that a dense model's queries would have: min(t + 1, window) at position t
         """
@@ -554,7 +595,8 @@ class KVCache:
         redundant, held, read = torch.stack((redundant, held, read)).cpu()
 
         n = self.lengths
-        in_window = n.clamp(max=self.window)  # tokens that see all before them
+        # The sum of min(t + 1, window) over positions t: first a triangle, then a rectangle.
+        in_window = n.clamp(max=self.window)
         dense_read = in_window * (in_window + 1) // 2 + (n - in_window) * in_window
         return torch.stack((n_layers * n, redundant, held, read, n_layers * dense_read), dim=1)
 

@@ -1,7 +1,7 @@
 """A LLaMA/Mistral decoder whose layers may filter tokens.
 
-To see the filter at work, follow one token through Attention.forward; kv_cache.py says what a layer
-remembers, token_filter.py how it decides.
+To see the filter at work, follow one token through Attention.forward. kv_cache.py says what a
+redundant token loses in each mode and what a layer remembers, token_filter.py how it decides.
 
 Shapes: B sequences, T new tokens in each, N real ones among the B * T (the rest is padding), L
 layers, H query heads, KVH key/value heads (H is a multiple of KVH), D head size, C width, R
@@ -21,7 +21,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from decode_attention import decode_attention
 from filter_config import FilterConfig
-from kv_cache import Context, DecodeStep, KVCache, LayerCache, Packing, PrefillChunk
+from kv_cache import EMPTY, DecodeStep, KVCache, LayerCache, Packing, PrefillChunk
 from token_filter import token_filter
 
 # Torch's attention kernels, without cuDNN's, which plans for a second for every new shape.
@@ -41,7 +41,8 @@ class ModelConfig:
     norm_eps: float
     max_positions: int  # the context: the longest text that the model was made for, in tokens
     tied: bool  # the output projection shares the embedding's weights
-    window: int | None = None  # sliding window (Mistral v0.1): token t sees positions > t - window
+    # Sliding window (Mistral v0.1): token t sees positions > t - window alone, sinks included.
+    window: int | None = None
     rope_scaling: dict | None = None  # see rope_frequencies
     rotary_dim: int | None = None  # R: RoPE rotates the first R channels (Phi); None: all D
     qkv_bias: bool = False  # biases of the query, key and value projections (Qwen2)
@@ -56,15 +57,16 @@ class ModelConfig:
 def rope_frequencies(config: ModelConfig) -> torch.Tensor:
     """Radians per position of each channel pair, theta^(-2i/R): (R/2,) float32.
 
-    config.rope_scaling slows them: all by `factor` ("linear"); or, as in Llama 3.1, only the pairs
-    that make few turns within the original context, with a blend between these and the others.
+    config.rope_scaling divides frequencies by `factor`: all of them ("linear"), or as in Llama 3.1
+    the slow ones, which make few turns within the original context; fast ones stay as they are, and
+    in between is a linear blend.
     """
     R = config.rotary_dim or config.head_dim
     frequencies = 1.0 / config.rope_theta ** (torch.arange(0, R, 2, dtype=torch.float32) / R)
     scaling = config.rope_scaling
     if not scaling:
         return frequencies
-    if list(scaling) == ["factor"]:
+    if list(scaling) == ["factor"]:  # linear scaling has nothing else
         return frequencies / scaling["factor"]
     low = scaling["low_freq_factor"]
     high = scaling["high_freq_factor"]
@@ -84,8 +86,9 @@ def rope_table(position, frequencies, dtype):
 def apply_rope(x, cos, sin):
     """RoPE in Hugging Face's layout, channel i paired with i + R/2: x (..., heads, D).
 
-    The pair (a, b) becomes (a cos - b sin, b cos + a sin): each channel takes its partner's times a
-    sin whose sign, minus in the first half, is in the table. Channels from R on stay as they are.
+    The pair (a, b) becomes (a cos - b sin, b cos + a sin). So each channel becomes itself times cos
+    plus its partner times sin, where the sin of the table is negative in the first half. Channels
+    from R on stay as they are.
     """
     R = cos.shape[-1]
     if R < x.shape[-1]:
@@ -101,8 +104,9 @@ ONEDNN = hasattr(
 
 
 class Linear(nn.Linear):
-    """x W^T + b. On the CPU through oneDNN: in float32, torch's default takes 1.21 to 1.26 times as
-    long for 1 to 32 rows, and 1.07 to 1.14 times for a prompt of 512 tokens.
+    """x W^T + b. On the CPU in float32 it goes through oneDNN.
+
+    Torch's default takes 1.21 to 1.26 times as long for 1 to 32 rows, 1.07 to 1.14 times for 512.
     """
 
     def forward(self, x):
@@ -130,13 +134,13 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, batch: DecodeStep | PrefillChunk, cache: LayerCache):
-        """x (N, C), the normed residual stream -> what attention adds to it, (N, C)."""
+        """x (N, C), the residual stream after its norm -> what is added to the stream, (N, C)."""
         # Keys and values.
         k_unrotated = self.k_norm(self.k(x).unflatten(-1, (self.kv_heads, self.head_dim)))
         k = apply_rope(k_unrotated, batch.cos, batch.sin)  # (N, KVH, D)
         v = self.v(x).unflatten(-1, (self.kv_heads, self.head_dim))
 
-        # Filter.
+        # Filter. Keys are compared as the cache holds them, or as they are before RoPE.
         redundant = None  # (B, T) bool in a layer that filters
         if cache.filters:
             compared = k if cache.filter.keys == "rotated" else k_unrotated
@@ -155,9 +159,11 @@ class Attention(nn.Module):
     # ---------------------------------------------------------------------------------- decode
 
     def decode(self, x, k, v, redundant, step: DecodeStep, cache: LayerCache):
-        """One token a row, N = B. A redundant one's query reads less of its row, or nothing at all.
+        """One token a row, N = B.
 
-        The products with q and o are made for every row: their weights are read anyway.
+        A redundant token's query reads nothing in mode skip, the near slots in mode local, all in
+        mode cache. q and o are computed for every row: which rows are redundant the host does not
+        know, and for the other rows their weights are read anyway.
         """
         if redundant is not None:
             redundant = redundant[:, 0]
@@ -166,13 +172,14 @@ class Attention(nn.Module):
         keys, values = cache.kv
         output = self.o(decode_attention(q, keys, values, n_visible, in_window).flatten(1))
         if redundant is not None and cache.filter.mode == "skip":
+            # It may be anything, as nothing was read; and o's bias is in it.
             output = output.masked_fill(redundant[:, None], 0)
         return output
 
     # --------------------------------------------------------------------------------- prefill
 
     def prefill(self, x, k, v, redundant, chunk: PrefillChunk, cache: LayerCache):
-        """Up to T tokens a row. Tokens that skip attention have no query and no output product."""
+        """Up to T tokens a row. Tokens that skip attention do not go through q and o at all."""
         k = chunk.by_row(k)  # (B, T, KVH, D)
         v = chunk.by_row(v)
         context = cache.context(k, v, redundant, chunk)
@@ -183,33 +190,34 @@ class Attention(nn.Module):
             self.attend(x, everyone, chunk.packing, context, chunk, cache, output)
         else:
             is_kept = chunk.packing.unpad(~redundant)  # (N,)
-            n_redundant = redundant.sum(1).cpu()  # (B,), the one wait for the device here
+            n_redundant = redundant.sum(1).cpu()  # (B,), waits for the device, as rebuild does
             n_kept = chunk.host_lengths - n_redundant
             self.attend_some(x, is_kept, n_kept, context, chunk, cache, output)
             if mode == "local":
-                near = context.without_far()
-                self.attend_some(x, ~is_kept, n_redundant, near, chunk, cache, output)
+                local = context.without_far()
+                self.attend_some(x, ~is_kept, n_redundant, local, chunk, cache, output)
         cache.rebuild(context, chunk)
         return output
 
     def attend_some(self, x, attends, counts, context, chunk: PrefillChunk, cache, output):
-        """The same as attend(), for some tokens: attends (N,) bool; counts (B,) on the host: how
-        many of each row. They are moved to the front of their rows, so that there is little
-        padding.
+        """The same as attend() for the tokens where attends (N,) is True.
+
+        counts (B,), on the host: how many tokens of each row attend. They are moved to the front of
+        their rows, so that there is little padding.
         """
         n = int(counts.sum())
         if n == 0:
             return
-        # Where they are among the N tokens. A stable sort puts them first, in their order;
-        # nonzero() would wait for the device to say how many there are.
+        # Their indices among the N tokens. True sorts before False, and a stable sort keeps the
+        # order; nonzero() would wait for the device to say how many there are.
         tokens = attends.byte().argsort(descending=True, stable=True)[:n]
         packing = Packing(counts, int(counts.max()), x.device)
         self.attend(x, tokens, packing, context, chunk, cache, output)
 
     def attend(self, x, tokens, packing: Packing, context, chunk, cache: LayerCache, output):
-        """Some of the N tokens look at the context, and their rows of `output` (N, C) are set.
+        """Attention for some of the N tokens; writes their rows of `output` (N, C).
 
-        tokens: which, an index of the N; packing: where they stand in rows, (B, T').
+        tokens: their indices, or slice(None) for all N; packing: where they are in a (B, T') grid.
         """
         cos = chunk.cos[tokens]
         sin = chunk.sin[tokens]
@@ -217,15 +225,14 @@ class Attention(nn.Module):
         keys, values = context.kv
         if cache.is_causal(chunk):
             y = causal_attention(q, keys, values)
-            T = q.shape[1]
+            T = q.shape[1]  # the i-th of them, from 0, sees n_before + i + 1 tokens
             cache.n_read += T * chunk.n_before + T * (T + 1) // 2
         else:
             position = chunk.packing.unpad(chunk.position)[tokens]
-            mask = cache.visible(packing.pad(position, fill=-1), context)  # (B, T', K)
+            mask = cache.visible(packing.pad(position, fill=EMPTY), context)  # (B, T', K)
             y = masked_attention(q, keys, values, mask)
-            cache.n_read += mask.sum(2, dtype=torch.int32).sum(
-                1
-            )  # in int64 it takes 8 times as long
+            # In int64 the first sum would take 8 times as long.
+            cache.n_read += mask.sum(2, dtype=torch.int32).sum(1)
         output[tokens] = self.o(packing.unpad(y))
 
 
@@ -239,14 +246,16 @@ def masked_attention(q, k, v, mask):
 
 
 def causal_attention(q, k, v):
-    """Attention of the last T of K tokens over themselves and all before: q (B, T, H, D), k, v (B,
-    KVH, K, D) -> (B, T, H * D). Without a mask torch's kernels leave out what is not to be seen: of
-    a prompt of 1024 tokens a mask takes 9% of the time on a CPU.
+    """Attention of the last T of K tokens over themselves and all before them.
+
+    q (B, T, H, D); k, v (B, KVH, K, D) -> (B, T, H * D). Without an explicit mask torch's kernels
+    skip later keys. On a CPU that saves 9% of the time of a prompt of 1024 tokens.
     """
     T = q.shape[1]
     K = k.shape[2]
     if T == K:
         return attention_by_group(q, k, v, is_causal=True)
+    # Lower right: the last query sees all K keys.
     return attention_by_group(q, k, v, attn_mask=causal_lower_right(T, K))
 
 
@@ -254,7 +263,9 @@ def attention_by_group(q, k, v, **options):
     """Query heads that share a key head take turns, since torch would copy k and v for each."""
     by_group = q.unflatten(2, (k.shape[1], -1)).permute(3, 0, 2, 1, 4)  # (H/KVH, B, KVH, T', D)
     y = [F.scaled_dot_product_attention(part, k, v, **options) for part in by_group]
-    return torch.stack(y, dim=3).transpose(1, 2).flatten(2)
+    return (
+        torch.stack(y, dim=3).transpose(1, 2).flatten(2)
+    )  # (B, KVH, T', H/KVH, D) -> (B, T', H * D)
 
 
 class MLP(nn.Module):
@@ -300,8 +311,8 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        # Not nn.Embedding(...): on the meta device, where loading starts, it takes seconds to
-        # import what draws its random weights.
+        # Not nn.Embedding(...): its own random weights take seconds of imports on the meta device,
+        # where loading starts.
         weight = torch.randn(config.vocab_size, config.width)
         self.embed = nn.Embedding.from_pretrained(weight, freeze=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -323,11 +334,11 @@ class Transformer(nn.Module):
     def new_cache(
         self, B, filter: FilterConfig | None = None, filter_fn: Callable = token_filter, length=0
     ) -> KVCache:
-        """An empty cache for B sequences. What is fed with it is filtered, if `filter` is given.
+        """An empty cache for B sequences. Tokens fed with it are filtered if `filter` is given.
 
         filter_fn  decides which tokens are redundant: see the contract in token_filter
-        length     how many tokens a row will have in the end, if known, so that there are slots for
-                   them from the start; otherwise the cache grows
+        length     how many tokens a row will have in the end, if known, so that the cache grows but
+                   once, after the prompt
         """
         weight = self.embed.weight
         return KVCache(
@@ -347,7 +358,7 @@ class Transformer(nn.Module):
 
         tokens (B, T) int64, of which row b's first lengths[b] are real (default: all).
         Returns logits (B, T, vocab), meaningless at padding; with last=True those after each row's
-        last real token only, (B, vocab).
+        last real token only, (B, vocab), meaningless in a row without any.
         Raises ValueError beyond the model's context, and for a cache that was made for other rows,
         another model, dtype or device.
         """
@@ -357,20 +368,20 @@ class Transformer(nn.Module):
             lengths = torch.full((B,), T)
         lengths = torch.as_tensor(lengths, dtype=torch.int64, device="cpu")
         longest = max((cache.lengths + lengths).tolist(), default=0)
-        context = self.config.max_positions
-        if longest > context:
-            raise ValueError(f"{longest} tokens are more than the model's context of {context}")
+        limit = self.config.max_positions
+        if longest > limit:
+            raise ValueError(f"{longest} tokens are more than the model's context of {limit}")
         tokens = tokens.to(self.embed.weight.device)
 
         if not lengths.any():
             return self.feed_nothing(cache, B, T, last)
-        if T == 1 and lengths.all():
+        if T == 1 and lengths.all():  # a step in which a row has no token is a chunk
             logits = self.decode(tokens[:, 0], cache)
             return logits if last else logits[:, None]
         return self.feed_chunk(tokens, cache, lengths, last)
 
     def check_cache(self, cache: KVCache, B):
-        """Raise ValueError, naming both, where the cache was made for something else."""
+        """Raise ValueError, naming both sides, if the cache was made for something else."""
         n_rows = len(cache.lengths)
         if B != n_rows:
             raise ValueError(f"tokens have {B} rows, but the cache was made for {n_rows}")
@@ -406,6 +417,7 @@ class Transformer(nn.Module):
             for block, layer in zip(self.blocks, cache.layers):
                 x = block(x, chunk, layer)
         if last:
+            # The index among the N tokens of each row's last one.
             ends = (lengths.cumsum(0) - 1).clamp(min=0).to(x.device)
             return self.head(self.norm(x[ends]))
         return chunk.packing.pad(self.head(self.norm(x)))
@@ -413,7 +425,7 @@ class Transformer(nn.Module):
     def decode(self, tokens, cache: KVCache):
         """One token for every row, (B,) -> logits (B, vocab)."""
         if cache.free_steps == 0:
-            cache.reserve()
+            cache.reserve()  # may wait for the device; no other part of a step does
         cache.free_steps -= 1
         cache.lengths = cache.lengths + 1
         cache.latest_T = 1
@@ -427,8 +439,8 @@ class Transformer(nn.Module):
     def decode_step(self, tokens, cache: KVCache):
         """tokens (B,) -> logits (B, vocab).
 
-        Nothing in it comes from the host or waits for the device, and no tensor that the next step
-        needs is replaced by another, so that it can be recorded (runtime/cuda_graph.py).
+        So that it can be recorded (runtime/cuda_graph.py), it takes nothing from the host but the
+        tokens, waits for nothing, and replaces no tensor that the next step needs.
         """
         x = self.embed(tokens)  # (B, C)
         step = cache.begin_decode()
@@ -470,6 +482,7 @@ class Transformer(nn.Module):
             in_chunk = (lengths - start).clamp(0, chunk)
             part = tokens[:, start : start + chunk]
             latest = self(part, cache, in_chunk, last=True)
-            has_ended_here = (in_chunk > 0).to(latest.device)[:, None]
-            logits = latest if logits is None else torch.where(has_ended_here, latest, logits)
+            # The last chunk in which a row has tokens sets its logits.
+            has_tokens = (in_chunk > 0).to(latest.device)[:, None]
+            logits = latest if logits is None else torch.where(has_tokens, latest, logits)
         return logits

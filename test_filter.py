@@ -160,7 +160,8 @@ def feed(k, v, chunks, ratio, config, state=None, dtype=torch.float64, layer=0):
         n_columns = max(*chunk, 1)
         columns = torch.tensor(done)[:, None] + torch.arange(n_columns)
         columns = columns.clamp(max=T - 1)
-        lengths = None if min(chunk) == n_columns else torch.tensor(chunk)
+        is_decode_step = set(chunk) == {1}
+        lengths = None if is_decode_step else torch.tensor(chunk)
         r, s = token_filter(k[rows, columns], v[rows, columns], lengths, state, ratio, config)
         for b, n in enumerate(chunk):
             assert not r[b, n:].any() and s[b, n:].isnan().all()  # padding

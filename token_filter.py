@@ -2,7 +2,8 @@
 2512.07090).
 
 A token is redundant in a layer when its key and value look like running averages (anchors) of the
-tokens just before it. `token_filter`, at the end of this file, is the whole method.
+tokens just before it, more than those of most recent tokens did. `token_filter`, at the end of this
+file, is the whole method.
 
 Shapes: B sequences, T new tokens, KVH key/value heads, D head size, W scores remembered.
 """
@@ -14,7 +15,7 @@ import torch
 
 from filter_config import FilterConfig
 
-EPS = 1e-6  # keeps w_k defined, and at 1/2, when the heads agree perfectly on both sides
+EPS = 1e-6  # keeps w_k defined, and at 1/2, when both variances are 0
 
 
 class FilterState:
@@ -33,17 +34,18 @@ class FilterState:
     ):
         # Running averages of keys [:, 0] and of values [:, 1].
         self.anchor = torch.zeros(B, 2, kv_heads, head_dim, dtype=dtype, device=device)
-        # The latest W scores, that of position p in column p mod W. NaN where there is none yet.
+        # The latest W scores: the score of position p is in column p mod W. NaN where there is
+        # none.
         self.history = torch.full((B, config.history), math.nan, dtype=dtype, device=device)
         # How many tokens it has seen, so the position of the next one.
         self.count = torch.zeros(B, dtype=torch.int64, device=device)
-        # The layer's number, for filter functions that go by it. It is a tensor because
-        # torch.compile would compile a plain number in, and so compile every layer anew.
+        # The layer's number, for filter functions that go by it. A tensor, since a number would
+        # have torch.compile compile each layer anew.
         self.layer = torch.full((), layer, device=device)
         # On several devices, each of which has some of the heads: the function that adds a tensor
         # over all of them. None on one device.
         self.sum_over_devices = sum_over_devices
-        # Of the latest chunk, for whoever wants to look: the cosines (B, T, 2, KVH) and w_k (B, T).
+        # Of the latest chunk, for KVCache.decisions(): the cosines (B, T, 2, KVH) and w_k (B, T).
         self.latest_cosine: torch.Tensor | None = None
         self.latest_w_k: torch.Tensor | None = None
 
@@ -64,14 +66,14 @@ def running_averages(x, start, gamma, block=64):
 
     Returns A_0 .. A_T, (B, T+1, ...). Within a block of tokens
         A_t = gamma^t A_0 + (1-gamma) sum_{s<t} gamma^(t-1-s) x_s,
-    which is one matrix product. For three tokens its matrix is, times (1-gamma):
-        1        0      0
-        gamma    1      0
-        gamma^2  gamma  1
+    which is one matrix product. For three tokens the matrix is (1-gamma) times
+                x_0      x_1    x_2
+        A_1     1        0      0
+        A_2     gamma    1      0
+        A_3     gamma^2  gamma  1
     """
     t = torch.arange(1, block + 1, device=x.device)
-    lag = t[:, None] - t  # (block, block): how many tokens before A_t's latest one x_s stands
-    # Powers are taken in float64, as in a chunk of another length they must come out the same.
+    lag = t[:, None] - t  # (block, block): the power of gamma
     weight = torch.where(lag >= 0, (1 - gamma) * gamma ** lag.clamp(min=0).double(), 0).to(x.dtype)
     decay = (gamma ** t.double()).to(x.dtype)  # of A_0 in A_t
     averages = [start[:, None]]
@@ -88,27 +90,29 @@ def exceeds_quantile(score, past, n, ratio):
     """Which scores are above the (1-ratio) quantile of the n scores before them: (B, T) bool.
 
     If `below` of the n scores are strictly below, n - below are as high or higher. The score
-    exceeds the quantile if those are at most ratio * n. So ties do not exceed, NaN never does, and
-    nothing does at ratio 0 or with n = 0.
+    exceeds the quantile if those are at most ratio * n. So a score that equals the quantile does
+    not exceed it, NaN never does, and nothing does at ratio 0 or with n = 0.
 
     score, n (B, T); past (B, T, W), of which all but n are NaN; ratio: a float, or a float64 tensor
     () or (B, 1).
     """
     below = (past < score[..., None]).sum(-1)
     allowed = n.double() * ratio  # how many may be as high or higher
-    # 1e-9: ratio * n is a little off a whole number where ratio is, say, 1 - 23/26.
+    # 1e-9: ratio * n may round to a little below a whole number, as 31/58 * 58 does.
     return (n - below <= allowed + 1e-9) & (allowed > 0) & ~score.isnan()
 
 
 def rank_scores(score, lengths, state: FilterState, ratio, config: FilterConfig):
-    """Say which new scores (B, T) are redundant ones, and move state.history and state.count on.
+    """Say whose new scores (B, T) make them redundant; move state.history and state.count on.
 
     Returns redundant (B, T) bool and the scores, with NaN at padding. Other arguments as in
     token_filter. A filter function with a score of its own ends with this call.
     """
     T = score.shape[1]
     W = config.history
-    count = state.count[:, None]  # (B, 1), the position of the first new token
+    # The position of the first new token, (B, 1). This and `past` below are views of the state, so
+    # all that is read from them comes before the state is written to.
+    count = state.count[:, None]
 
     if lengths is None:  # decode: one new score replaces the oldest
         position = count
@@ -122,7 +126,8 @@ def rank_scores(score, lengths, state: FilterState, ratio, config: FilterConfig)
         score = score.masked_fill(step >= lengths[:, None], math.nan)
         offset = torch.arange(W, device=score.device)
         oldest_first = state.history.gather(1, (count + offset) % W)
-        scores = torch.cat((oldest_first, score), dim=1)  # (B, W + T)
+        # (B, W + T): column i is the score of position count - W + i.
+        scores = torch.cat((oldest_first, score), dim=1)
         past = scores[:, :-1].unfold(1, W, 1)  # (B, T, W): the W scores before each new one
         last_W = lengths[:, None] + offset  # (B, W): where the latest W scores of each row are
         columns = (count + last_W) % W
@@ -130,7 +135,7 @@ def rank_scores(score, lengths, state: FilterState, ratio, config: FilterConfig)
         n_new = lengths
 
     n_past = position.clamp(max=W)
-    past_warmup = position >= config.n_sinks
+    past_warmup = position >= config.n_sinks  # the warm-up is the first n_sinks tokens
     redundant = exceeds_quantile(score, past, n_past, ratio) & past_warmup
     state.history.scatter_(1, columns, latest)
     state.count += n_new
@@ -142,7 +147,8 @@ def mean_and_variance(cosine, sum_over_devices):
     if sum_over_devices is None:
         variance, mean = torch.var_mean(cosine, dim=-1, correction=0)
         return mean, variance
-    # In float64 the difference of two squares is exact enough.
+    # The variance is the mean square less the square of the mean. Where both are nearly equal this
+    # is inexact in float32, but exact enough in float64.
     wide = cosine.double()
     sums = torch.stack((torch.ones_like(wide), wide, wide.square())).sum(-1)
     n_heads, total, squares = sum_over_devices(sums)
@@ -159,39 +165,40 @@ def token_filter(k, v, lengths, state: FilterState, ratio, config: FilterConfig)
         w_k    = (var(c_v) + eps) / (var(c_k) + var(c_v) + 2 eps)
         s_t    = w_k mean(c_k) + (1 - w_k) mean(c_v)
         t is redundant if it is past the warm-up and s_t exceeds the (1 - ratio) quantile of the
-        latest W scores before it
+        latest W scores before it, or of fewer at the start
         A     <- gamma A + (1-gamma) (k_t, v_t), started at the first token's own k, v
 
-    k, v (B, T, KVH, D), any float dtype. lengths (B,) int64: the first lengths[b] tokens of row b
-    are real, the rest is padding, of any value; None: all are (decode: T = 1). ratio: r_l, a float,
-    or a float64 tensor () or (B, 1). Returns redundant (B, T) bool and score (B, T); padding is
-    False and NaN.
+    k, v     (B, T, KVH, D), any float dtype
+    lengths  (B,) int64: the first lengths[b] tokens of row b are real, the rest is padding, of any
+             value; None: a decode step, one real token in every row (T = 1)
+    ratio    r_l, a float, or a float64 tensor () or (B, 1)
+    Returns redundant (B, T) bool and score (B, T); padding is False and NaN.
 
     The contract of a filter function. Any function with this signature can take this one's place
-    (`model.new_cache(B, config, filter_fn=...)`). It must
-    - decide on a token from that token and those before it in its row alone, so that chunks and
-      neighbours change nothing: what it remembers between two calls is in `state`;
-    - add each row's number of new tokens to state.count, which is the position of the next token;
-    - write into the tensors of `state` in place (copy_, scatter_, +=), as a recorded decode step
-      knows their addresses, and select() finds rows in them by name;
-    - read nothing back from the device (no .item(), no `if` on a tensor);
-    - return False for padding and for a row's first config.n_sinks tokens.
-    Ranking among past scores is done by rank_scores, which also moves count and history on:
+    (`model.new_cache(B, config, filter_fn=...)`). It is called in layers whose ratio is above 0.
+    - It decides on a token from that token and those before it in its row alone. So chunks and
+      neighbours change nothing (but for rounding).
+    - What it remembers between two calls is in state.anchor, state.history and state.count, whose
+      use is free but for the count. No other tensor survives select() and a recorded step.
+    - It writes into these tensors in place (copy_, scatter_, +=), as a recorded decode step knows
+      their addresses.
+    - It adds each row's number of new tokens to state.count, which is the position of the next.
+    - It reads nothing back from the device (no .item(), no `if` on a tensor).
+    - It returns redundant = False for padding and for a row's first config.n_sinks tokens. The
+      score
+      is for whoever looks; it may be NaN.
+    rank_scores ranks a score among past ones, and does all of that with history and count:
 
         def long_values(k, v, lengths, state, ratio, config):
             '''Tokens with long values are redundant.'''
-            if lengths is None and k.shape[1] > 1:
-                lengths = torch.full_like(state.count, k.shape[1])
             score = v.to(state.history.dtype).norm(dim=-1).mean(-1)  # (B, T)
             return rank_scores(score, lengths, state, ratio, config)
     """
     B, T = k.shape[:2]
-    if lengths is None and T > 1:
-        lengths = torch.full_like(state.count, T)
     x = torch.stack((k, v), dim=2).to(state.anchor.dtype)  # (B, T, 2, KVH, D)
     if lengths is not None:
         is_padding = torch.arange(T, device=k.device) >= lengths[:, None]
-        x = x.masked_fill(is_padding.view(B, T, 1, 1, 1), 0)  # whatever it was, NaN included
+        x = x.masked_fill(is_padding.view(B, T, 1, 1, 1), 0)  # it may be NaN, which 0 times keeps
 
     # 1. Anchors, before each token and after the last real one.
     is_first = (state.count == 0).view(B, 1, 1, 1)
@@ -209,7 +216,7 @@ def token_filter(k, v, lengths, state: FilterState, ratio, config: FilterConfig)
     norms = x.norm(dim=-1) * anchor.norm(dim=-1)
     cosine = ((x * anchor).sum(-1) / norms).masked_fill(norms == 0, 0)  # (B, T, 2, KVH)
 
-    # 3. Fusion: where the heads of one side agree more than those of the other, it has more weight.
+    # 3. Fusion: the side whose heads agree more gets more weight.
     mean, variance = mean_and_variance(cosine, state.sum_over_devices)  # (B, T, 2) each
     mean_k, mean_v = mean.unbind(-1)
     var_k, var_v = (variance + EPS).unbind(-1)
@@ -219,7 +226,7 @@ def token_filter(k, v, lengths, state: FilterState, ratio, config: FilterConfig)
         w_k = torch.full_like(var_k, 0.5)
     elif config.fusion == "key":
         w_k = torch.ones_like(var_k)
-    else:
+    else:  # "value"
         w_k = torch.zeros_like(var_k)
     score = torch.lerp(mean_v, mean_k, w_k)
     state.latest_cosine = cosine
