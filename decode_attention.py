@@ -39,7 +39,9 @@ def all_slots(q, k, v, n, mask=None):
 
 
 def row_by_row(q: Tensor, k: Tensor, v: Tensor, n: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Each row reads its own slots alone: for the CPU, where a call costs little. 0 where n[b] is 0."""
+    """Each row reads its own slots alone: for the CPU, where a call costs little. 0 where n[b] is
+    0.
+    """
     lengths = n.tolist()
     longest = max(lengths)
     if min(lengths) > 0.8 * longest:  # hardly any slots to leave out, so all rows in one call
@@ -60,9 +62,7 @@ def row_by_row(q: Tensor, k: Tensor, v: Tensor, n: Tensor, mask: Tensor | None =
 
 
 # The same as one opaque operation: a compiled graph cannot look at lengths.
-row_by_row_op = torch.library.custom_op(
-    "token_filtering::row_by_row", row_by_row, mutates_args=()
-)
+row_by_row_op = torch.library.custom_op("token_filtering::row_by_row", row_by_row, mutates_args=())
 row_by_row_op.register_fake(lambda q, k, v, n, mask=None: torch.empty_like(q))
 
 

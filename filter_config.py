@@ -1,4 +1,5 @@
-"""What can be chosen about filtering: FilterConfig, its presets, and how the ratio is spread over layers.
+"""What can be chosen about filtering: FilterConfig, its presets, and how the ratio is spread over
+layers.
 
 Nothing here needs torch, so a command can read its arguments before torch is imported.
 """
@@ -29,19 +30,19 @@ class FilterConfig:
     )
     mode: Literal["skip", "local", "cache"] = option(
         "skip",
-        "what a redundant token loses in a layer: its attention (skip), its attention to all but the "
-        "first and the latest tokens (local), or nothing (cache); in all three its key and value are "
-        "dropped from the cache, at once or after the next RECENT tokens",
+        "what a redundant token loses in a layer: its attention (skip), its attention to all but "
+        "the first and the latest tokens (local), or nothing (cache); in all three its key and "
+        "value are dropped from the cache, at once or after the next RECENT tokens",
     )
     recent: int = option(
         0,
-        "how many tokens before a token it can always see, redundant or not",
+        "how many tokens before a token are always visible to it, redundant or not",
         at_least=0,
     )
     schedule: Literal["tail", "uniform", "head", "last"] = option(
         "tail",
-        "how the share is spread over the layers: growing from the first to the last (tail), falling "
-        "(head), the same in all (uniform), or in the last layers alone (last)",
+        "how the share is spread over the layers: growing from the first to the last (tail), "
+        "falling (head), the same in all (uniform), or in the last layers alone (last)",
     )
     gamma: float = option(
         0.9,
@@ -51,7 +52,7 @@ class FilterConfig:
     )
     warmup: int = option(
         16,
-        "how many tokens at the start of a text are always kept and can always be seen (at least 1)",
+        "how many tokens at the start of a text are always kept and always visible (at least 1)",
         at_least=0,
     )
     history: int = option(
@@ -61,9 +62,9 @@ class FilterConfig:
     )
     fusion: Literal["variance", "equal", "key", "value"] = option(
         "variance",
-        "how the similarity of keys and that of values become one score: the side on which the heads "
-        "agree more has more weight (variance), both have the same (equal), or one side alone counts "
-        "(key, value)",
+        "how the similarity of keys and that of values become one score: the side on which the "
+        "heads agree more has more weight (variance), both have the same (equal), or one side "
+        "alone counts (key, value)",
     )
     keys: Literal["rotated", "unrotated"] = option(
         "rotated",
@@ -105,12 +106,18 @@ def check_option(field: dataclasses.Field, value):
         raise ValueError(f"{field.name}={value!r} is not a number in [{at_least:g}, {below:g})")
 
 
-# What each preset changes of FilterConfig's defaults. A new preset is a new line here.
+# What each preset changes of FilterConfig's defaults. A new preset is a new entry here, no more.
 PRESETS: dict[str, dict] = {
     "paper": {},
     "local": {"mode": "local", "recent": 32, "schedule": "uniform"},
-    "cache": {"mode": "cache", "recent": 32, "schedule": "uniform", "fusion": "key", "keys": "unrotated"},
-}  # fmt: skip
+    "cache": {
+        "mode": "cache",
+        "recent": 32,
+        "schedule": "uniform",
+        "fusion": "key",
+        "keys": "unrotated",
+    },
+}
 
 
 def preset(name: str, **overrides) -> FilterConfig:

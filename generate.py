@@ -1,87 +1,96 @@
-"""Generate text with token filtering: the main job.
+"""Generate text with token filtering.
 
-    python generate.py [CHECKPOINT] --prompt "..." --prune 0.5           filtered as in the paper
-    python generate.py --prompt "..." --prune 0.5 --preset local         a redundant token still attends to what is near
-    python generate.py --chat --prompt "..." --prune 0.3 --compare       dense and every preset, one after another
-    python generate.py --chat --prune 0.5 --preset cache                 a conversation, in one cache
+    python generate.py [CHECKPOINT] --prompt "..." --prune 0.5       filtered as in the paper
+    python generate.py --prompt "..." --prune 0.5 --preset cache     only the cache is made smaller
+    python generate.py --chat --prompt "..." --prune 0.3 --compare   dense and every preset in turn
 
-From Python: `for row, token in generate(model, prompts, filter=preset("cache", prune=0.5)): ...`
+A conversation is python chat.py. From Python: generation.generate().
 """
 
-import math
-import operator
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from itertools import islice, takewhile
-from numbers import Integral, Real
+from itertools import islice
 
-from command_line import PRESETS, PRUNE, Parser, add_filter_arguments, add_model_arguments, alone, as_process, check_filter, fail, number
+from cli.arguments import (
+    Parser,
+    add_filter_arguments,
+    add_generation_arguments,
+    add_model_arguments,
+    check_filter_arguments,
+    check_generation_arguments,
+    check_text,
+    filters_from,
+    load_checkpoint,
+    note_useless_filter,
+    whole_number,
+)
+from cli.process import fail, run_command, single_process_only
+from cli.report import check_output, print_json, read_text
+from filter_config import PRESETS
 
-from report import Answer, Stats, check_output, print_json, read_prompts
+# Torch takes seconds to import. So what needs it is imported in the functions below, which are
+# called once the arguments are known to make sense.
 
 
-def check_settings(max_new_tokens=1, temperature=0.0, top_k=0, top_p=1.0, seed=0, chunk=1):
-    """Raises ValueError for a value that makes no sense, naming it."""
-    for name, value, kind, low, high, words in (
-        ("max_new_tokens", max_new_tokens, Integral, 1, math.inf, "a whole number of at least 1"),
-        ("temperature", temperature, Real, 0, sys.float_info.max, "a finite number of at least 0"),
-        ("top_k", top_k, Integral, 0, math.inf, "a whole number of at least 0"),
-        ("top_p", top_p, Real, math.ulp(0), 1, "a number above 0 and at most 1"),
-        ("seed", seed, Integral, 0, 2**63 - 1, "a whole number of at least 0 and below 2**63"),
-        ("chunk", chunk, Integral, 1, math.inf, "a whole number of at least 1"),
-    ):
-        if not issubclass(type(value), kind) or not low <= value <= high:
-            raise ValueError(f"{name} is {value!r}, not {words}")
-
-
-def flags() -> Parser:
+def make_parser() -> Parser:
     parser = Parser(description="Generate text with token filtering.")
     add_model_arguments(parser)
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue (-: stdin's); many of them are one batch")
-    parser.add_argument("--prompts-file", metavar="FILE", help="more prompts, one a line (-: stdin)")
-    parser.add_argument("--chat", action="store_true", help="send each prompt as a user's message in the chat template; without a prompt, "
-                        "talk: each line of stdin is a turn, and the cache is kept from turn to turn")  # fmt: skip
-    parser.add_argument("--system", metavar="TEXT", help="message that tells the model of --chat what it is (default: the template's)")
-    parser.add_argument("--no-echo", action="store_true", help="print answers alone (otherwise each stands under its prompt)")
-    parser.add_argument("--num-samples", type=number(1), default=1, metavar="N", help="answers to one prompt, fed once (default: 1)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="length of an answer (default: %(default)s)")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end answers before this text; may be given often")
-    parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-text token")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="of sampling (default: 0, always the likeliest)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="N", help="sample from the N likeliest tokens (default: 0, all)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="and from the likeliest that together make up P (default: 1)")
-    parser.add_argument("--seed", type=int, metavar="N", help="of sampling (default: 0)")
-    parser.add_argument("--prune", type=PRUNE, metavar="P", help="share of (token, layer) pairs to skip (default: 0, dense)")
-    parser.add_argument("--no-graph", action="store_true", help="on CUDA, do not record a decode step as a graph and replay it: slower")
-    parser.add_argument("--compile", action="store_true", help="decode through torch.compile: faster, after a minute or so for compiling")
-    parser.add_argument("--compare", action="store_true", help="dense, then every preset, at --prune (default then: 0.3)")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="text to continue (-: stdin's); several of them are one batch",
+    )
+    parser.add_argument(
+        "--prompts-file", metavar="FILE", help="more prompts, one a line (-: stdin)"
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="send each prompt as a user's message in the checkpoint's chat template",
+    )
+    parser.add_argument(
+        "--no-echo",
+        action="store_true",
+        help="print answers alone (otherwise each stands under its prompt)",
+    )
+    parser.add_argument(
+        "--num-samples",
+        type=whole_number(1),
+        default=1,
+        metavar="N",
+        help="answers to one prompt, which is fed once (default: 1)",
+    )
+    add_generation_arguments(parser)
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="dense, then every preset, at --prune (default then: 0.3)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.add_argument("--show-skips", action="store_true", help="colour each token by the share of layers that found it redundant")
-    parser.add_argument("--skip-map", metavar="FILE", help="each layer's decision on each token, and its score: FILE.html, a page to take "
-                        "apart in a browser, or FILE.png, a picture (needs matplotlib)")  # fmt: skip
+    parser.add_argument(
+        "--show-skips",
+        action="store_true",
+        help="colour each token by the share of layers that found it redundant",
+    )
+    parser.add_argument(
+        "--skip-map",
+        metavar="FILE",
+        help="each layer's decision on each token, and its score: FILE.html, a page to explore in "
+        "a browser, or FILE.png, a picture (needs matplotlib)",
+    )
     add_filter_arguments(parser)
     return parser
 
 
 def read_arguments(argv=None):
-    """The command's arguments, and the texts of the prompts. Exits with one line where they make no sense, alone or together."""
-    args = flags().parse_args(argv)
-    try:
-        check_settings(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed or 0)
-    except ValueError as e:
-        name, _, problem = str(e).partition(" ")
-        fail(f"--{name.replace('_', '-')} {problem}")
-    sampling = {"--top-k": args.top_k, "--top-p": args.top_p < 1, "--num-samples": args.num_samples > 1, "--seed": args.seed is not None}
-    for flag, given in sampling.items():
-        if args.temperature == 0 and given:
-            fail(f"{flag} does nothing without --temperature")
-    args.seed = args.seed or 0
+    """The arguments, and the texts of the prompts. Fails in one line where they make no sense."""
+    args = make_parser().parse_args(argv)
+    check_generation_arguments(args, args.num_samples)
     if args.compare and args.prune is None:
         args.prune = 0.3
-    given = check_filter(args, "compare", "show_skips", "skip_map")
+    given = check_filter_arguments(args, "compare", "show_skips", "skip_map")
     if args.compare and given[0] != "--compare":
         fail(f"--compare runs every preset as it is: it cannot be combined with {given[0]}")
     if args.show_skips and args.json:
@@ -90,341 +99,260 @@ def read_arguments(argv=None):
         fail("--show-skips colours prompts too: it cannot be combined with --no-echo")
     if args.system is not None and not args.chat:
         fail("--system does nothing without --chat")
-    talks = args.chat and not args.prompt and not args.prompts_file
-    alone(show_skips=args.show_skips, skip_map=args.skip_map, compile=args.compile, chat=talks)
+    single_process_only(show_skips=args.show_skips, skip_map=args.skip_map, compile=args.compile)
     texts = read_prompts(args)
     if args.skip_map is not None:
         if args.compare or len(texts) > 1:
-            fail("--skip-map draws one prompt with one setting: leave out --compare and all prompts but one")
+            fail(
+                "--skip-map draws one prompt with one setting: "
+                "leave out --compare and all prompts but one"
+            )
         check_output("--skip-map", args.skip_map, (".html", ".png"))
     return args, texts
 
 
-if __name__ == "__main__":
-    given = as_process(read_arguments)  # before torch is imported, which takes seconds
-
-from command_line import compile_decode, filters_from
-
-import torch
-from tqdm import tqdm
-
-from checkpoint_files import checkpoint_folder
-from load_weights import CheckpointError, Tokenizer, load, read_config
-from model import KVCache, ModelConfig, Transformer
-from skip_map import Decisions, paint, paint_legend, token_pieces, write_skip_map
-from token_filter import FilterConfig
-
-SHARED = 128  # tokens that prompts have in common, such as instructions or solved examples, from which on they are fed once
-
-# ---------------------------------------------------------------------------------------------- from Python
-
-
-def sample(logits, temperature=0.0, top_k=0, top_p=1.0, rng=None) -> int:
-    """sample_rows for one row, logits (vocab,)."""
-    return int(sample_rows(logits[None], temperature, top_k, top_p, [rng]))
-
-
-def sample_rows(logits, temperature, top_k, top_p, rngs) -> torch.Tensor:
-    """A token for each row of logits (B, vocab), (B,) int64 on their device: greedy at temperature 0; else from the top_k likeliest
-    (0: all), of which the smallest set with probability top_p stays. Of equals, the lower id comes first.
-
-    Each id has a random number of its own, e ~ Exp(1), from its row's generator, one of the CPU's whatever the device. The largest
-    p / e of those that stay wins: id i with probability p_i, and where rounding moves the logits a little, the draw is another one
-    only as often as they moved. Nothing is sorted: what comes before a winner says whether it stays; if not, those before it run again.
-    """
-    if temperature == 0:
-        return logits.argmax(1)
-    if logits.device.type == "cpu" and len(logits) > 16:  # at a time, so that it stays in the processor's cache
-        parts = [slice(i, i + 16) for i in range(0, len(logits), 16)]
-        return torch.cat([sample_rows(logits[part], temperature, top_k, top_p, rngs[part]) for part in parts])
-    noise = torch.empty(logits.shape, dtype=torch.float64)
-    for row, rng in zip(noise, rngs):
-        row.exponential_(generator=rng)
-    logits, ids = logits.double(), torch.arange(logits.shape[1], device=logits.device)
-    logits = (logits - logits.amax(1, keepdim=True)).div_(temperature)
-    most = logits.topk(min(top_k, len(ids))).values if top_k else logits
-    p = logits.exp() / most.exp().sum(1, keepdim=True)
-    race = p / noise.to(p.device)
-    if top_k:
-        race.masked_fill_(logits < most[:, -1:], 0)
-    tokens, left = race.argmax(1), torch.arange(len(p), device=p.device)
-    while len(left) and (top_k or top_p < 1):
-        token = tokens[left, None]
-        own = logits.gather(1, token)
-        before = (logits > own) | ((logits == own) & (ids < token))
-        mass = p.masked_fill(~before, 0).sum(1)
-        for i in ((mass - top_p).abs() < 1e-9).nonzero()[:, 0]:  # rounding decides: summed as in a sorted row
-            mass[i] = torch.cat((p[i][before[i]].sort(descending=True).values, p[i, token[i]])).cumsum(0)[-1] - p[i, token[i]]
-        out = (mass >= top_p) | (before.count_nonzero(1) >= top_k) if top_k else mass >= top_p
-        left, logits, p, race = left[out], logits[out], p[out], race[out] * before[out]
-        tokens[left] = race.argmax(1)
-    return tokens
+def read_prompts(args) -> list[str]:
+    """The texts of --prompt and --prompts-file, each as often as --num-samples says."""
+    sources = [*(args.prompt or []), args.prompts_file]
+    if sources.count("-") > 1:
+        fail("stdin (-) can be read only once")
+    texts = []
+    for text in args.prompt or []:
+        if text == "-":
+            text = read_text("-").removesuffix("\n")
+        texts.append(text)
+    if args.prompts_file:
+        lines = read_text(args.prompts_file).split("\n")
+        texts += [line for line in lines if line.strip()]
+    check_text("--prompt", texts)
+    if not texts:
+        hint = "; to talk, use python chat.py" if args.chat else ""
+        fail(f"no prompt: give --prompt TEXT or --prompts-file FILE{hint}")
+    if "" in texts:
+        fail(f"prompt {texts.index('') + 1} is empty")
+    if args.num_samples > 1 and len(texts) > 1:
+        fail(f"--num-samples is for one prompt, and here are {len(texts)}")
+    return texts * args.num_samples
 
 
-def overflow(model, tokens: list[int], config) -> str:
-    """Where the logits of a text stop being finite, in a line; config: a FilterConfig or None."""
-    cache, dtype = model.new_cache(1, config), str(model.embed.weight.dtype)[6:]
-    with torch.inference_mode():
-        x = model.embed(torch.tensor(tokens, device=cache.position.device))
-        chunk = cache.advance(torch.tensor([len(tokens)]), len(tokens), x.dtype)
-        finite = [bool((x := block(x, chunk, layer)).isfinite().all()) for block, layer in zip(model.blocks, cache.layers)]
-    where = f"layer {finite.index(False)}" if False in finite else "the output"
-    others = [name for name in ("bfloat16", "float32", "float64") if name != dtype]
-    return f"{dtype} is not enough for this model: from {where} on, values are not finite; use --dtype {' or '.join(others)}"
+# ----------------------------------------------------------------------------------- the work
 
 
-def generate(
-    model: Transformer, prompts: list[list[int]], max_new_tokens: int = 128, filter: FilterConfig | None = None, eos_ids=frozenset(),
-    temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0, chunk: int = 512, stats: Stats | None = None,
-    watch: Callable[[list[int], KVCache], None] | None = None, cache: KVCache | None = None, ended: set[int] | None = None,
-) -> Iterator[tuple[int, int]]:  # fmt: skip
-    """Continue token prompts of any lengths as one batch, yielding (row, token) as each token is found.
+def encode_prompts(tokenizer, texts, args) -> list[list[int]]:
+    """The prompts as tokens, with --chat in the chat template."""
+    from generation import opening_messages
+    from loading.checkpoint_files import CheckpointError
 
-    A row ends at a token of eos_ids, which is not yielded, or after max_new_tokens, and leaves the batch. Each row has
-    its own random numbers (seed + row), so what it says does not depend on its neighbours: in float64 and, nearly always, in
-    float32. In half precision, other neighbours mean other rounding of the logits, and sooner or later another token, greedy
-    or not. Prompts are prefilled `chunk` tokens at a time, what all begin with and equal ones once: the cache is forked.
-    `stats`, if given, is complete once the iterator is exhausted.
-    `watch(rows, cache)`, if given, is called after each forward with the numbers of the rows in the cache, whose layers hold
-    their latest decisions; prompts are then prefilled in one go, each by itself.
-    `cache`, if given, is one of model.new_cache(len(prompts), filter) that was fed the first cache.seen[row] tokens of each prompt
-    before: only the others are fed. `ended`, if given, is a set of rows: those that the caller puts in end with their latest token.
-    Raises ValueError for a prompt that is no list of token ids, is empty, does not fit the model's context with its new tokens or
-    has a token that the model does not know, and for settings that make no sense; FloatingPointError where logits are not finite.
-    """
-    check_settings(max_new_tokens, temperature, top_k, top_p, seed, chunk)
-    if filter is not None and not isinstance(filter, FilterConfig):
-        raise ValueError(f"filter is {filter!r}, not None or a FilterConfig, as token_filter.preset(name) makes it")
-    prompts = checked(prompts, max_new_tokens, model.config, cache)
-    sampling, chunk = (temperature, top_k, top_p), chunk if watch is None else max(map(len, prompts))
-    stats, ended = Stats() if stats is None else stats, set[int]() if ended is None else ended
-    return _steps(model, prompts, max_new_tokens, filter, eos_ids, sampling, seed, chunk, stats, watch, cache, ended)
-
-
-def checked(prompts, max_new_tokens, config: ModelConfig, cache: KVCache | None) -> list[list[int]]:
-    """The prompts, or ValueError, as generate() raises it."""
     try:
-        prompts = [[operator.index(token) for token in prompt] for prompt in prompts]
-    except TypeError:
-        raise ValueError("prompts is not a list of lists of token ids, as tokenizer.encode(text) makes one") from None
-    if not prompts:
-        raise ValueError("there is no prompt")
-    context, vocab = config.max_positions, config.vocab_size
-    for row, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {row + 1} is empty")
-        if len(prompt) + max_new_tokens > context:
-            beyond = f"with {max_new_tokens} new ones it is longer than the model's context of {context}"
-            raise ValueError(f"prompt {row + 1} has {len(prompt)} tokens: {beyond}")
-        if unknown := [token for token in prompt if not 0 <= token < vocab]:
-            raise ValueError(f"prompt {row + 1} has the token {unknown[0]}: the model knows those from 0 to {vocab - 1}")
-    if cache is not None and (len(cache.seen) != len(prompts) or any(map(operator.ge, cache.seen.tolist(), map(len, prompts)))):
-        raise ValueError(f"cache holds texts of {cache.seen.tolist()} tokens: it is for as many prompts, each longer than its text")
-    return prompts
+        if not args.chat:
+            return [tokenizer.encode(text) for text in texts]
+        opening = opening_messages(tokenizer, args.system)
+        return [tokenizer.chat([*opening, {"role": "user", "content": text}]) for text in texts]
+    except CheckpointError as error:
+        fail(error)
 
 
-def in_common(prompts) -> int:
-    """How many tokens all of these begin with, the last of each left out, or 0 if not worth being fed apart."""
-    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(min(prompts)[:-1], max(prompts))))
-    return shared if len(prompts) > 1 and shared >= SHARED else 0
+def generate_answers(model, tokenizer, prompts, args, filter, echo=None, watch=None):
+    """Generate for all prompts.
 
+    echo   is called with each piece of a single prompt's answer, as it comes
+    watch  as in generation.generate
 
-def feed(model, prompts, cache: KVCache, chunk=512):
-    """Prefill an empty cache, with equal prompts and what all of them begin with once: logits (B, vocab) after each, and how many
-    tokens that took.
+    Returns each answer as the text of each of its tokens, the Stats, and whether Ctrl-C ended it.
     """
-    different = list(dict.fromkeys(map(tuple, prompts)))
-    shared = in_common(different)
-    if (rows := 1 if shared else len(different)) < len(prompts):
-        cache.select(range(rows))
-    if shared:
-        model.prefill([different[0][:shared]], cache, chunk)
-        cache.select([0] * len(different))
-    logits = model.prefill([prompt[shared:] for prompt in different], cache, chunk)
-    if len(different) < len(prompts):
-        fork = [different.index(tuple(prompt)) for prompt in prompts]
-        cache.select(fork)
-        logits = logits[fork]
-    return logits, shared + sum(len(prompt) - shared for prompt in different)
+    from tqdm import tqdm
 
+    from generation import Answer, Stats, generate
 
-def _steps(model, prompts, max_new_tokens, filter, eos_ids, sampling: tuple[float, int, float], seed, chunk, figures, watch, cache, enough):
-    rngs = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
-    rows, made, said = list(range(len(prompts))), 0, [list[int]() for _ in prompts]  # rows: the cache's
-    live, ride = set(rows), watch is None and model.fixed_batch()  # of these the ones to go on; ended ones ride along for a while
-
-    started = time.perf_counter()
-    cache = model.new_cache(len(prompts), filter) if cache is None else cache
-    cache.length = max(map(len, prompts)) + max_new_tokens
-    if watch is None and not cache.seen.any():
-        logits, figures.prompt_tokens = feed(model, prompts, cache, chunk)
-    else:  # what is watched is each prompt by itself
-        new = [prompt[seen:] for prompt, seen in zip(prompts, cache.seen.tolist())]
-        logits, figures.prompt_tokens = model.prefill(new, cache, chunk), sum(map(len, new))
-    figures.rows, figures.slot_bytes = [{} for _ in prompts], cache.slot_bytes
-    while live:
-        finite, tokens = torch.stack((logits.isfinite().all(1), logits.argmax(1))).tolist()  # the one wait of a greedy step
-        for row, fine in zip(rows, finite):
-            if row in live and not fine:
-                raise FloatingPointError(overflow(model, prompts[row] + said[row], filter))
-        if sampling[0] > 0:
-            tokens = sample_rows(logits, *sampling, [rngs[row] for row in rows]).tolist()
-        phase = "decode_seconds" if made else "prefill_seconds"
-        setattr(figures, phase, getattr(figures, phase) + time.perf_counter() - started)
-        made, figures.new_tokens = made + 1, figures.new_tokens + len(live)
-        if watch is not None:
-            watch(rows, cache)
-        for row, token in zip(rows, tokens):
-            if row in live:
-                said[row].append(token)
-                if token not in eos_ids:
-                    yield row, token
-
-        started = time.perf_counter()
-        ended = [i for i, row in enumerate(rows) if row in live and (tokens[i] in eos_ids or row in enough or made == max_new_tokens)]
-        for i, usage in zip(ended, cache.usage()[ended].tolist() if ended else ()):
-            figures.end(rows[i], usage)
-        live -= {rows[i] for i in ended}
-        half = len(rows) // 2
-        size = len(live) if not ride else half if len(live) <= half else len(rows)  # who rides along does so until half have ended
-        if live and size < len(rows):
-            stay = sorted(sorted(range(len(rows)), key=lambda i: rows[i] not in live)[:size])
-            cache.select(stay)
-            rows, tokens = [rows[i] for i in stay], [tokens[i] for i in stay]
-        if live:
-            logits = model(torch.tensor(tokens)[:, None], cache, last=True)
-
-
-# ----------------------------------------------------------------------------------------- the command line
-
-
-def run(model, tokenizer: Tokenizer, prompts, args, filter, echo=None, watch=None) -> tuple[list[list[str]], Stats, bool]:
-    """Generate for all prompts: each answer as the text of each of its tokens; and whether Ctrl-C stopped it.
-
-    `echo`, if given, is called with the text of a single prompt as it comes; `watch` is generate's.
-    """
-    stats, rows, stopped, ended = Stats(), [Answer(tokenizer, args.stop) for _ in prompts], False, set[int]()
-    answers = [list[str]() for _ in prompts]
+    stats = Stats()
+    ended = set[int]()
+    was_interrupted = False
     eos_ids = frozenset() if args.ignore_eos else tokenizer.eos_ids
-    sampling = (args.temperature, args.top_k, args.top_p, args.seed)
-    steps = generate(model, prompts, args.max_new_tokens, filter, eos_ids, *sampling, stats=stats, watch=watch, ended=ended)
-    bar = tqdm(steps, desc="tokens", unit="", total=len(prompts) * args.max_new_tokens, disable=echo is not None or None, leave=False)
+    # An Answer has to see the token that ends it, so generate() is told of none.
+    answers = [Answer(tokenizer, args.stop, eos_ids) for _ in prompts]
+    pieces = [list[str]() for _ in prompts]
+    tokens = generate(
+        model,
+        prompts,
+        args.max_new_tokens,
+        filter,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        stats=stats,
+        watch=watch,
+        ended=ended,
+    )
+    bar = tqdm(
+        tokens,
+        desc="tokens",
+        unit="",
+        total=len(prompts) * args.max_new_tokens,
+        disable=True if echo is not None else None,
+        leave=False,
+    )
     try:
         for row, token in bar:
-            answers[row].append(rows[row].push(token))
-            if rows[row].ended:
+            piece = answers[row].push(token)
+            if answers[row].ended:
                 ended.add(row)
-            if echo:
-                echo(answers[row][-1])
+            if token in eos_ids:
+                continue
+            pieces[row].append(piece)
+            if echo is not None:
+                echo(piece)
     except KeyboardInterrupt:
-        stopped = True
+        was_interrupted = True
         bar.close()
-    for answer, row in zip(answers, rows):
-        if answer and (rest := row.push(None)):
-            answer[-1] += rest
-            if echo:
+    for answer, given in zip(answers, pieces):
+        # An answer that Ctrl-C broke off ends with what was certain.
+        is_complete = answer.ended or len(given) == args.max_new_tokens
+        if given and is_complete:
+            rest = answer.push(None)
+            given[-1] += rest
+            if echo is not None:
                 echo(rest)
-    return answers, stats, stopped
+    return pieces, stats, was_interrupted
 
 
-def warn(model, settings, longest):
-    """Notes on stderr of what will be of no use: filtering texts of up to `longest` tokens, or so small a model."""
-    warmup = max([filter.warmup for _, filter in settings if filter], default=0)
-    if longest <= warmup:
-        print(f"note: the first {warmup} tokens of a text (the warm-up) are not filtered, and no text here is longer", file=sys.stderr)
-    elif [filter.mode for _, filter in settings if filter] == ["skip"] and sum(p.numel() for p in model.parameters()) < 1e9:
-        print("note: models below a billion parameters rarely survive having attention skipped; try --preset cache, or --compare to see "
-              "dense and all presets one after another", file=sys.stderr)  # fmt: skip
+def warm_up_compiled(model, prompts, args, filter):
+    """Have compiled steps ready before the clock runs, also for when half of the rows have left."""
+    from generation import generate
+
+    n_rows = len(prompts)
+    while n_rows > 0:
+        steps = generate(model, prompts[:n_rows], args.max_new_tokens, filter)
+        list(islice(steps, 40 * n_rows))
+        n_rows //= 2
 
 
-def prepare(args, texts):
-    """Model and tokenizer, the messages that a conversation begins with, and the prompts as tokens."""
-    from chat import begin  # which imports this file
-
-    try:
-        folder = checkpoint_folder(args.checkpoint)
-        if args.max_new_tokens >= (context := read_config(folder).max_positions):
-            fail(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in the model's context of {context}")
-        model, tokenizer = load(folder, args.device, args.dtype, progress=sys.stderr.isatty())
-        opening = begin(tokenizer, args.system) if args.chat else []
-        chats = ([*opening, {"role": "user", "content": text}] for text in texts)
-        prompts = [*map(tokenizer.chat, chats)] if args.chat else [*map(tokenizer.encode, texts)]
-    except CheckpointError as e:
-        fail(e)
-    model.capture = None if args.no_graph else model.capture
-    return model, tokenizer, opening, prompts
-
-
-def show(model, tokenizer, prompts, texts, args, title, filter, decisions: Decisions, coloured):
-    """As run(), which it calls, and prints the answers."""
+def run_setting(model, tokenizer, prompts, texts, args, title, filter, decisions, coloured):
+    """generate_answers(), which it calls and whose result it returns, with the answers printed."""
     echoes = ["" if args.no_echo else f"{text}\n" for text in texts]
-    waiting, stream = echoes[:1], len(prompts) == 1 and not args.json and not coloured  # the prompt, until something stands under it
+    streams = len(prompts) == 1 and not args.json and not coloured
+    not_yet_printed = echoes[:1]  # the prompt, until something stands under it
 
     def echo(text):
-        print(*waiting, text, sep="", end="", flush=True)
-        waiting.clear()
+        print(*not_yet_printed, text, sep="", end="", flush=True)
+        not_yet_printed.clear()
 
-    watch = decisions.watch if coloured or args.skip_map else None
     try:
-        for n in [len(prompts) >> i for i in range(len(prompts).bit_length())] if args.compile else ():  # also when rows have left
-            list(islice(generate(model, prompts[:n], args.max_new_tokens, filter), 40 * n))
-        answers, stats, stopped = run(model, tokenizer, prompts, args, filter, echo if stream else None, watch)
-    except (ValueError, FloatingPointError) as e:
-        fail(e)
-    if stream:
-        print(*waiting)
+        if args.compile:
+            warm_up_compiled(model, prompts, args, filter)
+        pieces, stats, was_interrupted = generate_answers(
+            model,
+            tokenizer,
+            prompts,
+            args,
+            filter,
+            echo if streams else None,
+            decisions.watch if coloured or args.skip_map else None,
+        )
+    except (ValueError, FloatingPointError) as error:
+        fail(error)
+
+    if streams:
+        print(*not_yet_printed)
     elif coloured:
-        for i, (prompt, answer) in enumerate(zip(prompts, answers)):
-            number = f"[{i + 1}] " if len(prompts) > 1 else ""
-            print(number + paint(token_pieces(tokenizer, prompt) + answer, len(prompt), decisions.redundant[i]))
+        print_coloured(tokenizer, prompts, pieces, decisions)
     elif not args.json:
-        for i, answer in enumerate(answers):
+        for i, answer in enumerate(pieces):
             print(f"[{i + 1}] {echoes[i]}{''.join(answer)}\n")
-    if not args.json and not stopped:  # a comparison's figures belong to its texts; otherwise stdout is for the text alone
-        print(f"{title}: {stats.line()}", file=sys.stdout if args.compare else sys.stderr, flush=True)
-    return answers, stats, stopped
+    if not args.json and not was_interrupted:
+        # The figures of a comparison belong to its texts; otherwise stdout is for the text alone.
+        file = sys.stdout if args.compare else sys.stderr
+        print(f"{title}: {stats.line()}", file=file, flush=True)
+    return pieces, stats, was_interrupted
 
 
-def main(argv=None, given=None):
-    from chat import talk
+def print_coloured(tokenizer, prompts, pieces, decisions):
+    """Each prompt with its answer, in the colours of --show-skips."""
+    from cli.skip_map import paint, token_pieces
 
-    args, texts = given or read_arguments(argv)
-    settings: list[tuple[str, FilterConfig | None]] = [("dense", None)] * (args.compare or not args.prune)
-    settings += filters_from(args, PRESETS if args.compare else [args.preset or "paper"], [args.prune or 0])
-    coloured = args.show_skips and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    if args.show_skips and not coloured:
-        print("note: --show-skips has no effect where stdout is not a terminal, or NO_COLOR is set", file=sys.stderr)
-    model, tokenizer, opening, prompts = prepare(args, texts)
-    args.compile = args.compile and compile_decode(model)
-    if args.compile:
-        print("compiling ...", file=sys.stderr, flush=True)
-    warn(model, settings, max(map(len, prompts), default=model.config.max_positions) + args.max_new_tokens)
-    if not prompts:
-        return talk(model, tokenizer, opening, args)
+    for i, (prompt, answer) in enumerate(zip(prompts, pieces)):
+        number = f"[{i + 1}] " if len(prompts) > 1 else ""
+        all_pieces = token_pieces(tokenizer, prompt) + answer
+        print(number + paint(all_pieces, len(prompt), decisions.redundant[i]))
+
+
+def chosen_settings(args):
+    """(name, FilterConfig, or None for dense) of what is to be run, one after another."""
+    if args.compare:
+        return [("dense", None), *filters_from(args, PRESETS, [args.prune])]
+    if not args.prune:
+        return [("dense", None)]
+    return filters_from(args, [args.preset or "paper"], [args.prune])
+
+
+def shows_colours(args) -> bool:
+    """Whether --show-skips was given and has an effect; a note on stderr where it has none."""
+    if not args.show_skips:
+        return False
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+        return True
+    print(
+        "note: --show-skips has no effect where stdout is not a terminal, or NO_COLOR is set",
+        file=sys.stderr,
+    )
+    return False
+
+
+def figures_of(name, filter, pieces, stats):
+    """What --json says of a setting."""
+    return {
+        "setting": name,
+        "filter": None if filter is None else asdict(filter),
+        "texts": ["".join(answer) for answer in pieces],
+        "skip_ratio": stats.skip_ratio,
+        "kv_held": stats.kv_held,
+        "kv_read": stats.kv_read,
+        **asdict(stats),
+    }
+
+
+def main(argv=None):
+    args, texts = read_arguments(argv)
+    from cli.skip_map import Decisions, paint_legend, token_pieces, write_skip_map
+
+    settings = chosen_settings(args)
+    coloured = shows_colours(args)
+    model, tokenizer = load_checkpoint(args)
+    prompts = encode_prompts(tokenizer, texts, args)
+    longest = max(len(prompt) for prompt in prompts) + args.max_new_tokens
+    note_useless_filter(model, [filter for _, filter in settings], longest)
+
     if coloured:
         print(paint_legend())
-    results = list[dict]()
+    results = []
     for name, filter in settings:
         title = name if filter is None else f"{name}, prune {filter.prune}"
         if args.compare and not args.json:
             print(f"\n=== {title}")
         decisions = Decisions(len(prompts), model.config.n_layers)
-        answers, stats, stopped = show(model, tokenizer, prompts, texts, args, title, filter, decisions, coloured)
-        shares = {"skip_ratio": stats.skip_ratio, "kv_held": stats.kv_held, "kv_read": stats.kv_read}
-        said = {"texts": [*map("".join, answers)], **shares, **asdict(stats)}
-        results.append({"setting": name, "filter": filter and asdict(filter), **said})
-        if stopped:
+        pieces, stats, was_interrupted = run_setting(
+            model, tokenizer, prompts, texts, args, title, filter, decisions, coloured
+        )
+        results.append(figures_of(name, filter, pieces, stats))
+        if was_interrupted:
             break
+
     if args.json:
         print_json({"prompts": texts, "results": results})
-    if stopped:
-        unwritten = f"; {args.skip_map} was not written" if args.skip_map else ""
-        print(f"interrupted: what was generated until then is above, figures are not complete{unwritten}", file=sys.stderr)
+    if was_interrupted:
+        not_written = f"; {args.skip_map} was not written" if args.skip_map else ""
+        print(
+            "interrupted: what was generated until then is above, "
+            f"figures are not complete{not_written}",
+            file=sys.stderr,
+        )
         raise SystemExit(130)
-    if args.skip_map and filter:
-        pieces = token_pieces(tokenizer, prompts[0]) + answers[0]
-        write_skip_map(args.skip_map, title, pieces, len(prompts[0]), decisions, filter, model.config.window)
+    if args.skip_map and filter is not None:
+        all_pieces = token_pieces(tokenizer, prompts[0]) + pieces[0]
+        n_prompt = len(prompts[0])
+        window = model.config.window
+        write_skip_map(args.skip_map, title, all_pieces, n_prompt, decisions, filter, window)
 
 
 if __name__ == "__main__":
-    as_process(main, None, given)
+    run_command(main)

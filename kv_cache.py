@@ -1,4 +1,4 @@
-"""The KV cache of a decoder whose layers filter tokens: each layer keeps other tokens of a sequence.
+"""The KV cache of a decoder whose layers filter tokens: each layer keeps tokens of its own choice.
 
 Read LayerCache first: its docstring says where a token is kept, `append` is what a decode step does
 to it, `context`, `visible` and `rebuild` are what a prompt does.
@@ -6,7 +6,8 @@ to it, `context`, `visible` and `rebuild` are what a prompt does.
 Shapes: B sequences, T new tokens, N real ones among the B * T (the rest is padding), S slots of a
 layer's cache, K tokens that a query may be able to see, L layers, KVH key/value heads, D head size,
 R channels of a head that RoPE rotates.
-A token's *position* counts from the start of its own sequence; its *slot* is where a layer keeps it.
+
+A token's *position* counts from the start of its sequence; its *slot* is where a layer keeps it.
 """
 
 import math
@@ -38,7 +39,7 @@ class Packing:
     """
 
     def __init__(self, lengths, T, device):
-        """lengths (B,) int64, on the host: row b holds tokens in its first lengths[b] of T columns."""
+        """lengths (B,) int64, on the host: row b holds tokens in its first lengths[b] columns."""
         holds_token = torch.arange(T) < lengths[:, None]
         self.shape = holds_token.shape
         self.index = holds_token.flatten().nonzero()[:, 0].to(device)  # (N,)
@@ -80,8 +81,9 @@ class PrefillChunk:
     """Up to T new tokens in every row, right-padded."""
 
     position: torch.Tensor  # (B, T) of each token in its sequence
-    lengths: torch.Tensor  # (B,) how many of a row's T tokens are real, on the device,
-    host_lengths: torch.Tensor  # (B,) and on the host
+    lengths: torch.Tensor  # (B,) how many of a row's T tokens are real, on the device
+    host_lengths: torch.Tensor  # (B,) the same on the host
+    longest: int  # how many tokens the longest row has with these
     packing: Packing
     # How many tokens every row had before this chunk, if all rows had as many and none is padded
     # now. Where all of them are kept, attention is then plainly causal. None otherwise.
@@ -96,7 +98,11 @@ class PrefillChunk:
 
 @dataclass
 class Context:
-    """Prefill: all tokens that a chunk's queries may be able to see: far ones, near ones, new ones."""
+    """Prefill: all tokens that a chunk's queries may be able to see: far, near and new ones.
+
+    In this order, since leaving out the far ones is then a slice. Which of them a query does see,
+    LayerCache.visible() says.
+    """
 
     kv: torch.Tensor  # (2, B, KVH, K, D): keys, values
     positions: torch.Tensor  # (B, K), EMPTY where there is no token
@@ -104,7 +110,7 @@ class Context:
     n_far: int  # how many of the K columns are far slots
 
     def without_far(self):
-        """What a redundant token may see in mode "local": sinks and recent tokens, whoever is kept."""
+        """What a redundant token may see in mode "local": sinks and recent tokens, kept or not."""
         positions = self.positions[:, self.n_far :]
         nobody = torch.zeros_like(positions, dtype=torch.bool)
         return Context(self.kv[:, :, :, self.n_far :], positions, kept=nobody, n_far=0)
@@ -137,9 +143,9 @@ class LayerCache:
 
     Sinks and ring are the *near* slots. With 2 sinks, R = 3, and token 4 redundant, the slots hold
 
-        after token 5    0 1 | 5 3 4 |        3, 4, 5 are in the ring
-        after token 6    0 1 | 5 6 4 | 3      6 took the slot of 3, which was kept: it is far now
-        after token 7    0 1 | 5 6 7 | 3      7 took the slot of 4, which was redundant: it is gone
+        after token 5    0 1 | 5 3 4 | 2      5 took the slot of 2, which was kept: it is far now
+        after token 6    0 1 | 5 6 4 | 2 3    6 took the slot of 3, which was kept too
+        after token 7    0 1 | 5 6 7 | 2 3    7 took the slot of 4, which was redundant: it is gone
 
     So whatever a query may see is the first n slots of its row: sinks and ring, or those and far.
     That is why decode needs no mask (but for a sliding window), and moves one token a step at most.
@@ -166,7 +172,7 @@ class LayerCache:
         self.kv = torch.zeros(kv_shape, dtype=dtype, device=device)
         self.positions = torch.full((B, n_slots), EMPTY, device=device)
         self.kept = torch.zeros(B, self.n_near, dtype=torch.bool, device=device)  # of near tokens
-        # How many tokens were ever stored as far ones. Without a sliding window all are still there.
+        # How many tokens were ever stored as far ones; without a window all of them are there.
         self.n_far = torch.zeros(B, dtype=torch.int64, device=device)
 
         # Counted for usage(): redundant tokens, and slots that queries have read, (B,) each.
@@ -188,10 +194,8 @@ class LayerCache:
             self.ratio_tensor = torch.full((), ratio, dtype=torch.float64, device=device)
 
     def find_redundant(self, k, v, lengths):
-        """Run the filter on a chunk: k, v (B, T, KVH, D), lengths as in token_filter -> (B, T) bool."""
-        redundant, score = self.filter_fn(
-            k, v, lengths, self.state, self.ratio_tensor, self.filter
-        )
+        """Run the filter on a chunk: k, v (B, T, KVH, D), lengths as there -> (B, T) bool."""
+        redundant, score = self.filter_fn(k, v, lengths, self.state, self.ratio_tensor, self.filter)
         self.n_redundant += redundant.sum(1)
         self.redundant = redundant
         self.score = score
@@ -203,8 +207,10 @@ class LayerCache:
         """Store one token a row, and say what its query may see.
 
         k, v (B, KVH, D); redundant (B,) bool, or None in a layer that does not filter.
-        Returns the number of slots that each query may see, (B,) int64: always the first ones of its
-        row. Under a sliding window also which slots hold tokens within it, (B, S) bool, else None.
+
+        Returns two things: the number of slots that each query may see, (B,) int64, always the
+        first ones of its row; and, under a sliding window only, which slots hold tokens within it,
+        (B, S) bool (else None).
         """
         if redundant is None:
             slot = self.n_far % self.window
@@ -234,7 +240,7 @@ class LayerCache:
         return n_visible, in_window
 
     def _leave_ring(self, slot, near_filled, step: DecodeStep):
-        """The token in `slot` gives way to the new one: if it was kept, it becomes the last far one.
+        """The token in `slot` gives way to a new one. If it was kept, it becomes a far token.
 
         It is copied in any case, so that the host need not know whether it was kept. If it was not,
         n_far stays as it is: nobody sees the copy, and the next one overwrites it.
@@ -249,11 +255,11 @@ class LayerCache:
     # --------------------------------------------------------------------------------- prefill
 
     def is_causal(self, chunk: PrefillChunk) -> bool:
-        """Whether every query sees just all tokens up to its own, so that attention needs no mask."""
+        """Whether every query sees all tokens up to its own, so that attention needs no mask."""
         return not self.filters and self.window == NO_WINDOW and chunk.n_before is not None
 
     def context(self, k, v, redundant, chunk: PrefillChunk) -> Context:
-        """What the new tokens k, v (B, T, KVH, D) may be able to see; redundant (B, T) bool or None."""
+        """All that new tokens may be able to see: k, v (B, T, KVH, D), redundant (B, T) or None."""
         new_kv = torch.stack((k, v)).transpose(2, 3)  # (2, B, KVH, T, D)
         n_slots = chunk.n_before if self.is_causal(chunk) else self.positions.shape[1]
         kv = self.kv[:, :, :, :n_slots]
@@ -296,10 +302,14 @@ class LayerCache:
         sort_key = torch.where(is_near, own_slot, self.n_near + position)
         sort_key = sort_key.masked_fill(~stays, DROPPED)
         n_stay = stays.sum(1)
-        n_slots = max(int(n_stay.max()), self.n_near) + 1
-        order = sort_key.argsort(1)[:, :n_slots]  # (B, S): where in the context each slot's token is
-
-        # One more column, without a token, for the last slot, where everything stays.
+        if self.filters:
+            most = int(n_stay.max().cpu())  # waits for the device
+        else:
+            most = min(chunk.longest, self.window)
+        n_slots = max(most, self.n_near) + 1
+        # Where in the context each slot's token is, (B, S).
+        order = sort_key.argsort(1)[:, :n_slots]
+        # The context may have no column left for the last slot, which holds no token: any will do.
         order = F.pad(order, (0, n_slots - order.shape[1]))
         is_filled = torch.arange(n_slots, device=order.device) < n_stay[:, None]
         _, B, KVH, _, D = self.kv.shape
@@ -356,12 +366,17 @@ class LayerCache:
 
 
 class KVCache:
-    """All that a model remembers of B sequences: Transformer.new_cache makes it, forward moves it on.
+    """All that a model remembers of B sequences. Transformer.new_cache makes it.
 
     filter    the FilterConfig that decides, in all its layers; with prune 0 nothing is filtered
     lengths   (B,) int64, on the host: how many tokens each row has had so far
     position  (B,) the same on the device: the position of each row's next token
     layers    a LayerCache for each layer
+
+    Memory: a prompt leaves each layer with as many slots as its longest row fills. The first decode
+    step after it adds slots for what is known to follow, or for an eighth more, and so does every
+    later step that finds none left; all other steps allocate nothing. Rows that select() leaves out
+    are freed.
     """
 
     def __init__(
@@ -401,7 +416,8 @@ class KVCache:
             )
             for layer, ratio in enumerate(layer_ratios(self.filter, config.n_layers))
         ]
-        self.free_steps = 0  # for how many decode steps every layer has slots
+        # For how many decode steps every layer has slots. A new layer has SPARE_SLOTS at least.
+        self.free_steps = SPARE_SLOTS
         # Decode steps since one of the cache's tensors was replaced by another, and a recording of
         # such a step, which knows the tensors' addresses. For runtime/cuda_graph.py.
         self.n_steps = 0
@@ -427,6 +443,7 @@ class KVCache:
             position=self.position[:, None] + torch.arange(T, device=device),
             lengths=lengths.to(device),
             host_lengths=lengths,
+            longest=int((self.lengths + lengths).max()),
             packing=packing,
             n_before=n_before if is_even else None,
         )
@@ -545,7 +562,7 @@ class KVCache:
         return sum(layer.nbytes() for layer in self.layers)
 
     def live_bytes(self) -> int:
-        """Bytes in use: nbytes() less the slots that hold nothing, or what a window hides by now."""
+        """Bytes in use: nbytes() less slots that hold nothing, or what a window hides by now."""
         n_slots = sum(layer.positions.numel() for layer in self.layers)
         n_held = int(self.usage()[:, USAGE.index("held")].sum())
         return self.nbytes() - (n_slots - n_held) * (self.slot_bytes + self.position.itemsize)

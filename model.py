@@ -3,9 +3,9 @@
 To see the filter at work, follow one token through Attention.forward; kv_cache.py says what a layer
 remembers, token_filter.py how it decides.
 
-Shapes: B sequences, T new tokens in each, N real ones among the B * T (the rest is padding), L layers,
-H query heads, KVH key/value heads (H is a multiple of KVH), D head size, C width, R channels of a head
-that RoPE rotates, K tokens that a query may be able to see.
+Shapes: B sequences, T new tokens in each, N real ones among the B * T (the rest is padding), L
+layers, H query heads, KVH key/value heads (H is a multiple of KVH), D head size, C width, R
+channels of a head that RoPE rotates, K tokens that a query may be able to see.
 """
 
 import dataclasses
@@ -95,7 +95,9 @@ def apply_rope(x, cos, sin):
 
 # ---------------------------------------------------------------------------------- the layers
 
-ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")  # private to torch, so it may be gone one day
+ONEDNN = hasattr(
+    torch.ops.mkldnn, "_linear_pointwise"
+)  # private to torch, so it may be gone one day
 
 
 class Linear(nn.Linear):
@@ -138,9 +140,7 @@ class Attention(nn.Module):
         redundant = None  # (B, T) bool in a layer that filters
         if cache.filters:
             compared = k if cache.filter.keys == "rotated" else k_unrotated
-            redundant = cache.find_redundant(
-                batch.by_row(compared), batch.by_row(v), batch.lengths
-            )
+            redundant = cache.find_redundant(batch.by_row(compared), batch.by_row(v), batch.lengths)
 
         # Store and attend.
         if isinstance(batch, DecodeStep):
@@ -172,7 +172,7 @@ class Attention(nn.Module):
     # --------------------------------------------------------------------------------- prefill
 
     def prefill(self, x, k, v, redundant, chunk: PrefillChunk, cache: LayerCache):
-        """Up to T tokens a row. Tokens that skip attention have no query and no output projection."""
+        """Up to T tokens a row. Tokens that skip attention have no query and no output product."""
         k = chunk.by_row(k)  # (B, T, KVH, D)
         v = chunk.by_row(v)
         context = cache.context(k, v, redundant, chunk)
@@ -193,8 +193,9 @@ class Attention(nn.Module):
         return output
 
     def attend_some(self, x, attends, counts, context, chunk: PrefillChunk, cache, output):
-        """The same as attend(), for some tokens: attends (N,) bool; counts (B,) on the host: how many
-        of each row. They are moved to the front of their rows, so that there is little padding.
+        """The same as attend(), for some tokens: attends (N,) bool; counts (B,) on the host: how
+        many of each row. They are moved to the front of their rows, so that there is little
+        padding.
         """
         n = int(counts.sum())
         if n == 0:
@@ -222,7 +223,9 @@ class Attention(nn.Module):
             position = chunk.packing.unpad(chunk.position)[tokens]
             mask = cache.visible(packing.pad(position, fill=-1), context)  # (B, T', K)
             y = masked_attention(q, keys, values, mask)
-            cache.n_read += mask.sum(2, dtype=torch.int32).sum(1)  # in int64 it takes 8 times as long
+            cache.n_read += mask.sum(2, dtype=torch.int32).sum(
+                1
+            )  # in int64 it takes 8 times as long
         output[tokens] = self.o(packing.unpad(y))
 
 
@@ -236,9 +239,9 @@ def masked_attention(q, k, v, mask):
 
 
 def causal_attention(q, k, v):
-    """Attention of the last T of K tokens over themselves and all before: q (B, T, H, D), k, v
-    (B, KVH, K, D) -> (B, T, H * D). Without a mask torch's kernels leave out what is not to be seen:
-    of a prompt of 1024 tokens a mask takes 9% of the time on a CPU.
+    """Attention of the last T of K tokens over themselves and all before: q (B, T, H, D), k, v (B,
+    KVH, K, D) -> (B, T, H * D). Without a mask torch's kernels leave out what is not to be seen: of
+    a prompt of 1024 tokens a mask takes 9% of the time on a CPU.
     """
     T = q.shape[1]
     K = k.shape[2]
@@ -248,7 +251,7 @@ def causal_attention(q, k, v):
 
 
 def attention_by_group(q, k, v, **options):
-    """Query heads that share a key/value head take turns, since torch would copy k and v for each."""
+    """Query heads that share a key head take turns, since torch would copy k and v for each."""
     by_group = q.unflatten(2, (k.shape[1], -1)).permute(3, 0, 2, 1, 4)  # (H/KVH, B, KVH, T', D)
     y = [F.scaled_dot_product_attention(part, k, v, **options) for part in by_group]
     return torch.stack(y, dim=3).transpose(1, 2).flatten(2)
@@ -289,16 +292,16 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The whole decoder, for inference: tokens in, logits out, everything remembered in the cache.
 
-        cache = model.new_cache(1, preset("cache", prune=0.5))
-        logits = model(torch.tensor([[1, 15, 7]]), cache)     # (1, 3, vocab): a prompt,
-        logits = model(torch.tensor([[22]]), cache)           # (1, 1, vocab): then token by token
+    cache = model.new_cache(1, preset("cache", prune=0.5))
+    logits = model(torch.tensor([[1, 15, 7]]), cache)     # (1, 3, vocab): a prompt,
+    logits = model(torch.tensor([[22]]), cache)           # (1, 1, vocab): then token by token
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        # Not nn.Embedding(...): on the meta device, where loading starts, it takes seconds to import
-        # what draws its random weights.
+        # Not nn.Embedding(...): on the meta device, where loading starts, it takes seconds to
+        # import what draws its random weights.
         weight = torch.randn(config.vocab_size, config.width)
         self.embed = nn.Embedding.from_pretrained(weight, freeze=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -308,7 +311,9 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
 
         # What runtime/ puts around the model, from outside:
-        self.decode_block: Callable = Block.forward  # a block of a decode step, or the same compiled
+        self.decode_block: Callable = (
+            Block.forward
+        )  # a block of a decode step, or the same compiled
         self.step_runner: Callable | None = None  # runs decode_step, or a recording of it
         self.sum_over_devices: Callable | None = None  # see FilterState
 
@@ -446,8 +451,8 @@ class Transformer(nn.Module):
     def prefill(self, prompts: list[list[int]], cache: KVCache, chunk=512):
         """Feed one prompt a row, of any lengths, `chunk` tokens at a time.
 
-        Returns logits (B, vocab) after each prompt's end. Raises ValueError for an empty prompt, and
-        for a token that the model does not know.
+        Returns logits (B, vocab) after each prompt's end. Raises ValueError for an empty prompt,
+        and for a token that the model does not know.
         """
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         if not lengths.all():

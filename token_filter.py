@@ -1,4 +1,5 @@
-"""Token Filtering: decide, while the model runs, which tokens a layer can do without (arXiv 2512.07090).
+"""Token Filtering: decide, while the model runs, which tokens a layer can do without (arXiv
+2512.07090).
 
 A token is redundant in a layer when its key and value look like running averages (anchors) of the
 tokens just before it. `token_filter`, at the end of this file, is the whole method.
@@ -137,7 +138,7 @@ def rank_scores(score, lengths, state: FilterState, ratio, config: FilterConfig)
 
 
 def mean_and_variance(cosine, sum_over_devices):
-    """Mean and population variance of cosine (..., KVH) over the heads of all devices: (...) each."""
+    """Mean and population variance of cosine (..., KVH) over all devices' heads: (...) each."""
     if sum_over_devices is None:
         variance, mean = torch.var_mean(cosine, dim=-1, correction=0)
         return mean, variance
@@ -162,9 +163,9 @@ def token_filter(k, v, lengths, state: FilterState, ratio, config: FilterConfig)
         A     <- gamma A + (1-gamma) (k_t, v_t), started at the first token's own k, v
 
     k, v (B, T, KVH, D), any float dtype. lengths (B,) int64: the first lengths[b] tokens of row b
-    are real, the rest is padding; None: all are (decode: T = 1). ratio: r_l, a float, or a float64
-    tensor () or (B, 1).
-    Returns redundant (B, T) bool and score (B, T); padding is False and NaN.
+    are real, the rest is padding, of any value; None: all are (decode: T = 1). ratio: r_l, a float,
+    or a float64 tensor () or (B, 1). Returns redundant (B, T) bool and score (B, T); padding is
+    False and NaN.
 
     The contract of a filter function. Any function with this signature can take this one's place
     (`model.new_cache(B, config, filter_fn=...)`). It must
@@ -188,6 +189,9 @@ def token_filter(k, v, lengths, state: FilterState, ratio, config: FilterConfig)
     if lengths is None and T > 1:
         lengths = torch.full_like(state.count, T)
     x = torch.stack((k, v), dim=2).to(state.anchor.dtype)  # (B, T, 2, KVH, D)
+    if lengths is not None:
+        is_padding = torch.arange(T, device=k.device) >= lengths[:, None]
+        x = x.masked_fill(is_padding.view(B, T, 1, 1, 1), 0)  # whatever it was, NaN included
 
     # 1. Anchors, before each token and after the last real one.
     is_first = (state.count == 0).view(B, 1, 1, 1)

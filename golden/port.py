@@ -1,9 +1,11 @@
-"""Token Filtering in NumPy, written from PORTING.md and the golden files alone: the proof that they suffice.
+"""Token Filtering in NumPy, written from PORTING.md and the golden files alone: the proof that they
+suffice.
 
-For batches fed in any chunks, a token at a time within a layer: a chunk is so many decode steps. Settings are dicts, as in
-files.json. Neither PyTorch nor any other file of this repository is used.
+For batches fed in any chunks, a token at a time within a layer: a chunk is so many decode steps.
+Settings are dicts, as in files.json. Neither PyTorch nor any other file of this repository is used.
 
-Shapes: B sequences, T new tokens, S slots, H heads, KVH key/value heads, D head size, L layers, W scores remembered.
+Shapes: B sequences, T new tokens, S slots, H heads, KVH key/value heads, D head size, L layers, W
+scores remembered.
 """
 
 import numpy as np
@@ -14,12 +16,16 @@ class Filter:
 
     def __init__(self, B, kv_heads, head_dim, config, dtype):
         self.anchor = np.zeros((B, 2, kv_heads, head_dim), dtype)
-        self.history = np.full((B, config["history"]), np.nan, dtype)  # a ring: the order does not matter
+        self.history = np.full(
+            (B, config["history"]), np.nan, dtype
+        )  # a ring: the order does not matter
         self.count = np.zeros(B, int)
 
 
 def threshold(score, history, count, ratio):
-    """score, count, ratio (B,), history (B, W): how many scores are below, how many must be, whether they are."""
+    """score, count, ratio (B,), history (B, W): how many scores are below, how many must be,
+    whether they are.
+    """
     n = np.minimum(count, history.shape[1])
     below = (history < score[:, None]).sum(1)
     needed = np.ceil((1 - ratio) * n - 1e-9).astype(int)
@@ -27,23 +33,45 @@ def threshold(score, history, count, ratio):
 
 
 def filter_chunk(k, v, n_new, state, ratio, config):
-    """k, v (B, T, KVH, D), of which row b has n_new[b] real tokens: every stage by name, (B, T, ...). Moves state."""
+    """k, v (B, T, KVH, D), of which row b has n_new[b] real tokens: every stage by name, (B, T,
+    ...). Moves state.
+    """
     steps = []
     for t in range(k.shape[1]):
-        real, g = t < n_new, config["gamma"]
+        real = t < n_new
+        g = config["gamma"]
         x = np.stack((k[:, t], v[:, t]), 1).astype(state.anchor.dtype)  # (B, 2, KVH, D)
         anchor = np.where((state.count == 0)[:, None, None, None], x, state.anchor)
         after = g * anchor + (1 - g) * x
         norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(anchor, axis=-1)
-        cosine = np.where(norms == 0, 0, (x * anchor).sum(-1) / np.where(norms == 0, 1, norms))  # (B, 2, KVH)
-        mean, variance = cosine.mean(-1), cosine.var(-1)  # (B, 2)
+        cosine = np.where(
+            norms == 0, 0, (x * anchor).sum(-1) / np.where(norms == 0, 1, norms)
+        )  # (B, 2, KVH)
+        # (B, 2)
+        mean = cosine.mean(-1)
+        variance = cosine.var(-1)
         w_k = (variance[:, 1] + 1e-6) / (variance.sum(1) + 2e-6)
-        w_k = w_k if config["fusion"] == "variance" else np.full_like(w_k, {"equal": 0.5, "key": 1, "value": 0}[config["fusion"]])
+        w_k = (
+            w_k
+            if config["fusion"] == "variance"
+            else np.full_like(w_k, {"equal": 0.5, "key": 1, "value": 0}[config["fusion"]])
+        )
         score = w_k * mean[:, 0] + (1 - w_k) * mean[:, 1]
         below, needed, above = threshold(score, state.history, state.count, ratio)
         redundant = real & above & (state.count >= max(config["warmup"], 1))
-        steps.append({"anchors": anchor, "cosine": cosine, "mean": mean, "variance": variance, "w_k": w_k,
-                      "score": score, "below": below, "needed": needed, "redundant": redundant})  # fmt: skip
+        steps.append(
+            {
+                "anchors": anchor,
+                "cosine": cosine,
+                "mean": mean,
+                "variance": variance,
+                "w_k": w_k,
+                "score": score,
+                "below": below,
+                "needed": needed,
+                "redundant": redundant,
+            }
+        )
         state.anchor[real] = after[real]
         state.history[real, (state.count % config["history"])[real]] = score[real]
         state.count += real
@@ -57,7 +85,9 @@ def layer_ratios(schedule, p, L):
     if schedule == "last":
         top = max(0.9, p)
         return np.clip(p * L - top * np.arange(L), 0, top)[::-1]
-    layer, full, a = np.arange(L), np.zeros(L, bool), 0.0
+    layer = np.arange(L)
+    full = np.zeros(L, bool)
+    a = 0.0
     for _ in range(L):  # what is above 1 goes to the others
         a = (p * L - full.sum()) / max(1, layer[~full].sum())
         full |= a * layer >= 1 - 1e-12
@@ -66,46 +96,64 @@ def layer_ratios(schedule, p, L):
     return tail[::-1] if schedule == "head" else tail
 
 
-def rotate(x, position, theta):
+def apply_rope(x, position, theta):
     """RoPE: x (B, T, heads, D), position (B, T)."""
     half = x.shape[-1] // 2
     angle = position[:, :, None, None] * theta ** (-np.arange(half) / half)
-    cos, sin = np.cos(angle).astype(x.dtype), np.sin(angle).astype(x.dtype)
-    a, b = x[..., :half], x[..., half:]
+    cos = np.cos(angle).astype(x.dtype)
+    sin = np.sin(angle).astype(x.dtype)
+    a = x[..., :half]
+    b = x[..., half:]
     return np.concatenate((a * cos - b * sin, b * cos + a * sin), -1)
 
 
 class LayerCache:
-    """A layer's keys and values: each row's slots are sinks, ring, far tokens, and what a token may see is the first n."""
+    """A layer's keys and values: each row's slots are sinks, ring, far tokens, and what a token may
+    see is the first n.
+    """
 
     def __init__(self, B, shape, config, filters, dtype):
         self.mode = config["mode"]
         self.sinks = max(config["warmup"], 1) if filters else 0
         self.ring = config["recent"] + 1 if filters else 0
-        slots = self.sinks + self.ring + shape["max_positions"] + 1  # a real one grows as the far tokens do
+        slots = (
+            self.sinks + self.ring + shape["max_positions"] + 1
+        )  # a real one grows as the far tokens do
         self.kv = np.zeros((2, B, slots, shape["kv_heads"], shape["head_dim"]), dtype)
         self.far = np.zeros(B, int)  # how many far tokens each row has
         self.kept = np.zeros((B, self.sinks + self.ring), bool)  # who of them will be a far token
         self.state = Filter(B, shape["kv_heads"], shape["head_dim"], config, dtype)
 
     def put(self, b, kv, redundant, position):
-        """One token of each of the rows b, kv (2, rows, KVH, D), into its slot; returns how many slots each of them may see."""
-        front, end = self.sinks + self.ring, self.sinks + self.ring + self.far[b]
+        """One token of each of the rows b, kv (2, rows, KVH, D), into its slot; returns how many
+        slots each of them may see.
+        """
+        front = self.sinks + self.ring
+        end = self.sinks + self.ring + self.far[b]
         if self.ring:
-            slot = np.where(position < self.sinks, position, self.sinks + (position - self.sinks) % self.ring)
-            self.kv[:, b, end] = self.kv[:, b, slot]  # the one that leaves: if it was not kept, far does not grow over it
+            slot = np.where(
+                position < self.sinks, position, self.sinks + (position - self.sinks) % self.ring
+            )
+            self.kv[:, b, end] = self.kv[
+                :, b, slot
+            ]  # the one that leaves: if it was not kept, far does not grow over it
             self.far[b] += self.kept[b, slot]
             self.kept[b, slot] = ~redundant
         else:
             slot = end
             self.far[b] += 1
         self.kv[:, b, slot] = kv
-        near, far = np.minimum(position + 1, front), self.far[b]
-        return np.where(redundant, {"skip": 0, "local": near, "cache": near + far}[self.mode], near + far)
+        near = np.minimum(position + 1, front)
+        far = self.far[b]
+        return np.where(
+            redundant, {"skip": 0, "local": near, "cache": near + far}[self.mode], near + far
+        )
 
 
 def attend(q, k, v, n):
-    """q (B, H, D) of one token a row over its row's first n[b] slots, k, v (B, S, KVH, D) -> (B, H, D), 0 where n[b] is 0."""
+    """q (B, H, D) of one token a row over its row's first n[b] slots, k, v (B, S, KVH, D) -> (B, H,
+    D), 0 where n[b] is 0.
+    """
     share = q.shape[1] // k.shape[2]
     seen = np.arange(k.shape[1]) < n[:, None, None]
     logit = np.einsum("bhd,bshd->bhs", q, k.repeat(share, 2)) / q.dtype.type(np.sqrt(q.shape[2]))
@@ -120,13 +168,19 @@ class Model:
 
     def __init__(self, weights, shape, config, B, dtype):
         self.w = {name: w.astype(dtype) for name, w in weights.items()}
-        self.shape, self.config, self.dtype = shape, config, dtype
+        self.shape = shape
+        self.config = config
+        self.dtype = dtype
         self.ratio = layer_ratios(config["schedule"], config["prune"], shape["n_layers"])
         self.layers = [LayerCache(B, shape, config, filters, dtype) for filters in self.ratio > 0]
         self.seen = np.zeros(B, int)
 
     def norm(self, x, name):
-        return self.w[name] * x / np.sqrt((x * x).mean(-1, keepdims=True) + self.dtype(self.shape["norm_eps"]))
+        return (
+            self.w[name]
+            * x
+            / np.sqrt((x * x).mean(-1, keepdims=True) + self.dtype(self.shape["norm_eps"]))
+        )
 
     def project(self, x, l, projection):
         """W x, and b where there is a bias, of one of attention's four projections."""
@@ -134,36 +188,49 @@ class Model:
         return x @ self.w[name + ".weight"].T + self.w.get(name + ".bias", self.dtype(0))
 
     def feed(self, tokens, n_new):
-        """tokens (B, T), row b's first n_new[b] real: {"logits": (B, T, V)} and, by (B, T, L), what else is expected."""
+        """tokens (B, T), row b's first n_new[b] real: {"logits": (B, T, V)} and, by (B, T, L), what
+        else is expected.
+        """
         step = np.arange(tokens.shape[1])
-        real, position = step < n_new[:, None], self.seen[:, None] + step
-        x, traces = self.w["embed.weight"][tokens], list[dict]()
+        real = step < n_new[:, None]
+        position = self.seen[:, None] + step
+        x = self.w["embed.weight"][tokens]
+        traces = list[dict]()
         for l, cache in enumerate(self.layers):
             added, trace = self.attention(x, l, cache, real, position, n_new)
-            traces, x = [*traces, trace], x + added
+            traces = [*traces, trace]
+            x = x + added
             normed = self.norm(x, f"blocks.{l}.mlp_norm.weight")
-            gate, up = (normed @ self.w[f"blocks.{l}.mlp.{part}.weight"].T for part in ("gate", "up"))
+            gate, up = (
+                normed @ self.w[f"blocks.{l}.mlp.{part}.weight"].T for part in ("gate", "up")
+            )
             x = x + (gate / (1 + np.exp(-gate)) * up) @ self.w[f"blocks.{l}.mlp.down.weight"].T
         self.seen = self.seen + n_new
         logits = self.norm(x, "norm.weight") @ self.w["head.weight"].T
-        return {"logits": logits} | {name: np.stack([trace[name] for trace in traces], 2) for name in traces[0]}
+        return {"logits": logits} | {
+            name: np.stack([trace[name] for trace in traces], 2) for name in traces[0]
+        }
 
     def attention(self, x, l, cache, real, position, n_new):
         """x (B, T, C), the residual stream -> what attention adds to it, and a dict of (B, T)."""
-        normed, D = self.norm(x, f"blocks.{l}.attn_norm.weight"), self.shape["head_dim"]
+        normed = self.norm(x, f"blocks.{l}.attn_norm.weight")
+        D = self.shape["head_dim"]
         q, k, v = (self.project(normed, l, part) for part in "qkv")
         raw_k, q, v = (y.reshape(*y.shape[:2], -1, D) for y in (k, q, v))
-        k, q = (rotate(y, position, self.shape["rope_theta"]) for y in (raw_k, q))
+        k, q = (apply_rope(y, position, self.shape["rope_theta"]) for y in (raw_k, q))
 
         # who is redundant
-        score, redundant = np.full(real.shape, np.nan), np.zeros(real.shape, bool)
+        score = np.full(real.shape, np.nan)
+        redundant = np.zeros(real.shape, bool)
         if cache.ring:
             compared = k if self.config["keys"] == "rotated" else raw_k
             found = filter_chunk(compared, v, n_new, cache.state, self.ratio[l], self.config)
-            score, redundant = found["score"], found["redundant"]
+            score = found["score"]
+            redundant = found["redundant"]
 
         # store and attend
-        n, y = np.zeros(real.shape, int), np.zeros_like(q)
+        n = np.zeros(real.shape, int)
+        y = np.zeros_like(q)
         for t in range(real.shape[1]):
             b = np.flatnonzero(real[:, t])
             n[b, t] = cache.put(b, np.stack((k[b, t], v[b, t])), redundant[b, t], position[b, t])

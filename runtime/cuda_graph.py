@@ -1,7 +1,8 @@
-"""Faster decode steps: recorded as CUDA graphs and replayed, and compiled. Put around a model from outside.
+"""Faster decode steps: recorded as CUDA graphs and replayed, and compiled. Put around a model from
+outside.
 
-    record_decode(model)     # on CUDA, which load() does there
-    compile_decode(model)    # through torch.compile; the first steps then take a while
+record_decode(model)     # on CUDA, which load() does there
+compile_decode(model)    # through torch.compile; the first steps then take a while
 """
 
 import sys
@@ -60,7 +61,7 @@ class StepRunner:
         assert self.record is not None
         try:
             return self.record(decode_step, tokens, cache)
-        except Exception as error:  # noqa: BLE001 (kernels, compilers and drivers fail in many ways)
+        except Exception as error:  # noqa: BLE001 (drivers fail in many ways)
             self.record = None
             reason = " ".join(str(error).split())[:200]
             print(
@@ -71,7 +72,9 @@ class StepRunner:
 
 
 def mark_slots_dynamic(cache: KVCache):
-    """Have one compiled block serve any number of slots, so that a cache that grows compiles nothing."""
+    """Have one compiled block serve any number of slots, so that a cache that grows compiles
+    nothing.
+    """
     for layer in cache.layers:
         torch._dynamo.mark_dynamic(layer.kv, 3)
         torch._dynamo.mark_dynamic(layer.positions, 1)

@@ -2,63 +2,169 @@
 
 import functools
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import bench
-import generate as generate_module
-from bench import SHAPES, main
+from evaluation import timing
+from evaluation.bench import ROOT, SHAPES, main
+from filter_config import PRESETS, preset
+from load_weights import load
 from model import ModelConfig, Transformer
 from test_generate import refused
-from token_filter import PRESETS, preset
 
-RUN = ["--device", "cpu", "--batch", "1", "3", "--context", "60", "--new-tokens", "4", "--repeat", "1"]
+RUN = ["--device", "cpu", "--batch", "1", "3", "--context", "60", "--new-tokens", "4"]
+RUN += ["--repeat", "1"]
+N_FED = 60 + timing.WARM_STEPS + 4  # tokens in a row's cache when its figures are taken
 
 
-def test_figures(checkpoint, capsys, tmp_path):
-    out, picture = tmp_path / "bench.json", tmp_path / "bench.png"
-    main([str(checkpoint), *RUN, "--preset", "paper", "cache", "--prune", "0", "0.5", "--nothing-skipped",
-          "--vs", "transformers", "--json", str(out), "--plot", str(picture)])  # fmt: skip
-    rows = json.loads(out.read_text())["rows"]
+@pytest.fixture(scope="module")
+def measured(checkpoint, tmp_path_factory):
+    """The rows of a run with every kind of setting, and the picture of it."""
+    folder = tmp_path_factory.mktemp("bench")
+    flags = ["--preset", "paper", "cache", "--prune", "0", "0.5", "--nothing-skipped"]
+    flags += ["--vs", "transformers"]
+    flags += ["--json", str(folder / "bench.json"), "--plot", str(folder / "bench.png")]
+    main([str(checkpoint), *RUN, *flags])
+    rows = json.loads((folder / "bench.json").read_text())["rows"]
+    return rows, (folder / "bench.png").read_bytes()
+
+
+def test_each_batch_has_a_row_for_each_setting(measured):
+    rows, picture = measured
     names = ["dense", "paper 0.5", "cache 0.5", "none skipped", "transformers"]
-    assert [(row["batch"], row["setting"]) for row in rows] == [(batch, name) for batch in (1, 3) for name in names]
-    weights = sum(p.numel() * 4 for p in generate_module.load(checkpoint, "cpu")[0].parameters())
+    expected = [(batch, name) for batch in (1, 3) for name in names]
+    assert [(row["batch"], row["setting"]) for row in rows] == expected
+    assert picture[1:4] == b"PNG"
+
+
+def test_times_and_their_ratios_belong_together(measured):
+    rows, _ = measured
+    for start in (0, 5):
+        of_batch = rows[start : start + 5]
+        dense = of_batch[0]
+        best = min(dense["step_ms"], of_batch[4]["step_ms"])
+        for row in of_batch:
+            assert row["step_ms"] > 0
+            assert row["prefill_ms"] > 0
+            assert row["first_prefill_ms"] > 0
+            expected = row["batch"] / row["step_ms"] * 1000
+            assert row["tokens_per_second"] == pytest.approx(expected)
+            assert row["step_ratio"] == pytest.approx(row["step_ms"] / dense["step_ms"])
+            assert row["prefill_ratio"] == pytest.approx(row["prefill_ms"] / dense["prefill_ms"])
+            assert row["best_ratio"] == pytest.approx(row["step_ms"] / best)
+
+
+def test_bytes_are_those_of_weights_and_cache(measured, checkpoint):
+    model, _ = load(checkpoint, "cpu")
+    # Of the embedding, which is not tied, a step reads a few rows.
+    weights = sum(p.nbytes for p in model.parameters()) - model.embed.weight.nbytes
+    slot = 2 * 3 * 2 * 8 * 4  # K and V, layers, heads, head size, float32
+    rows, _ = measured
     for row in rows:
-        kv = 2 * 3 * 2 * 8 * 4  # K and V, layers, heads, head size, float32
-        assert row["dense_bytes"] == row["batch"] * 67 * kv
-        embedding = 4 * 32 * generate_module.load(checkpoint, "cpu")[0].config.vocab_size
-        moved = weights - embedding
-        assert row["bound"] == pytest.approx((moved + row["kv_read"] * row["dense_bytes"]) / (moved + row["dense_bytes"]))
-        assert row["step_ms"] > 0 and row["prefill_ms"] > 0
-        assert row["tokens_per_second"] == pytest.approx(row["batch"] / row["step_ms"] * 1000)
-        assert (row["skipped"] > 0.2) == (row["setting"] in ("paper 0.5", "cache 0.5"))
-        assert (row["kv_held"] < 1) == (row["kv_read"] < 1) == (row["setting"] in ("paper 0.5", "cache 0.5"))
-        assert ("filter_share" in row) == (row["setting"] not in ("dense", "transformers"))
-    assert rows[0]["step_ratio"] == rows[0]["prefill_ratio"] == 1
-    assert rows[1]["live_bytes"] < rows[3]["live_bytes"]
+        dense = row["batch"] * N_FED * slot
+        assert row["dense_bytes"] == dense
+        read = weights + row["kv_read"] * dense
+        assert row["bound"] == pytest.approx(read / (weights + dense))
+        assert row["bytes_per_second"] == pytest.approx(read / row["step_ms"] * 1000)
+    assert rows[1]["live_bytes"] < rows[3]["live_bytes"]  # paper 0.5 and none skipped
+
+
+def test_only_filters_that_skip_save_something(measured):
+    for row in measured[0]:
+        if row["setting"] in ("paper 0.5", "cache 0.5"):
+            assert row["skipped"] > 0.2
+            assert row["kv_held"] < 1
+            assert row["kv_read"] < 1
+        else:
+            assert (row["skipped"], row["kv_held"], row["kv_read"]) == (0, 1, 1)
+        has_filter = row["setting"] not in ("dense", "transformers")
+        assert ("filter_share" in row) == has_filter
+
+
+def explained(text) -> list[str]:
+    """The titles of columns that a text explains, in its order."""
+    legend = text[text.index("columns (") :].splitlines()[1:]
+    lines = [re.match(r"  (\S.*?) {2,}(\S.*)", line) for line in legend]
+    return [line[1] for line in lines if line]
+
+
+def test_every_column_has_a_legend_in_the_output_and_in_the_help(checkpoint, capsys):
+    main([str(checkpoint), *RUN, "--batch", "1", "--preset", "cache"])
     out = capsys.readouterr().out
-    assert "KV held  KV read" in out and "none skipped" in out and picture.read_bytes()[1:4] == b"PNG"
+    head = next(line for line in out.splitlines() if line.startswith("setting"))
+    titles = explained(out)
+    assert len(titles) == 18
+    assert titles.pop() == "peak GB"  # of a GPU alone
+    assert head.split() == " ".join(["setting", *titles]).split()
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert explained(capsys.readouterr().out) == explained(out)
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--context", "199"], "more than the model's context of 200"), (["--batch", "0"], "--batch"),
-    (["--json", "no/such/folder/out.json"], "--json no/such/folder/out.json: cannot be written"), (["--seed", str(2**64)], "--seed"),
-    (["--plot", "out.txt"], "--plot out.txt"),
-    (["--text", "no/such/file"], "no/such/file"), (["--prune", "1"], "--prune: 1"), (["--shape", "gpt-2"], "--shape"),
-])  # fmt: skip
-def test_bad_flags(checkpoint, capsys, flags, message):
+def test_one_of_a_thing_is_written_so(checkpoint, capsys, tmp_path):
+    main([str(checkpoint), *RUN, "--batch", "3", "--new-tokens", "1", "--distinct", "1"])
+    out = capsys.readouterr().out
+    assert "1 decode step, 1 repetition, ours" in out
+    assert "(1 row prefilled and copied)" in out
+    assert not re.search(r"\b1 (steps|decode steps|repetitions|rows|threads)\b", out)
+
+
+def test_a_text_that_is_too_short_is_refused(checkpoint, capsys, tmp_path):
+    (tmp_path / "t.txt").write_text("t")
+    flags = ["--device", "cpu", "--text", str(tmp_path / "t.txt"), "--context", "60"]
+    line = refused(capsys, checkpoint, *flags, command=main)
+    assert line.endswith("ask for 81 tokens, and it has 1")
+
+
+def test_stderr_is_our_own(checkpoint):
+    """Torch's profiler, which measures what attention takes, writes nothing there."""
+    flags = [*RUN, "--batch", "1", "--new-tokens", "1", "--preset", "cache"]
+    command = [sys.executable, "-m", "evaluation.bench", str(checkpoint), *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "attention" in done.stdout
+
+
+BAD_FLAGS = {
+    "more than the context": (["--context", "199"], "more than the model's context of 200"),
+    "no row": (["--batch", "0"], "--batch"),
+    "no folder for the figures": (
+        ["--json", "no/such/folder/out.json"],
+        "--json no/such/folder/out.json: cannot be written",
+    ),
+    "seed of 65 bits": (["--seed", str(2**64)], "--seed"),
+    "no picture": (["--plot", "out.txt"], "--plot out.txt"),
+    "no text": (["--text", "no/such/file"], "no/such/file"),
+    "more than all": (["--prune", "1"], "--prune: 1"),
+    "unknown shape": (["--shape", "gpt-2"], "--shape"),
+}
+
+
+@pytest.mark.parametrize("flags, message", BAD_FLAGS.values(), ids=BAD_FLAGS)
+def test_bad_flags_end_in_one_line(checkpoint, capsys, flags, message):
     assert message in refused(capsys, checkpoint, *flags, command=main)
 
 
-@pytest.mark.parametrize("shape, billions", [
-    ("llama-2-7b", 6.74), ("llama-2-13b", 13.02), ("llama-3-8b", 8.03), ("mistral-7b", 7.24), ("phi-4", 14.66),
-])  # fmt: skip
-def test_shapes_have_the_published_number_of_parameters(shape, billions):
+BILLIONS = {
+    "llama-2-7b": 6.74,
+    "llama-2-13b": 13.02,
+    "llama-3-8b": 8.03,
+    "mistral-7b": 7.24,
+    "phi-4": 14.66,
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_have_the_published_number_of_parameters(shape):
     with torch.device("meta"):
         model = Transformer(SHAPES[shape])
-    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.005)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    assert n_parameters / 1e9 == pytest.approx(BILLIONS[shape], abs=0.005)
 
 
 class Largest(TorchDispatchMode):
@@ -69,7 +175,8 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
-        for t in result if isinstance(result, (tuple, list)) else [result]:
+        several = isinstance(result, tuple | list)
+        for t in result if several else [result]:
             if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given:
                 self.nbytes = max(self.nbytes, t.untyped_storage().nbytes())
         return result
@@ -77,43 +184,58 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_memory_while_generating_follows_the_live_cache(name):
-    """No tensor made on the way, in prefill or decode, is larger than the largest layer of the filtered cache."""
-    config = ModelConfig(50, 32, 3, 4, 4, 64, 48, 10000.0, 1e-5, 4096, tied=False)
+    """No new tensor, in prefill or decode, is larger than the filtered cache's largest layer."""
+    B, KVH, D = 2, 4, 64
+    config = ModelConfig(50, 32, 3, 4, KVH, D, 48, 10000.0, 1e-5, 4096, tied=False)
     model = Transformer(config).double().requires_grad_(False)
-    filter = preset(name, prune=0.9, schedule="uniform")
-    cache, tokens = model.new_cache(2, filter), torch.randint(0, 50, (2, 1600))
+    cache = model.new_cache(B, preset(name, prune=0.9, schedule="uniform"))
+    tokens = torch.randint(0, 50, (B, 1600))
     with Largest() as largest:
         for start in range(0, 1500, 50):
             model(tokens[:, start : start + 50], cache, last=True)
         for t in range(1500, 1600):
             model(tokens[:, t : t + 1], cache, last=True)
-    layer, dense = max(layer.kv.nbytes for layer in cache.layers), 2 * 2 * 4 * 1600 * 64 * 8
-    chunk = 2 * 2 * 51 * 4 * 64 * 8  # K and V of 50 new tokens of two rows, and the anchors between them
-    assert largest.nbytes <= layer + chunk < 0.3 * dense
+
+    layer = max(layer.kv.nbytes for layer in cache.layers)
+    token = 2 * B * KVH * D * 8  # K and V in float64
+    chunk = 51 * token  # of 50 new tokens, and the running averages before, between and after them
+    assert largest.nbytes <= layer + chunk < 0.3 * 1600 * token
 
 
-def test_compiled_before_it_is_timed(checkpoint, capsys, tmp_path, monkeypatch):
-    """Whatever the measured steps need is compiled before them, dense too; with a backend that runs a graph as it is."""
-    compiled, while_timed, session = [], [], bench.session
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=lambda graph, _: compiled.append(graph) or graph))
+def test_all_is_compiled_before_it_is_timed(checkpoint, capsys, tmp_path, monkeypatch):
+    """Dense too. The backend runs a graph as it is."""
+    compiled = []
+    compiled_while_timed = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph
+
+    timed_run = timing.timed_run
 
     def watched(*args):
-        pieces = session(*args)
-        yield next(pieces)  # prefill and the steps that warm up
+        pieces = timed_run(*args)
+        yield next(pieces)  # prefill and the warm steps
         while True:
-            before, piece = len(compiled), next(pieces)
-            while_timed.append(len(compiled) - before)
+            before = len(compiled)
+            piece = next(pieces)
+            compiled_while_timed.append(len(compiled) - before)
             yield piece
 
-    monkeypatch.setattr(bench, "session", watched)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr(timing, "timed_run", watched)
     torch.compiler.reset()
     out = tmp_path / "bench.json"
-    main([str(checkpoint), "--device", "cpu", "--batch", "3", "--context", "60", "--new-tokens", "40", "--repeat", "1",
-          "--preset", "local", "--compile", "--json", str(out)])  # fmt: skip
-    assert not any(while_timed) and len(while_timed) == 2 * 41 and len(compiled) >= 3  # the trial, dense, and local
+    flags = ["--batch", "3", "--context", "60", "--new-tokens", "40", "--repeat", "1"]
+    flags += ["--preset", "local", "--compile", "--json", str(out)]
+    main([str(checkpoint), "--device", "cpu", *flags])
+    assert compiled_while_timed == [0] * 2 * 41
+    assert len(compiled) >= 3  # the trial, dense, and local
     assert "ours compiled" in capsys.readouterr().out
+
     dense, local = json.loads(out.read_text())["rows"]
-    assert local["skipped"] > 0.2 and dense["kv_read"] == 1 > local["kv_read"]
+    assert local["skipped"] > 0.2
+    assert local["kv_read"] < dense["kv_read"] == 1
     assert "filter_share" not in local  # inside the graph there is no stopwatch
 
 
@@ -124,21 +246,27 @@ def test_without_a_compiler_it_runs_uncompiled(checkpoint, capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: broken)
     main([str(checkpoint), *RUN, "--preset", "cache", "--compile"])
     out, err = capsys.readouterr()
-    assert "note: torch.compile does not work here, so nothing is compiled: no C++ compiler\n" in err.replace("\r", "\n")
-    assert "ours eager" in out and "cache 0.5" in out
+    note = "note: torch.compile does not work here, so nothing is compiled: no C++ compiler\n"
+    assert note in err.replace("\r", "\n")
+    assert "ours eager" in out
+    assert "cache 0.5" in out
 
 
 @pytest.mark.parametrize("window", [None, 32])
 def test_random_weights_skip_what_is_asked(capsys, tmp_path, monkeypatch, window):
     """Beside transformers' model of the same shape; a window bounds what dense reads."""
-    monkeypatch.setitem(SHAPES, "phi-4", ModelConfig(97, 32, 4, 4, 2, 8, 48, 10000.0, 1e-5, 1024, tied=False, window=window))
+    shape = ModelConfig(97, 32, 4, 4, 2, 8, 48, 10000.0, 1e-5, 1024, tied=False, window=window)
+    monkeypatch.setitem(SHAPES, "phi-4", shape)
     out = tmp_path / "bench.json"
-    main(["--shape", "phi-4", "--device", "cpu", "--batch", "4", "--context", "300", "--new-tokens", "4", "--repeat", "1",
-          "--distinct", "2", "--preset", "cache", "--profile", "--vs", "transformers", "--json", str(out)])  # fmt: skip
+    flags = ["--batch", "4", "--context", "300", "--new-tokens", "4", "--repeat", "1"]
+    flags += ["--distinct", "2", "--preset", "cache", "--profile", "--vs", "transformers"]
+    main(["--shape", "phi-4", "--device", "cpu", *flags, "--json", str(out)])
     dense, cache, other = json.loads(out.read_text())["rows"]
     assert cache["skipped"] == pytest.approx(0.5 * (307 - 16) / 307, abs=0.04)
-    assert dense["dense_bytes"] == cache["dense_bytes"] == 4 * 4 * (window or 307) * 2 * 2 * 8 * 4
-    best = min(dense["step_ms"], other["step_ms"])
-    assert cache["best_ratio"] == pytest.approx(cache["step_ms"] / best) and dense["first_prefill_ms"] > 0
+    slot = 4 * 2 * 2 * 8 * 4  # layers, K and V, heads, head size, float32
+    assert dense["dense_bytes"] == cache["dense_bytes"] == 4 * (window or 307) * slot
+    assert other["setting"] == "transformers"
     text = capsys.readouterr().out
-    assert "verdicts drawn at the ratio" in text and "a decode step of cache 0.5" in text and "aten::" in text
+    assert "verdicts drawn at the ratio" in text
+    assert "a decode step of cache 0.5" in text
+    assert "aten::" in text

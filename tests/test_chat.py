@@ -20,11 +20,12 @@ import torch
 
 import generate as generate_module
 from chat import Conversation, begin
-from checkpoint_files import CheckpointError
-from generate import generate, main
+from loading.checkpoint_files import CheckpointError
+from generation import generate
+from generate import main
 from load_weights import Tokenizer, load
-from report import Answer
-from skip_map import decisions
+from generation import Answer
+from cli.skip_map import decisions
 from test_generate import LONG, refused
 from test_model import NAMES, filter_of, small
 

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -23,16 +24,18 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is an extra: pip instal
 
 from lm_eval.api.instance import Instance
 
-import eval_tasks
+from evaluation import tasks as eval_tasks
 import report
-import skip_map
-from checkpoint_files import CheckpointError
-from eval_tasks import SUITES, FilteredLM, batches, compare, load_tasks, main, score, summarise
-from generate import SHARED, generate
+from cli import skip_map
+from loading.checkpoint_files import CheckpointError
+from evaluation.tasks import SUITES, FilteredLM, batches, compare, load_tasks, main, score, summarise
+from generate import SHARED
+from generation import generate
 from load_weights import load
-from model import KVCache, Transformer
+from kv_cache import KVCache
+from model import Transformer
 from test_generate import FILTERS
-from token_filter import PRESETS, preset
+from filter_config import PRESETS, preset
 
 HERE = Path(eval_tasks.__file__).parent
 
@@ -56,7 +59,7 @@ GENERATE = ["The three primary colours are red,", "Monday, Tuesday, Wednesday,",
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
-    """Multiple choice, perplexity of whole texts, generation; and two tasks that cannot be run."""
+    """Multiple choice, perplexity of whole texts, generation; and three tasks that cannot be run."""
     folder = tmp_path_factory.mktemp("tasks")
     rows = {
         "choice": [{"question": q, "choices": choices, "answer": answer} for q, choices, answer in CHOICE],
@@ -82,6 +85,9 @@ def local(tmp_path_factory):
         },
         "beams": {
             "output_type": "generate_until", "doc_to_text": "a", "doc_to_target": "b", "generation_kwargs": {"num_beams": 4},
+        },
+        "no_temperature": {
+            "output_type": "generate_until", "doc_to_text": "a", "doc_to_target": "b", "generation_kwargs": {"do_sample": True},
         },
     }  # fmt: skip
     for name, task in settings.items():
@@ -264,6 +270,24 @@ def test_writes_a_conversation_as_the_harness_own_model(both_of, template):
         both_of("{{ raise_exception('never') }}")[0].apply_chat_template([question])
     with pytest.raises(ValueError, match="does not show the last message"):
         both_of("{{ messages[0].content }}")[0].apply_chat_template([question, system], False)
+
+
+def test_generation_settings_as_the_harness_own_model(both_of):
+    """What changes nothing is understood, and what that model refuses is refused: sampling at the temperature 0."""
+    ours, theirs = both_of()
+    plain = answers(ours, ["x"], until=["u"], max_gen_toks=9)
+    for given in ({"num_beams": 1}, {"do_sample": False, "temperature": 0.7, "num_beams": 1}, eval_tasks.NEUTRAL):
+        assert [answers(lm, ["x"], until=["u"], max_gen_toks=9, **given) for lm in (ours, theirs)] == [plain, plain]
+    given = {"temperature": None, "top_k": None, "num_beams": None, "repetition_penalty": 1.0}
+    assert answers(ours, ["x"], until=["u"], max_gen_toks=9, **given) == plain
+    for given in ({"do_sample": True}, {"do_sample": True, "temperature": 0.0}, {"do_sample": True, "top_p": 0.9, "num_beams": 1}):
+        for lm in (ours, theirs):
+            with pytest.raises(ValueError, match="temperature"):
+                answers(lm, ["x"], until=["u"], max_gen_toks=9, **given)
+    for given in ({"num_beams": 2}, {"num_beams": 0}, {"repetition_penalty": 1.1}, {"temperature": "hot"}, {"top_p": 2, "do_sample": True},
+                  {"penalty": 0}, {"max_gen_toks": math.inf}, {"temperature": [1]}):  # fmt: skip
+        with pytest.raises(ValueError, match=r"t: cannot generate with \{"):
+            answers(ours, ["x"], **{"until": ["u"], **given})
 
 
 # ------------------------------------------------------------------------------------------- against the slow path
@@ -655,6 +679,31 @@ def test_every_setting_gets_the_same_prompts(checkpoint, local, capsys, monkeypa
     assert asked[3][0] != asked[0][0] and asked[3][1] != asked[0][1]
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_asks_as_simple_evaluate_does(checkpoint, local, capsys, monkeypatch, chat):
+    """Solved examples in a chat are turns of the two; what a task draws at random, with any of the three generators, is the same."""
+    asked, numbers = [], []
+
+    def recorded(self, requests, *rest, **more):
+        asked.append([request.args for request in requests])
+        numbers.append((random.random(), np.random.random(), float(torch.rand(1))))
+        for request in requests:
+            self.used[request.task_name].append([1, 0, 1, 1, 1])
+        return ["" if request.request_type == "generate_until" else (0.0, False) for request in requests]
+
+    monkeypatch.setattr(FilteredLM, "loglikelihood", recorded)
+    monkeypatch.setattr(FilteredLM, "generate_until", recorded)
+    tasks = ["local_choice", "local_generate"]
+    arguments = [checkpoint, "--tasks", *tasks, "--include-path", local, "--num-fewshot", 2, "--prune", 0, 0.5, *["--chat"] * chat]
+    run(capsys, *arguments)
+    manager = lm_eval.tasks.TaskManager(include_path=str(local), include_defaults=False)
+    shots = {"num_fewshot": 2, "apply_chat_template": chat}
+    lm_eval.simple_evaluate(FilteredLM(*load(checkpoint, "cpu")), tasks=tasks, task_manager=manager, **shots)
+    assert len(asked) == 6 and asked[:2] == asked[2:4] == asked[4:] and numbers[:2] == numbers[2:4] == numbers[4:]
+    prompts = [asked[0][0][0], asked[1][0][0]]
+    assert [prompt.count("<s>assistant: ") for prompt in prompts] == [2 * chat] * 2
+
+
 def test_a_loss_without_bound_and_empty_texts(checkpoint, local, capsys, monkeypatch):
     """One line where the harness has no figure for them, nothing where it has; infinity is null in JSON."""
     empty = yaml.safe_load((local / "local_rolling.yaml").read_text())
@@ -712,7 +761,9 @@ def test_a_checkpoint_is_downloaded_and_data_sets_are_not(tmp_path):
         (["--tasks", "local_choice", "--dtype", "float16"], "from layer 1 on, values are not finite"),
         (["--tasks", "local_generate", "--dtype", "float16"], "from layer 1 on, values are not finite"),
         (["--tasks", "local_too_long"], "continuation has 2[0-9]* tokens"),
-        (["--tasks", "local_beams"], "num_beams"),
+        (["--tasks", "local_beams"], "num_beams is not supported at this value"),
+        (["--tasks", "local_no_temperature"], "local_no_temperature: .*do_sample draws at random, which takes a temperature"),
+        (["--tasks", "local_choice", "--seed", str(2**32)], "--seed must be below"),
     ],
 )
 def test_one_line_says_what_is_wrong(arguments, named, checkpoint, local, capsys, monkeypatch):

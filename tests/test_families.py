@@ -12,7 +12,7 @@ from load_weights import load_model, read_config
 from model import Transformer
 from test_load_weights import edit_json, fails
 from test_model import hf_logits, our_logits
-from token_filter import PRESETS, preset
+from filter_config import PRESETS, preset
 
 SIZES = {"vocab_size": 131, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "max_position_embeddings": 256}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

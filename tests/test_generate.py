@@ -1,386 +1,295 @@
-"""Generation equals re-scoring, rows do not disturb each other, the command says what went wrong in one line."""
+"""The command generate.py: what it prints is what generate() finds, and a mistake is one line."""
 
-import argparse
-import dataclasses
 import functools
-import importlib
 import json
-import re
-import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import command_line
-
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import eval_ppl
-import generate as generate_module
-import skip_map
-import token_filter
-from generate import Stats, generate, main, sample, sample_rows
-from load_weights import load
-from model import Transformer
-from skip_map import BOLD, Decisions, decisions, paint, paint_legend, token_pieces
-from test_model import LENGTHS, small, texts
-from token_filter import PRESETS, preset
+import generate as generate_command
+import generation
+from cli import skip_map
+from cli.skip_map import BOLD, paint, paint_legend, token_pieces
+from filter_config import PRESETS, preset
+from generate import main
+from generation import generate
+from load_weights import Tokenizer, load
+from test_cli import LONG, refused
+from test_generation import FILTERS, PROMPTS, answer_of  # noqa: F401 (some for other files)
+from test_model import decisions
 
-PROMPTS = [texts()[row, :length].tolist() for row, length in enumerate(LENGTHS)]
-FILTERS = [None] + [preset(name, prune=0.5) for name in PRESETS]
-
-
-def collect(n_rows, steps):
-    rows = [[] for _ in range(n_rows)]
-    for row, token in steps:
-        rows[row].append(token)
-    return rows
-
-
-# -------------------------------------------------------------------------------------------------- from Python
-
-
-@pytest.mark.parametrize("filter", FILTERS, ids=["dense", *PRESETS])
-def test_greedy_generation_equals_rescoring(filter):
-    """Feeding prompt and answer in one go, each token of the answer is the likeliest after what is before it."""
-    model = small()
-    for prompt, answer in zip(PROMPTS, collect(3, generate(model, PROMPTS, 25, filter, chunk=32))):
-        logits = model(torch.tensor([prompt + answer]), model.new_cache(1, filter))[0]
-        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("filter", FILTERS, ids=["dense", *PRESETS])
-def test_rows_do_not_depend_on_each_other_and_leave_at_eos(filter, temperature):
-    model = small()
-    free = collect(3, generate(model, PROMPTS, 20, filter, temperature=temperature))
-    eos = {free[0][3], free[2][7]}  # ends the rows at different steps
-    ended = collect(3, generate(model, PROMPTS, 20, filter, eos, temperature=temperature))
-    for row, tokens in enumerate(free):
-        stop = next((i for i, token in enumerate(tokens) if token in eos), len(tokens))
-        assert ended[row] == tokens[:stop]
-        alone = collect(1, generate(model, [PROMPTS[row]], 20, filter, eos, temperature=temperature, seed=row))
-        assert alone[0] == ended[row]
-    assert len(ended[0]) <= 3 and len(ended[2]) <= 7
-
-
-def test_rows_that_ended_are_no_longer_fed(monkeypatch):
-    model, sizes = small(), []
-    forward = type(model).forward
-    monkeypatch.setattr(type(model), "forward", lambda self, t, *a, **k: sizes.append(len(t)) or forward(self, t, *a, **k))
-    free = collect(3, generate(model, PROMPTS, 10))
-    sizes.clear()
-    ended = collect(3, generate(model, PROMPTS, 10, eos_ids={free[0][2]}))
-    # one prefill of all three; then a row is fed once for every token it gave, but the last one at the limit
-    assert sum(sizes[1:]) == sum(len(row) - (len(row) == 10) for row in ended)
-
-
-@pytest.mark.parametrize("filter", FILTERS, ids=["dense", *PRESETS])
-def test_stats_add_up(filter):
-    """Rows end at different steps; each counts as if it had been fed alone."""
-    model, stats = small(), Stats()
-    eos = {collect(3, generate(model, PROMPTS, 20, filter))[0][5]}
-    answers = collect(3, generate(model, PROMPTS, 20, filter, eos, stats=stats))
-    assert len(set(map(len, answers))) > 1
-    usage = torch.zeros(5, dtype=torch.int64)
-    for row, (prompt, answer) in enumerate(zip(PROMPTS, answers)):
-        cache = model.new_cache(1, filter)
-        model(torch.tensor([prompt + answer[:19]]), cache)  # a 20th is not fed back
-        redundant = decisions(cache)[0]
-        assert stats.rows[row]["skipped"] == redundant.sum()
-        assert [*stats.rows[row].values()] == cache.usage()[0].tolist()
-        usage += cache.usage()[0]
-    pairs, skipped, held, read, dense_read = usage.tolist()
-    assert pairs > held > 0 or filter is None
-    assert (stats.skip_ratio, stats.kv_held, stats.kv_read) == (skipped / pairs, held / pairs, read / dense_read)
-    if filter is None:
-        assert (stats.skip_ratio, stats.kv_held, stats.kv_read) == (0, 1, 1)
-    ended = sum(len(answer) < 20 for answer in answers)  # by a token that is sampled, and not yielded
-    assert (stats.prompt_tokens, stats.new_tokens) == (sum(LENGTHS), sum(map(len, answers)) + ended)
-    assert stats.prefill_seconds > 0 and stats.decode_seconds > 0
-    megabytes = held * 2 * 2 * 8 * 8 / 1e6  # K and V, 2 heads of 8 float64s
-    assert stats.line().endswith(
-        f"skipped {skipped / pairs:.1%} of (token, layer) pairs; "
-        f"KV held {held / pairs:.0%} ({megabytes:.2f} MB), read {read / dense_read:.0%} of dense"
-    )
-
-
-@pytest.mark.parametrize("filter", FILTERS, ids=["dense", *PRESETS])
-def test_what_prompts_have_in_common_is_fed_once(filter, monkeypatch):
-    """And equal prompts are; each is answered as if alone."""
-    monkeypatch.setattr(generate_module, "SHARED", 40)
-    model, fed, forward = small(), [], Transformer.forward
-    monkeypatch.setattr(Transformer, "forward", lambda self, t, *a, **k: fed.append(t) or forward(self, t, *a, **k))
-    prompts = [texts()[0, :50].tolist() + end for end in ([1, 2, 3], [4], [1, 2, 3], [5, 6])]
-    alone = [collect(1, generate(model, [prompt], 9, filter))[0] for prompt in prompts]
-    for some, tokens in ((prompts, 50 + 3 + 1 + 2), ([prompts[0]] * 3, 53), ([prompts[1], PROMPTS[1]], 51 + LENGTHS[1])):
-        fed.clear()
-        stats = Stats()
-        answers = collect(len(some), generate(model, some, 9, filter, stats=stats))
-        assert answers[0] == alone[prompts.index(some[0])] and (some != prompts or answers == alone)
-        assert stats.prompt_tokens == tokens
-    assert fed[0].shape[0] == 2  # these begin otherwise
-
-
-def test_a_random_number_belongs_to_a_token():
-    """What draws by chance draws what it should, and a small change of the logits moves few draws; equals go by id."""
-    logits = torch.linspace(2, -2, 256)
-    moved = logits.clone()
-    moved[255] = logits[0] + 1e-3  # the least likely becomes the likeliest, all ranks move
-    seeds = [torch.Generator().manual_seed(s) for s in range(400)]
-    before, after = ([sample(each, 1.0, rng=rng.manual_seed(rng.initial_seed())) for rng in seeds] for each in (logits, moved))
-    assert sum(a != b for a, b in zip(before, after)) < 30
-    rng, p = torch.Generator().manual_seed(0), torch.tensor([0.5, 0.3, 0.15, 0.05])
-    counts = torch.tensor([sample(p.log(), 1.0, rng=rng) for _ in range(4000)]).bincount(minlength=4)
-    assert ((counts / 4000 - p).abs() < 0.03).all()
-    assert {sample(torch.zeros(50), 1.0, top_k=1, rng=rng) for _ in range(20)} == {0} == {sample(torch.zeros(50))}
-    assert sample(torch.tensor([1.0, 3.0, 2.0]), 1e-308, rng=rng) == sample(torch.tensor([1.0, 3.0, 2.0]), 5e-324, rng=rng) == 1
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"temperature": -1.0}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_k": -1}, {"top_p": 0.0},
-        {"top_p": float("nan")}, {"top_p": 1.5}, {"seed": -1}, {"seed": 2**64}, {"max_new_tokens": 0}, {"chunk": 0},
-    ],
-)  # fmt: skip
-def test_settings_that_make_no_sense_are_named(wrong, checkpoint, capsys):
-    (name,) = wrong
-    with pytest.raises(ValueError, match=f"^{name} is "):
-        generate(small(), PROMPTS, **{"max_new_tokens": 4, "temperature": 1.0} | wrong)
-    if name != "chunk":
-        flag = f"--{name.replace('_', '-')}"
-        assert refused(capsys, checkpoint, "--prompt", "a", "--temperature", 1, flag, wrong[name]).startswith(f"error: {flag} is ")
-
-
-def test_values_that_are_not_finite_end_in_a_line_that_names_the_layer(checkpoint, tmp_path, capsys):
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
-    (shard,) = (file for file in tmp_path.glob("*.safetensors") if "model.layers.1.mlp.up_proj.weight" in load_file(file))
-    weights = load_file(shard)
-    weights["model.layers.1.mlp.up_proj.weight"][:] = 6e4
-    save_file(weights, shard, metadata={"format": "pt"})
-    (tmp_path / "text").write_text(LONG)
-    line = "error: float16 is not enough for this model: from layer 1 on, values are not finite; use --dtype bfloat16 or float32 or float64"
-    for more in ([], ["--temperature", 1], ["--prune", 0.5], ["--prompt", "x", "--json"]):
-        assert refused(capsys, tmp_path, "--prompt", LONG, "--dtype", "float16", *more) == line
-    with pytest.raises(SystemExit) as end:
-        files = ["--text", str(tmp_path / "text"), "--json", str(tmp_path / "j")]
-        eval_ppl.main([str(tmp_path), *files, "--window", "30", "--dtype", "float16"])
-    assert end.value.code == 2 and line in capsys.readouterr().err and not (tmp_path / "j").exists()
-
-
-def test_a_text_within_the_warm_up_is_said_not_to_be_filtered(checkpoint, capsys):
-    for preset_name in PRESETS:
-        main([str(checkpoint), "--prompt", "a", "--prune", "0.5", "--preset", preset_name, "--max-new-tokens", "4"])
-        err = capsys.readouterr().err
-        assert "the first 16 tokens of a text (the warm-up) are not filtered" in err and "billion" not in err
-    main([str(checkpoint), "--prompt", LONG, "--prune", "0.5", "--preset", "paper", "--max-new-tokens", "4"])
-    err = capsys.readouterr().err
-    assert "warm-up" not in err and "billion" in err
-
-
-def test_lines_of_a_prompts_file(checkpoint, tmp_path, capsys):
-    (tmp_path / "prompts").write_bytes("\ufeffhello\r\nhel\u2028lo\x0b\x85x\rhello\n\n".encode())
-    main([str(checkpoint), "--prompts-file", str(tmp_path / "prompts"), "--json", "--max-new-tokens", "3"])
-    result = json.loads(capsys.readouterr().out)
-    assert result["prompts"] == ["hello", "hel\u2028lo\x0b\x85x", "hello"]
-    assert result["results"][0]["texts"][0] == result["results"][0]["texts"][2]
-
-
-SHELL = f"{shlex.quote(sys.executable)} {shlex.quote(generate_module.__file__)} CHECKPOINT --prompt hello --ignore-eos --max-new-tokens 40"
-
-
-@pytest.mark.parametrize(
-    "command, code, words",
-    [
-        (f"{SHELL} 2>&-", 0, ""),
-        (f"{SHELL} 2>/dev/full", 0, ""),
-        (f"{SHELL} >&-", 2, "error: stdout is closed"),
-        (f"{SHELL} >/dev/full", 2, "error: cannot write or read: No space left on device"),
-        (f"{SHELL} --json >/dev/full", 2, "error: cannot write or read: No space left on device"),
-        (f"PYTHONIOENCODING=cp1252 {SHELL}", 0, "decode"),
-        (f"PYTHONIOENCODING=ascii {SHELL} --json", 0, ""),
-        (f"{SHELL} --prompt caf$'\\xe9'", 2, "error: --prompt is not UTF-8 text"),
-        (f"{SHELL.replace('CHECKPOINT', '/none')} 2>&-", 2, ""),
-    ],
-)
-def test_streams_and_encodings(checkpoint, command, code, words):
-    done = subprocess.run(["bash", "-c", command.replace("CHECKPOINT", shlex.quote(str(checkpoint)))], capture_output=True, check=False)
-    lines = done.stderr.decode().replace("\r", "\n").splitlines()
-    assert (done.returncode, bool(done.stdout)) == (code, code == 0 and ">/dev/full" not in command.replace("2>", "")), lines
-    assert words in (lines or [""])[-1] and not any("Traceback" in line for line in lines)
-    if "--json" in command and done.stdout:
-        assert json.loads(done.stdout)["prompts"] == ["hello"]
-
-
-@pytest.mark.parametrize("more", [[], ["--prompt", "low"], ["--prompt", "low", "--json"]])
-def test_ctrl_c_keeps_what_was_generated(checkpoint, capsys, monkeypatch, more):
-    plain = generate_module.generate
-
-    def stopped(*arguments, **options):
-        for number, step in enumerate(plain(*arguments, **options)):
-            if number == 7:
-                raise KeyboardInterrupt
-            yield step
-
-    monkeypatch.setattr(generate_module, "generate", stopped)
-    with pytest.raises(SystemExit) as end:
-        main([str(checkpoint), "--prompt", "hello", "--ignore-eos", "--max-new-tokens", "40", *more])
-    out, err = capsys.readouterr()
-    assert end.value.code == 130 and err.splitlines()[-1].startswith("interrupted: ") and "Traceback" not in err
-    texts = json.loads(out)["results"][0]["texts"] if "--json" in more else [out]
-    assert all(texts) and out.endswith("\n") and ("[2] low\n" in out or more != ["--prompt", "low"])
-
-
-def test_sampling():
-    logits = torch.tensor([2.0, 0.0, 3.0, 1.0])
-    assert sample(logits) == sample(logits, 1.0, top_k=1) == sample(logits, 1.0, top_p=0.1) == 2
-    rng = torch.Generator().manual_seed(0)
-    drawn = torch.bincount(torch.tensor([sample(logits, 0.5, rng=rng) for _ in range(4000)]), minlength=4) / 4000
-    torch.testing.assert_close(drawn, (logits / 0.5).softmax(0), atol=0.03, rtol=0)
-    assert {sample(logits, 2.0, top_k=2, rng=rng) for _ in range(200)} == {0, 2}
-    assert {sample(logits, 1.0, top_p=0.7, rng=rng) for _ in range(200)} == {0, 2}  # 0.64 alone is not enough
-
-
-def sorted_sample(logits, temperature, top_k, top_p, rng):
-    """The rule of sample_rows for one row, as plainly as it can be said."""
-    logits, order = ((logits.double() - logits.max()) / temperature).sort(descending=True, stable=True)
-    probabilities = logits[: top_k or None].softmax(0)
-    probabilities[probabilities.cumsum(0) - probabilities >= top_p] = 0  # the likeliest always stays
-    noise = torch.empty(len(logits), dtype=torch.float64).exponential_(generator=rng)
-    return int(order[(probabilities / noise[order[: len(probabilities)]]).argmax()])
-
-
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 5.0, 5e-324])
-@pytest.mark.parametrize("top_k", [0, 1, 3, 40, 2000])
-@pytest.mark.parametrize("top_p", [0.1, 0.3, 0.5, 0.8, 0.9, 1.0])
-def test_rows_are_sampled_together_as_one_by_one(temperature, top_k, top_p):
-    """Peaked, flat, with many ties, all alike; where rounding alone decides whether a token is within top_p, too."""
-    for logits in (torch.zeros(40, 10), torch.zeros(40, 50), 3 * torch.randn(20, 3000), torch.randn(40, 300).bfloat16(),
-                   torch.randn(40, 100).round(), torch.tensor([0.05, 0.5, 0.15, 0.3, 0.0]).log().expand(40, 5)):  # fmt: skip
-        seeds = [[torch.Generator().manual_seed(row) for row in range(len(logits))] for _ in range(2)]
-        found = sample_rows(logits, temperature, top_k, top_p, seeds[0])
-        assert found.dtype == torch.int64
-        assert found.tolist() == [sorted_sample(row, temperature, top_k, top_p, rng) for row, rng in zip(logits, seeds[1])]
-        assert all(a.get_state().equal(b.get_state()) for a, b in zip(*seeds))  # and so it goes on
-
-
-@pytest.mark.parametrize("prompts, new, message", [
-    ([], 5, "no prompt"), ([[1], []], 5, "prompt 2 is empty"), ([[1] * 500], 13, "longer than the model's context of 512"),
-    ([[1], [2, -1]], 5, "prompt 2 has the token -1"), ([[-100, 5]], 5, "prompt 1 has the token -100"), ([[1, 10**6]], 5, "token 1000000"),
-    (["text"], 5, "token ids"), ("text", 5, "token ids"), ([1, 2], 5, "token ids"), ([[1.0]], 5, "token ids"), (None, 5, "token ids"),
-    ([[1]], "5", "max_new_tokens is '5'"), ([[1]], 2.5, "max_new_tokens is 2.5"),
-])  # fmt: skip
-def test_bad_prompts_are_refused_at_once(prompts, new, message):
-    with pytest.raises(ValueError, match=message):
-        generate(small(), prompts, new)
-
-
-def test_a_preset_s_name_is_no_filter():
-    with pytest.raises(ValueError, match=r"filter is 'cache', not None or a FilterConfig"):
-        generate(small(), PROMPTS, 5, "cache")
-    assert collect(1, generate(small(), torch.tensor([PROMPTS[0]]), 5)) == collect(1, generate(small(), PROMPTS[:1], 5))
-
-
-# ---------------------------------------------------------------------------------------------- what was skipped
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_watched_decisions_are_those_of_one_forward(name):
-    """In a batch of ragged prompts whose rows end at different steps, chunked or not."""
-    model, filter = small(), preset(name, prune=0.5)
-    free = collect(3, generate(model, PROMPTS, 20, filter))
-    watched = Decisions(3, 4)
-    answers = collect(3, generate(model, PROMPTS, 20, filter, {free[0][3], free[2][7]}, chunk=16, watch=watched.watch))
-    assert len(set(map(len, answers))) > 1
-    for row, (prompt, answer) in enumerate(zip(PROMPTS, answers)):
-        cache = model.new_cache(1, filter)
-        model(torch.tensor([prompt + answer[:19]]), cache)  # a 20th is not fed back
-        redundant, score = decisions(cache)
-        assert watched.redundant[row].any()
-        assert torch.equal(watched.redundant[row], redundant[:, 0])
-        torch.testing.assert_close(watched.score[row], score[:, 0].to(watched.score[row].dtype), rtol=0, atol=1e-6, equal_nan=True)
-
-
-# --------------------------------------------------------------------------------------------- the command line
-
-
-LONG = "the quick brown fox " * 3
 RUN = ["--max-new-tokens", "12", "--ignore-eos", "--device", "cpu"]
+SKIPS = ["--prune", "0.5", "--preset", "cache", "--dtype", "float64", *RUN]
+
+
+def first_result(capsys, *flags):
+    """What --json says of the first setting."""
+    main([*(str(flag) for flag in flags), "--json", "--device", "cpu"])
+    return json.loads(capsys.readouterr().out)["results"][0]
+
+
+# ------------------------------------------------------------------------- prompts and answers
 
 
 def test_one_prompt_streams_what_json_reports(checkpoint, capsys):
-    main([str(checkpoint), "--prompt", LONG, "--prune", "0.5", *RUN])
+    flags = [str(checkpoint), "--prompt", LONG, "--prune", "0.5", *RUN]
+    main(flags)
     streamed, figures = capsys.readouterr()
-    main([str(checkpoint), "--prompt", LONG, "--prune", "0.5", "--json", *RUN])
-    result = json.loads(capsys.readouterr().out)["results"][0]
+    result = first_result(capsys, *flags)
     assert streamed == f"{LONG}\n{result['texts'][0]}\n"
-    assert f"skipped {result['skip_ratio']:.1%} of (token, layer) pairs; KV held {result['kv_held']:.0%} (" in figures
+    skipped = f"skipped {result['skip_ratio']:.1%} of (token, layer) pairs"
+    assert f"{skipped}; KV held {result['kv_held']:.0%} (" in figures
     assert f"read {result['kv_read']:.0%} of dense" in figures
-    assert 0.1 < result["skip_ratio"] < 0.6 and 0.3 < result["kv_held"] < 0.9 and 0.2 < result["kv_read"] < 0.9
+    assert 0.1 < result["skip_ratio"] < 0.6
+    assert 0.3 < result["kv_held"] < 0.9
+    assert 0.2 < result["kv_read"] < 0.9
     assert "note: models below a billion parameters" in figures
-    assert result["filter"]["prune"] == 0.5 and result["new_tokens"] == 12
+    assert result["filter"]["prune"] == 0.5
+    assert result["new_tokens"] == 12
+
     model, tokenizer = load(checkpoint, "cpu")
-    ids = [token for _, token in generate(model, [tokenizer.encode(LONG)], 12, preset("paper", prune=0.5))]
-    assert tokenizer.decode(ids) == result["texts"][0]
+    prompt = tokenizer.encode(LONG)
+    answer = answer_of(generate(model, [prompt], 12, preset("paper", prune=0.5)))
+    assert tokenizer.decode(answer) == result["texts"][0]
 
 
 def test_a_batch_gives_each_prompts_own_text(checkpoint, capsys, tmp_path):
     (tmp_path / "prompts.txt").write_text(f"{LONG}\n\nfox\n", encoding="utf-8")
-    flags = ["--preset", "cache", "--prune", "0.4", "--json", *RUN]
-    main([str(checkpoint), "--prompt", "a", "--prompts-file", str(tmp_path / "prompts.txt"), *flags])
+    flags = ["--preset", "cache", "--prune", "0.4", *RUN]
+    file = ["--prompts-file", str(tmp_path / "prompts.txt")]
+    main([str(checkpoint), "--prompt", "a", *file, *flags, "--json"])
     batch = json.loads(capsys.readouterr().out)
     assert batch["prompts"] == ["a", LONG, "fox"]
-    for prompt, text in zip(batch["prompts"], batch["results"][0]["texts"]):
-        main([str(checkpoint), "--prompt", prompt, *flags])
-        assert json.loads(capsys.readouterr().out)["results"][0]["texts"] == [text]
-    main([str(checkpoint), "--prompt", "a", "--prompt", "fox", "--prune", "0.4", "--preset", "cache", *RUN])
-    out = capsys.readouterr().out
-    assert f"[2] fox\n{batch['results'][0]['texts'][2]}\n" in out
-    main([str(checkpoint), "--prompt", "a", "--prompt", "fox", "--no-echo", "--prune", "0.4", "--preset", "cache", *RUN])
-    assert capsys.readouterr().out == out.replace("] a\n", "] ").replace("] fox\n", "] ")
+    texts = batch["results"][0]["texts"]
+    for prompt, text in zip(batch["prompts"], texts):
+        assert first_result(capsys, checkpoint, "--prompt", prompt, *flags)["texts"] == [text]
+
+    two = [str(checkpoint), "--prompt", "a", "--prompt", "fox", *flags]
+    main(two)
+    assert capsys.readouterr().out == f"[1] a\n{texts[0]}\n\n[2] fox\n{texts[2]}\n\n"
+    main([*two, "--no-echo"])
+    assert capsys.readouterr().out == f"[1] {texts[0]}\n\n[2] {texts[2]}\n\n"
+
+
+def test_lines_of_a_prompts_file(checkpoint, tmp_path, capsys):
+    """Only \\n and \\r\\n end a line; a byte order mark and empty lines are no prompts."""
+    file = tmp_path / "prompts"
+    file.write_bytes("\ufeffhello\r\nhel\u2028lo\x0b\x85x\rhello\n\n".encode())
+    flags = ["--prompts-file", str(file), "--json", "--max-new-tokens", "3"]
+    main([str(checkpoint), *flags])
+    result = json.loads(capsys.readouterr().out)
+    assert result["prompts"] == ["hello", "hel\u2028lo\x0b\x85x", "hello"]
+    texts = result["results"][0]["texts"]
+    assert texts[0] == texts[2]
+
+
+@pytest.mark.parametrize(
+    "flags, given, code, out",
+    [
+        (["--prompt", "-"], b"hello\nfox\n", 0, "hello\nfox\n"),
+        (["--prompts-file", "-"], b"\xef\xbb\xbfhello\r\nfox\n", 0, "[1] hello\n"),
+        (["--prompt", "-"], b"", 2, ""),
+        (["--prompt", "-"], b"caf\xe9", 2, ""),
+        (["--prompts-file", "-"], b"\n", 2, ""),
+    ],
+    ids=str,
+)
+def test_a_dash_is_stdin(checkpoint, flags, given, code, out):
+    more = ["--max-new-tokens", "3", "--device", "cpu"]
+    command = [sys.executable, generate_command.__file__, str(checkpoint), *flags, *more]
+    done = subprocess.run(command, input=given, capture_output=True, check=False)
+    assert done.returncode == code
+    assert done.stdout.decode().startswith(out)
+    assert bool(done.stdout) == (code == 0)
+    if code == 2:
+        assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("flag", ["--prompt", "--prompts-file"])
+def test_a_dash_where_stdin_is_closed(checkpoint, flag):
+    command = [sys.executable, generate_command.__file__, str(checkpoint), flag, "-"]
+    shell = ["bash", "-c", 'exec "$@" <&-', "-", *command]
+    done = subprocess.run(shell, capture_output=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == b"error: stdin is closed, so there is nothing to read\n"
+
+
+# ----------------------------------------------------------------------------------------- --chat
 
 
 def test_chat_puts_the_prompt_in_the_template(checkpoint, capsys):
-    main([str(checkpoint), "--prompt", "fox", "--chat", "--json", *RUN])
-    chat = json.loads(capsys.readouterr().out)["results"][0]
+    result = first_result(capsys, checkpoint, "--prompt", "fox", "--chat", *RUN)
     _, tokenizer = load(checkpoint, "cpu")
-    assert chat["prompt_tokens"] == len(tokenizer.encode("<s>user: fox</s>", parse_special=True))
-    assert chat["filter"] is None and chat["skip_ratio"] == 0
+    expected = tokenizer.encode("<s>user: fox</s>", parse_special=True)
+    assert result["prompt_tokens"] == len(expected)
+    assert result["filter"] is None
+    assert result["skip_ratio"] == 0
+
+
+def test_chat_with_a_system_s_message(checkpoint, capsys):
+    flags = ["--chat", "--system", "Be brief.", "--prompt", "fox", "--max-new-tokens", 3]
+    result = first_result(capsys, checkpoint, *flags)
+    _, tokenizer = load(checkpoint, "cpu")
+    expected = tokenizer.encode("<s>system: Be brief.</s><s>user: fox</s>", parse_special=True)
+    assert result["prompt_tokens"] == len(expected)
+
+
+@pytest.mark.parametrize("more", [[], ["--json"], ["--compare"], ["--system", "Be brief."]])
+def test_a_conversation_is_another_command(checkpoint, capsys, more):
+    line = (
+        "error: no prompt: give --prompt TEXT or --prompts-file FILE; to talk, use python chat.py"
+    )
+    assert refused(capsys, checkpoint, "--chat", *more) == line
+
+
+def test_no_chat_template(checkpoint, capsys, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "base")
+    (folder / "tokenizer_config.json").unlink()
+    assert "chat template" in refused(capsys, folder, "--prompt", "a", "--chat")
+
+
+# --------------------------------------------------------------------- stop texts and --num-samples
+
+
+def test_stop_ends_each_row_for_itself(demo, capsys):
+    limit = ["--max-new-tokens", 24]
+    keeper = [demo, *limit, "--prompt", "The lighthouse keeper"]
+    both = [*keeper, "--prompt", "One, two, three, four, five,"]
+    plain = first_result(capsys, *both)["texts"]
+    within = plain[0][9:15]
+    assert "seven" in plain[1]
+    stops = ["--stop", within, "--stop", "seven", "--stop", "never said"]
+    stopped = first_result(capsys, *both, *stops)
+    assert stopped["texts"] == [plain[0].split(within)[0], plain[1].split("seven")[0]]
+    assert stopped["new_tokens"] < 48
+
+    main([*(str(flag) for flag in keeper), "--stop", within, "--device", "cpu"])
+    assert capsys.readouterr().out == f"The lighthouse keeper\n{stopped['texts'][0]}\n"
+
+
+def test_samples_are_those_of_equal_prompts_and_of_the_first_row_s_seed(checkpoint, capsys):
+    sampling = ["--temperature", 1, "--ignore-eos", "--max-new-tokens", 12, "--dtype", "float64"]
+    flags = [checkpoint, *sampling, "--prompt", LONG]
+    samples = first_result(capsys, *flags, "--num-samples", 3, "--seed", 0)
+    others = first_result(capsys, *flags, "--num-samples", 3, "--seed", 1)
+    three_prompts = first_result(capsys, *flags, "--prompt", LONG, "--prompt", LONG)
+    assert three_prompts["texts"] == samples["texts"]
+    assert first_result(capsys, *flags)["texts"] == samples["texts"][:1]
+    assert len({*samples["texts"], *others["texts"]}) == 6
+    assert samples["new_tokens"] == 36
+
+
+# ----------------------------------------------------------------------------- presets and notes
 
 
 def test_compare_runs_dense_and_every_preset(checkpoint, capsys):
-    main([str(checkpoint), "--prompt", LONG, "--prune", "0.5", "--compare", *RUN])
+    flags = [str(checkpoint), "--prompt", LONG, "--prune", "0.5", *RUN]
+    main([*flags, "--compare"])
     out = capsys.readouterr().out
-    assert [line[4:] for line in out.splitlines() if line.startswith("===")] == [
-        "dense", *(f"{name}, prune 0.5" for name in PRESETS)
-    ]  # fmt: skip
+    titles = [line[4:] for line in out.splitlines() if line.startswith("===")]
+    assert titles == ["dense", *(f"{name}, prune 0.5" for name in PRESETS)]
     for name in PRESETS:
-        main([str(checkpoint), "--prompt", LONG, "--prune", "0.5", "--preset", name, *RUN])
+        main([*flags, "--preset", name])
         assert capsys.readouterr().out in out
 
 
+def test_compare_has_a_ratio_of_its_own(checkpoint, capsys):
+    main([str(checkpoint), "--prompt", LONG, "--compare", "--json", *RUN])
+    results = json.loads(capsys.readouterr().out)["results"]
+    ratios = [result["filter"] and result["filter"]["prune"] for result in results]
+    assert ratios == [None, *[0.3] * len(PRESETS)]
+
+
 def test_every_filter_field_can_be_overridden(checkpoint, capsys):
-    flags = "--mode cache --recent 3 --schedule head --gamma 0.8 --warmup 5 --history 9 --fusion key --keys unrotated"
-    main([str(checkpoint), "--prompt", LONG, "--prune", "0.5", "--json", *flags.split(), *RUN])
-    used = json.loads(capsys.readouterr().out)["results"][0]["filter"]
-    assert used == {"prune": 0.5, "mode": "cache", "recent": 3, "schedule": "head", "gamma": 0.8, "warmup": 5,
-                    "history": 9, "fusion": "key", "keys": "unrotated"}  # fmt: skip
+    values = {
+        "prune": 0.5,
+        "mode": "cache",
+        "recent": 3,
+        "schedule": "head",
+        "gamma": 0.8,
+        "warmup": 5,
+        "history": 9,
+        "fusion": "key",
+        "keys": "unrotated",
+    }
+    flags = [word for name, value in values.items() for word in (f"--{name}", value)]
+    result = first_result(capsys, checkpoint, "--prompt", LONG, *flags, *RUN)
+    assert result["filter"] == values
+
+
+@pytest.mark.parametrize(
+    "flags, title",
+    [
+        (
+            "--mode local --recent 32 --schedule uniform",
+            "paper, mode local, recent 32, schedule uniform, prune 0.5",
+        ),
+        (
+            "--preset cache --recent 0 --gamma 0.99",
+            "cache, recent 0, gamma 0.99, prune 0.5",
+        ),
+        ("--preset local --recent 32", "local, prune 0.5"),
+        ("", "paper, prune 0.5"),
+    ],
+)
+def test_a_title_says_what_was_run(checkpoint, capsys, tmp_path, flags, title):
+    page = tmp_path / "skips.HTML"
+    flags = [str(checkpoint), "--prompt", LONG, "--prune", "0.5", *flags.split(), *RUN]
+    main([*flags, "--skip-map", str(page)])
+    err = capsys.readouterr().err
+    assert f"\n{title}: prefill" in f"\n{err}"
+    assert f"{page}: the page" in err
+    assert f'"title":"{title}"' in page.read_text()
+    assert first_result(capsys, *flags)["setting"] == title.removesuffix(", prune 0.5")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_text_within_the_warm_up_is_said_not_to_be_filtered(checkpoint, capsys, name):
+    flags = ["--prune", "0.5", "--preset", name, "--max-new-tokens", "4"]
+    main([str(checkpoint), "--prompt", "a", *flags])
+    err = capsys.readouterr().err
+    assert "the first 16 tokens of a text (the warm-up) are not filtered" in err
+    assert "billion" not in err
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_small_model_without_attention_is_said_to_answer_badly(checkpoint, capsys, name):
+    flags = ["--prune", "0.5", "--preset", name, "--max-new-tokens", "4"]
+    main([str(checkpoint), "--prompt", LONG, *flags])
+    err = capsys.readouterr().err
+    assert "warm-up" not in err
+    assert ("models below a billion parameters" in err) == (name == "paper")
+
+
+# -------------------------------------------------------------------------------------- --compile
+
+
+def count_compiled(monkeypatch):
+    """Have torch.compile run each graph as it is, which takes seconds less: the list of graphs."""
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch.compiler.reset()
+    return compiled
 
 
 def test_compile_changes_nothing_but_the_time(checkpoint, capsys, monkeypatch):
-    """With a backend that runs a graph as it is, which takes seconds less; test_decode.py has the real one."""
-    compiled = []
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=lambda graph, _: compiled.append(graph) or graph))
+    """test_decode.py has the real backend."""
+    compiled = count_compiled(monkeypatch)
     flags = [str(checkpoint), "--prompt", LONG, "--prune", "0.5", "--preset", "local", *RUN]
     main(flags)
-    text, figures = capsys.readouterr()
-    assert not compiled and "models below a billion" not in figures  # that note is for mode skip
-    torch.compiler.reset()
+    text = capsys.readouterr().out
+    assert not compiled
     main([*flags, "--compile"])
     assert capsys.readouterr().out == text
     assert len(compiled) > 1  # the trial, and a block
@@ -391,257 +300,352 @@ def test_without_a_compiler_compile_says_so_in_one_line(checkpoint, capsys):
     main(flags)
     text = capsys.readouterr().out
     torch.compiler.reset()
-    with torch._inductor.config.patch({"cpp.cxx": ("no/such/compiler",)}):  # monkeypatch would leave it broken
+    no_compiler = {"cpp.cxx": ("no/such/compiler",)}
+    with torch._inductor.config.patch(no_compiler):  # monkeypatch would leave it broken
         main([*flags, "--compile"])
     out, err = capsys.readouterr()
     notes = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("note: ")]
-    assert out == text and len(notes) == 1 and "Traceback" not in err
-    assert notes[0].startswith("note: torch.compile does not work here, so nothing is compiled: ") and "C++ compiler" in notes[0]
-
-
-@pytest.mark.parametrize("command", ["generate", "eval_ppl", "eval_passkey", "eval_tasks", "bench", "demo_checkpoint"])
-def test_help_says_something_of_every_argument(command, monkeypatch):
-    if command == "eval_tasks":
-        pytest.importorskip("lm_eval", reason="lm_eval is an extra: pip install -r requirements-extra.txt")
-    parsers = []
-    monkeypatch.setattr("argparse.ArgumentParser.parse_args", lambda self, argv: (parsers.append(self), sys.exit()))
-    with pytest.raises(SystemExit):
-        importlib.import_module(command).main([])
-    texts = [action.help for action in parsers[0]._actions]
-    assert all(texts) and len(set(texts)) == len(texts)  # of each its own
-
-
-COMMANDS = ["generate", "eval_ppl", "eval_passkey", "eval_tasks", "bench"]
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("flags, code", [(["--help"], 0), (["--nope"], 2), (["--prune", "50"], 2), (["--prune", "0", "--gamma", "0.5"], 2)])
-def test_what_is_wrong_with_flags_is_said_before_torch_is_imported(command, flags, code):
-    """That alone takes seconds."""
-    file = generate_module.__file__.replace("generate.py", f"{command}.py")
-    program = f"import atexit, runpy, sys; atexit.register(lambda: print(*sys.modules)); runpy.run_path({file!r}, run_name='__main__')"
-    run = [sys.executable, "-c", f"import sys; sys.path.insert(0, {file.rpartition('/')[0]!r}); {program}", *flags]
-    done = subprocess.run(run, capture_output=True, text=True, check=False)
-    loaded = done.stdout.splitlines()[-1].split()
-    assert done.returncode == code and not {"torch", "numpy", "tqdm"} & set(loaded) and "command_line" in loaded
-    assert ("usage: " in done.stdout) == (code == 0) and len(done.stderr.splitlines()) == (code == 2)
-
-
-def test_flags_are_those_of_the_filter():
-    """What command_line says of them, so that torch need not be imported, is what token_filter says."""
-    assert tuple(token_filter.PRESETS) == command_line.PRESETS
-    assert [field.name for field in dataclasses.fields(token_filter.FilterConfig)] == ["prune", *command_line.KNOBS]
-    for name, (value, allowed, _) in command_line.KNOBS.items():
-        assert value == getattr(token_filter.FilterConfig, name) and type(value) is type(getattr(token_filter.FilterConfig, name))
-        assert token_filter.CHOICES.get(name) == (allowed if isinstance(value, str) else None)
-    checks = {"prune": command_line.PRUNE} | {name: knob[1] for name, knob in command_line.KNOBS.items() if callable(knob[1])}
-    for name, allowed in checks.items():
-        for text in ("-1", "-0.001", "0", "0.5", "0.999", "1", "2", "300", "NaN", "Infinity", "x"):
-            outcomes = []
-            for read in (allowed, lambda text, name=name: preset("paper", **{name: json.loads(text)})):
-                try:
-                    outcomes.append(read(text) is not None)
-                except (ValueError, argparse.ArgumentTypeError):
-                    outcomes.append(False)
-            assert outcomes[0] == outcomes[1], (name, text)
-
-
-@pytest.mark.parametrize("flags, title", [
-    ("--mode local --recent 32 --schedule uniform", "paper, mode local, recent 32, schedule uniform, prune 0.5"),
-    ("--preset cache --recent 0 --gamma 0.99", "cache, recent 0, gamma 0.99, prune 0.5"),
-    ("--preset local --recent 32", "local, prune 0.5"), ("", "paper, prune 0.5"),
-])  # fmt: skip
-def test_a_title_says_what_was_run(checkpoint, capsys, tmp_path, flags, title):
-    page = ["--skip-map", str(tmp_path / "skips.HTML")]
-    main([str(checkpoint), "--prompt", LONG, "--prune", "0.5", *flags.split(), *page, *RUN])
-    err = capsys.readouterr().err
-    assert f"\n{title}: prefill" in f"\n{err}" and f"{page[1]}: the page" in err
-    assert f'"title":"{title}"' in (tmp_path / "skips.HTML").read_text()
-    main([str(checkpoint), "--prompt", LONG, "--prune", "0.5", *flags.split(), "--json", *RUN])
-    assert json.loads(capsys.readouterr().out)["results"][0]["setting"] == title.removesuffix(", prune 0.5")
-
-
-def test_what_comes_out_equal_is_run_once(checkpoint, capsys, tmp_path):
-    (tmp_path / "text").write_text(LONG * 3)
-    flags = "--mode local --recent 32 --schedule uniform --fusion variance --keys rotated --prune 0.5 0.5 0.3 0 --window 64 --device cpu"
-    eval_ppl.main([str(checkpoint), "--text", str(tmp_path / "text"), *flags.split()])
-    out, err = capsys.readouterr()
-    rows = [line for line in out.splitlines() if line.startswith(("dense", "paper", "local", "cache"))]
-    assert [row.rsplit(maxsplit=6)[0].split("  ")[0] for row in rows] == ["dense", *["paper, mode local, recent 32, schedule uniform"] * 2]
-    assert "note: at --prune 0.5, local is paper, mode local, " in err and err.count("note: ") == 4
-
-
-@pytest.mark.parametrize("kind", ["page", "picture"])
-def test_ctrl_c_while_skips_are_drawn_leaves_no_file_and_says_so(checkpoint, capsys, tmp_path, monkeypatch, kind):
-    path = tmp_path / {"page": "skips.html", "picture": "skips.png"}[kind]
-    path.write_text("of before")
-
-    def never(*_):
-        raise KeyboardInterrupt
-
-    name = {"page": "write_skip_page", "picture": "draw_skip_map"}[kind]
-    flags = [str(checkpoint), "--prompt", LONG, "--skip-map", str(path), *SKIPS, "--json"]
-    with monkeypatch.context() as patch:
-        patch.setattr(skip_map, name, lambda part, *_: (Path(part).write_text("half"), never()))
-        with pytest.raises(KeyboardInterrupt):  # as_process's business
-            main(flags)
-    out, err = capsys.readouterr()
-    assert err.splitlines()[-1] == f"interrupted: no {kind} was written to {path}"
-    assert json.loads(out)["results"][0]["texts"] and path.read_text() == "of before" and len(list(tmp_path.iterdir())) == 1
-    plain = generate_module.generate
-    monkeypatch.setattr(generate_module, "generate", lambda *a, **k: (never() if i == 3 else step for i, step in enumerate(plain(*a, **k))))
-    with pytest.raises(SystemExit):
-        main(flags)
-    assert capsys.readouterr().err.splitlines()[-1].endswith(f"figures are not complete; {path} was not written")
-
-
-def test_progress_is_for_a_terminal(checkpoint):
-    run = [sys.executable, generate_module.__file__, checkpoint, "--prompt", "a", "--prompt", "b", "--ignore-eos", "--max-new-tokens", "60"]
-    done = subprocess.run(run, capture_output=True, text=True, check=True)
-    assert re.fullmatch(r"dense: prefill .*\n", done.stderr)
+    assert out == text
+    assert len(notes) == 1
+    assert "Traceback" not in err
+    start = "note: torch.compile does not work here, so nothing is compiled: "
+    assert notes[0].startswith(start)
+    assert "C++ compiler" in notes[0]
 
 
 def test_compiling_is_said_and_left_out_of_the_speed(checkpoint, capsys, monkeypatch):
     """Also what a cache that grows and rows that leave need compiled."""
-    compiled, late, run = [], [], generate_module.run
+    compiled = count_compiled(monkeypatch)
+    compiled_late = []
+    generate_answers = generate_command.generate_answers
 
     def timed(*arguments):
-        before = len(compiled)
-        result = run(*arguments)
-        late.append(len(compiled) - before)
+        n_before = len(compiled)
+        result = generate_answers(*arguments)
+        compiled_late.append(len(compiled) - n_before)
         return result
 
-    monkeypatch.setattr(generate_module, "run", timed)
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=lambda graph, _: compiled.append(graph) or graph))
-    torch.compiler.reset()
+    monkeypatch.setattr(generate_command, "generate_answers", timed)
     prompts = ["--prompt", LONG, "--prompt", "fox", "--prompt", "the dog"]
-    main([str(checkpoint), *prompts, "--compare", "--prune", "0.5", "--compile", "--max-new-tokens", "60", "--device", "cpu"])
+    settings = ["--compare", "--prune", "0.5", "--compile", "--max-new-tokens", "60"]
+    main([str(checkpoint), *prompts, *settings, "--device", "cpu"])
     assert capsys.readouterr().err.count("compiling ...\n") == 1
-    assert late == [0] * 4 and len(compiled) > 4
+    assert compiled_late == [0] * 4
+    assert len(compiled) > 4
 
 
-def test_no_room_for_new_tokens_is_said_before_weights_are_read(checkpoint, capsys, monkeypatch):
-    monkeypatch.setattr(generate_module, "load", lambda *_, **__: pytest.fail("too late"))
-    for many in (200, 10**9):
-        assert f"--max-new-tokens {many} leaves no room" in refused(capsys, checkpoint, "--prompt", "a", "--max-new-tokens", many)
+# ----------------------------------------------------------------------------------------- Ctrl-C
 
 
-SKIPS = ["--prune", "0.5", "--preset", "cache", "--dtype", "float64", *RUN]
+def interrupt_after(monkeypatch, n_tokens):
+    """Have generate() end in Ctrl-C after so many tokens."""
+
+    def interrupted(*arguments, **options):
+        for number, step in enumerate(generate(*arguments, **options)):
+            if number == n_tokens:
+                raise KeyboardInterrupt
+            yield step
+
+    monkeypatch.setattr(generation, "generate", interrupted)
+
+
+@pytest.mark.parametrize("more", [[], ["--prompt", "low"], ["--prompt", "low", "--json"]])
+def test_ctrl_c_keeps_what_was_generated(checkpoint, capsys, monkeypatch, more):
+    interrupt_after(monkeypatch, 7)
+    limit = ["--ignore-eos", "--max-new-tokens", "40"]
+    with pytest.raises(SystemExit) as end:
+        main([str(checkpoint), "--prompt", "hello", *limit, *more])
+    out, err = capsys.readouterr()
+    assert end.value.code == 130
+    assert err.splitlines()[-1].startswith("interrupted: ")
+    assert "Traceback" not in err
+    assert out.endswith("\n")
+    if "--json" in more:
+        first, second = json.loads(out)["results"][0]["texts"]
+        assert first
+        assert second
+    elif more:
+        assert "[1] hello\n" in out
+        assert "[2] low\n" in out
+    else:
+        assert out.removeprefix("hello\n").strip("\n")
+
+
+def test_ctrl_c_ends_a_comparison(checkpoint, capsys, monkeypatch):
+    interrupt_after(monkeypatch, 7)
+    with pytest.raises(SystemExit):
+        main([str(checkpoint), "--prompt", LONG, "--compare", "--json", *RUN])
+    out = capsys.readouterr().out
+    assert [result["setting"] for result in json.loads(out)["results"]] == ["dense"]
+
+
+HALF = "Hi \U0001f600"  # of which the last token is left out
+HELD = "Hi\nUs"
+WHOLE = "Yes\nUs"
+
+
+@pytest.mark.parametrize("case", ["half a letter", "held back", "one had ended"])
+def test_ctrl_c_leaves_out_what_was_not_certain(demo, capsys, monkeypatch, case):
+    """Half a letter, and what may be the start of a stop text; not of an answer that had ended."""
+    tokenizer = Tokenizer(demo)
+    [eos] = tokenizer.eos_ids
+    held = [(0, token) for token in tokenizer.encode(HELD)]
+    if case == "half a letter":
+        steps = [(0, token) for token in tokenizer.encode(HALF)[:-1]]
+        expected = ["Hi "]
+    elif case == "held back":
+        steps = held
+        expected = ["Hi"]
+    else:
+        steps = [(1, token) for token in [*tokenizer.encode(WHOLE), eos]] + held
+        expected = ["Hi", WHOLE]
+
+    def interrupted(*_, **__):
+        yield from steps
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generation, "generate", interrupted)
+    prompts = ["--prompt", "Hello"] * len(expected)
+    with pytest.raises(SystemExit):
+        main([str(demo), *prompts, "--stop", "\nUser:", "--json", "--device", "cpu"])
+    assert json.loads(capsys.readouterr().out)["results"][0]["texts"] == expected
+
+
+@pytest.mark.parametrize("name", ["skips.html", "skips.png"])
+def test_ctrl_c_before_or_while_skips_are_drawn(checkpoint, capsys, tmp_path, monkeypatch, name):
+    """No file, which is said, and the text is there; test_skip_map.py says more of the file."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    path = tmp_path / name
+    flags = [str(checkpoint), "--prompt", LONG, "--skip-map", str(path), *SKIPS, "--json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(skip_map, "write_skip_page", interrupted)
+        patch.setattr(skip_map, "draw_skip_map", interrupted)
+        with pytest.raises(KeyboardInterrupt):  # of which run_command makes exit code 130
+            main(flags)
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1].startswith("interrupted: no ")
+    assert json.loads(out)["results"][0]["texts"]
+
+    interrupt_after(monkeypatch, 3)
+    with pytest.raises(SystemExit):
+        main(flags)
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line.endswith(f"figures are not complete; {path} was not written")
+    assert not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------------- what was skipped
+
+
+def painted(model, tokenizer, text, filter):
+    """A prompt and its answer in colours, from one forward of both."""
+    prompt = tokenizer.encode(text)
+    answer = answer_of(generate(model, [prompt], 12, filter))
+    cache = model.new_cache(1, filter)
+    model(torch.tensor([prompt + answer[:-1]]), cache)
+    pieces = token_pieces(tokenizer, prompt) + token_pieces(tokenizer, answer)
+    return paint(pieces, len(prompt), decisions(cache)[0][:, 0])
 
 
 def test_show_skips_colours_each_row(checkpoint, capsys, monkeypatch):
     model, tokenizer = load(checkpoint, "cpu", "float64")
-    prompts, filter = [tokenizer.encode(text) for text in (LONG, "fox " * 20)], preset("cache", prune=0.5)
-    expected = []
-    for prompt in prompts:
-        answer = [token for _, token in generate(model, [prompt], 12, filter)]
-        cache = model.new_cache(1, filter)
-        model(torch.tensor([prompt + answer[:-1]]), cache)
-        pieces = token_pieces(tokenizer, prompt) + token_pieces(tokenizer, answer)
-        expected.append(paint(pieces, len(prompt), decisions(cache)[0][:, 0]))
-    assert all("48;5;" in text for text in expected)
+    filter = preset("cache", prune=0.5)
+    first = painted(model, tokenizer, LONG, filter)
+    second = painted(model, tokenizer, "fox " * 20, filter)
+    assert "48;5;" in first
+    assert "48;5;" in second
 
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.delenv("NO_COLOR", raising=False)
-    main([str(checkpoint), "--prompt", LONG, "--show-skips", *SKIPS])
-    assert capsys.readouterr().out == f"{paint_legend()}\n{expected[0]}\n"
-    main([str(checkpoint), "--prompt", LONG, "--prompt", "fox " * 20, "--show-skips", *SKIPS])
-    assert capsys.readouterr().out == f"{paint_legend()}\n[1] {expected[0]}\n[2] {expected[1]}\n"
-    main([str(checkpoint), "--prompt", LONG, "--compare", "--show-skips", "--prune", "0.5", "--dtype", "float64", *RUN])
-    dense, *filtered = capsys.readouterr().out.split("===")[1:]
-    assert "48;5;" not in dense and BOLD in dense and all("48;5;" in text for text in filtered)
+    flags = [str(checkpoint), "--prompt", LONG, "--show-skips"]
+    main([*flags, *SKIPS])
+    assert capsys.readouterr().out == f"{paint_legend()}\n{first}\n"
+    main([*flags, "--prompt", "fox " * 20, *SKIPS])
+    assert capsys.readouterr().out == f"{paint_legend()}\n[1] {first}\n[2] {second}\n"
+    main([*flags, "--compare", "--prune", "0.5", "--dtype", "float64", *RUN])
+    _, dense, *filtered = capsys.readouterr().out.split("===")
+    assert "48;5;" not in dense
+    assert BOLD in dense
+    assert all("48;5;" in text for text in filtered)
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_no_colour_without_a_terminal_or_with_no_color(checkpoint, capsys, monkeypatch, terminal):
-    main([str(checkpoint), "--prompt", LONG, *SKIPS])
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_no_colour_without_a_terminal_or_with_no_color(
+    checkpoint, capsys, monkeypatch, is_terminal
+):
+    flags = [str(checkpoint), "--prompt", LONG, *SKIPS]
+    main(flags)
     plain = capsys.readouterr().out
-    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
-    monkeypatch.setenv("NO_COLOR", "1" if terminal else "")  # empty counts as not set
-    main([str(checkpoint), "--prompt", LONG, "--show-skips", *SKIPS])
+    monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal)
+    monkeypatch.setenv("NO_COLOR", "1" if is_terminal else "")  # empty counts as not set
+    main([*flags, "--show-skips"])
     out, err = capsys.readouterr()
-    assert out == plain and "\033" not in out and "note: --show-skips has no effect" in err
+    assert out == plain
+    assert "\033" not in out
+    assert "note: --show-skips has no effect" in err
 
 
 def test_skip_map_is_written_beside_the_output(checkpoint, capsys, tmp_path):
-    main([str(checkpoint), "--prompt", LONG, "--json", *SKIPS])
-    without = json.loads(capsys.readouterr().out)
+    flags = [checkpoint, "--prompt", LONG, *SKIPS]
+    without = first_result(capsys, *flags)
     path = tmp_path / "map.png"
-    main([str(checkpoint), "--prompt", LONG, "--json", "--skip-map", str(path), *SKIPS])
-    assert json.loads(capsys.readouterr().out)["results"][0]["texts"] == without["results"][0]["texts"]
+    assert first_result(capsys, *flags, "--skip-map", path)["texts"] == without["texts"]
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-# --------------------------------------------------------------------------------------------------- bad input
+# --------------------------------------------------------------------------------------- bad input
 
 
-def refused(capsys, *flags, command=main):
-    """Runs the command, which must print one line on stderr, nothing on stdout, and exit with code 2."""
-    with pytest.raises(SystemExit) as caught:
-        command([*map(str, flags)])
-    out, err = capsys.readouterr()
-    err = err.replace("\r", "\n").split("\n")
-    errors = [line for line in err if line.startswith("error: ")]
-    assert caught.value.code == 2 and out == "" and len(errors) == 1, (caught.value.code, out, err)
-    assert not any("Traceback" in line for line in err)
-    return errors[0]
+def test_no_room_for_new_tokens_is_said_before_weights_are_read(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr("load_weights.load", lambda *_, **__: pytest.fail("too late"))
+    for many in (200, 10**9):
+        line = refused(capsys, checkpoint, "--prompt", "a", "--max-new-tokens", many)
+        assert f"--max-new-tokens {many} leaves no room for a prompt" in line
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--prompt", "a", "--prune", "1.5"], "--prune: 1.5 is not a number in [0, 1)"),
-    (["--prompt", "a", "--prune", "nan"], "--prune: nan is not a number in [0, 1)"),
-    (["--prompt", "a", "--prune", "half"], "--prune: half is not a number in [0, 1)"),
-    (["--prompt", "a", "--prune", "0.5", "--gamma", "1"], "--gamma: 1 is not a number in [0, 1)"),
-    (["--prompt", "a", "--prune", "0.5", "--recent", "-1"], "--recent: -1 is not a whole number of at least 0"),
-    (["--prompt", "a", "--prune", "0.5", "--mode", "attention"], "--mode: invalid choice: 'attention'"),
-    (["--prompt", "a", "--preset", "cache"], "--preset does nothing without --prune"),
-    (["--prompt", "a", "--recent", "3"], "--recent does nothing without --prune"),
-    (["--prompt", "a", "--compare", "--recent", "3"], "cannot be combined with --recent"),
-    (["--prompt", ""], "prompt 1 is empty"),
-    ([], "no prompt"),
-    (["--prompts-file", "no/such/file"], "error: no/such/file: cannot be read: No such file or directory"),
-    (["--prompts-file", __file__ + "c"], "c: cannot be read: No such file or directory"),
-    (["--prompt", "a", "--compare", "--prune", "0"], "--compare does nothing without --prune above 0"),
-    (["--prompt", "a", "--preset", "cache", "--prune", "0"], "--preset does nothing without --prune above 0"),
-    (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0, not a whole number of at least 1"),
-    (["--prompt", "a", "--top-p", "0"], "--top-p is 0.0, not a number above 0 and at most 1"),
-    (["--prompt", "a", "--temperature", "nan"], "--temperature"),
-    (["--prompt", LONG, "--max-new-tokens", "190"], "longer than the model's context of 200"),
-    (["--prompt", "a", "--device", "abacus"], "abacus"),
-    (["--prompt", "a", "--show-skips"], "--show-skips does nothing without --prune above 0"),
-    (["--prompt", "a", "--skip-map", "x.png", "--prune", "0"], "--skip-map does nothing without --prune above 0"),
-    (["--prompt", "a", "--show-skips", "--prune", "0.5", "--json"], "cannot be combined with --json"),
-    (["--prompt", "a", "--skip-map", "x.png", "--compare"], "draws one prompt with one setting"),
-    (["--prompt", "a", "--prompt", "b", "--skip-map", "x.png", "--prune", "0.5"], "draws one prompt with one setting"),
-    (["--prompt", "a", "--skip-map", "x.jpg", "--prune", "0.5"], "--skip-map x.jpg: the name must end in .html, .png"),
-    (["--prompt", "a", "--skip-map", "x.HTM", "--prune", "0.5"], "--skip-map x.HTM: the name must end in .html, .png"),
-    (["--prompt", "a", "--skip-map", "no/such/x.HTML", "--prune", "0.5"], "no/such/x.HTML: cannot be written: No such file"),
-    (["--prompt", "a", "--skip-map", "no/such/x.PNG", "--prune", "0.5"], "no/such/x.PNG: cannot be written: No such file"),
-    (["--prompt", "a", "--skip-map", "no/such/x.png", "--prune", "0.5"], "no/such/x.png: cannot be written: No such file"),
-    (["--prompt", "a", "--nonsense"], "--nonsense"),
-])  # fmt: skip
-def test_bad_flags(checkpoint, capsys, flags, message):
+@pytest.fixture
+def overflowing(checkpoint, tmp_path):
+    """A checkpoint whose layer 1 leaves the range of float16."""
+    folder = shutil.copytree(checkpoint, tmp_path / "overflowing")
+    name = "model.layers.1.mlp.up_proj.weight"
+    [shard] = [file for file in folder.glob("*.safetensors") if name in load_file(file)]
+    weights = load_file(shard)
+    weights[name][:] = 6e4
+    save_file(weights, shard, metadata={"format": "pt"})
+    return folder
+
+
+NOT_FINITE = (
+    "error: float16 is not enough for this model: from layer 1 on, values are not finite; "
+    "use --dtype bfloat16 or float32 or float64"
+)
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--temperature", 1], ["--prune", 0.5], ["--prompt", "x", "--json"]], ids=str
+)
+def test_values_that_are_not_finite_end_in_a_line_that_names_the_layer(overflowing, capsys, more):
+    flags = ["--prompt", LONG, "--dtype", "float16", *more]
+    assert refused(capsys, overflowing, *flags) == NOT_FINITE
+
+
+def test_perplexity_names_the_layer_too_and_writes_nothing(overflowing, capsys, tmp_path):
+    (tmp_path / "text").write_text(LONG)
+    table = tmp_path / "table.json"
+    flags = ["--text", tmp_path / "text", "--json", table, "--window", 30, "--dtype", "float16"]
+    with pytest.raises(SystemExit) as end:
+        eval_ppl.main([str(overflowing), *(str(flag) for flag in flags)])
+    assert end.value.code == 2
+    assert NOT_FINITE in capsys.readouterr().err
+    assert not table.exists()
+
+
+PRUNE = ["--prune", "0.5"]
+A = ["--prompt", "a"]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        # --prune and the filter's flags
+        (["--prune", "1.5"], "--prune: 1.5 is not a number in [0, 1)"),
+        (["--prune", "nan"], "--prune: nan is not a number in [0, 1)"),
+        (["--prune", "half"], "--prune: half is not a number in [0, 1)"),
+        ([*PRUNE, "--gamma", "1"], "--gamma: 1 is not a number in [0, 1)"),
+        ([*PRUNE, "--recent", "-1"], "--recent: -1 is not a whole number of at least 0"),
+        ([*PRUNE, "--mode", "attention"], "--mode: invalid choice: 'attention'"),
+        (["--preset", "cache"], "--preset does nothing without --prune above 0"),
+        (["--preset", "cache", "--prune", "0"], "--preset does nothing without --prune above 0"),
+        (["--recent", "3"], "--recent does nothing without --prune above 0"),
+        (["--compare", "--prune", "0"], "--compare does nothing without --prune above 0"),
+        (["--compare", "--recent", "3"], "cannot be combined with --recent"),
+        (["--compare", "--preset", "cache"], "cannot be combined with --preset"),
+        # the answer
+        (["--max-new-tokens", "0"], "--max-new-tokens: 0 is not a whole number of at least 1"),
+        (["--max-new-tokens", "2.5"], "--max-new-tokens: 2.5 is not a whole number"),
+        (["--stop", ""], "--stop is empty: it would end every answer at once"),
+        (["--stop", "\udce9"], "--stop is not UTF-8 text"),
+        (["--system", "\udce9", "--chat"], "--system is not UTF-8 text"),
+        (["--system", "x"], "--system does nothing without --chat"),
+        # sampling
+        (["--temperature", "nan"], "--temperature: nan is not a finite number of at least 0"),
+        (["--temperature", "inf"], "--temperature: inf is not a finite number of at least 0"),
+        (["--temperature", "-1"], "--temperature: -1 is not a finite number of at least 0"),
+        (["--temperature", "1", "--top-k", "-1"], "--top-k: -1 is not a whole number"),
+        (["--temperature", "1", "--top-p", "0"], "--top-p: 0 is not a number above 0 and at most"),
+        (["--temperature", "1", "--top-p", "nan"], "--top-p: nan is not a number above 0"),
+        (["--temperature", "1", "--top-p", "1.5"], "--top-p: 1.5 is not a number above 0"),
+        (["--temperature", "1", "--seed", "-1"], "--seed: -1 is not a whole number of at least 0"),
+        (["--temperature", "1", "--seed", str(2**64)], "at least 0 and below 9223372036854775808"),
+        (["--top-k", "3"], "--top-k does nothing without --temperature"),
+        (["--top-p", "0.5"], "--top-p does nothing without --temperature"),
+        (["--seed", "0"], "--seed does nothing without --temperature"),
+        (["--num-samples", "2"], "--num-samples does nothing without --temperature"),
+        (["--num-samples", "0"], "--num-samples: 0 is not a whole number of at least 1"),
+        (
+            [*A, "--num-samples", "2", "--temperature", "1"],
+            "--num-samples is for one prompt, and here are 2",
+        ),
+        # skips
+        (["--show-skips"], "--show-skips does nothing without --prune above 0"),
+        (["--skip-map", "x.png", "--prune", "0"], "--skip-map does nothing without --prune above"),
+        (["--show-skips", *PRUNE, "--json"], "cannot be combined with --json"),
+        (["--show-skips", *PRUNE, "--no-echo"], "cannot be combined with --no-echo"),
+        (["--skip-map", "x.png", "--compare"], "draws one prompt with one setting"),
+        ([*A, "--skip-map", "x.png", *PRUNE], "draws one prompt with one setting"),
+        (["--skip-map", "x.jpg", *PRUNE], "x.jpg: the name must end in .html, .png"),
+        (["--skip-map", "x.HTM", *PRUNE], "x.HTM: the name must end in .html, .png"),
+        (["--skip-map", "no/such/x.HTML", *PRUNE], "no/such/x.HTML: cannot be written: No such"),
+        (["--skip-map", "no/such/x.PNG", *PRUNE], "no/such/x.PNG: cannot be written: No such"),
+        (["--skip-map", "no/such/x.png", *PRUNE], "no/such/x.png: cannot be written: No such"),
+        # the checkpoint
+        (["--device", "abacus"], "abacus"),
+    ],
+    ids=str,
+)
+def test_bad_flags_beside_a_prompt(checkpoint, capsys, flags, message):
+    assert message in refused(capsys, checkpoint, *A, *flags)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([], "no prompt: give --prompt TEXT or --prompts-file FILE"),
+        (["--prompt", ""], "prompt 1 is empty"),
+        (["--prompt", "a", "--prompt", ""], "prompt 2 is empty"),
+        (["--prompt", "-", "--prompts-file", "-"], "stdin (-) can be read only once"),
+        (["--prompt", "-", "--prompt", "-"], "stdin (-) can be read only once"),
+        (["--prompts-file", "no/such/file"], "no/such/file: cannot be read: No such file"),
+        (
+            ["--prompt", LONG, "--max-new-tokens", "190"],
+            "longer than the model's context of 200",
+        ),
+    ],
+    ids=str,
+)
+def test_bad_prompts(checkpoint, capsys, flags, message):
     assert message in refused(capsys, checkpoint, *flags)
 
 
-def test_what_keeps_a_skip_map_from_being_drawn_is_found_before_the_work(capsys, tmp_path, monkeypatch):
-    flags = [tmp_path / "no checkpoint", "--prompt", "a", "--prune", "0.5", "--skip-map"]
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le", "utf-16-be"])
+def test_a_prompts_file_that_is_not_utf_8_is_refused(checkpoint, capsys, tmp_path, encoding):
+    (tmp_path / "prompts").write_bytes("A café?\n".encode(encoding))
+    line = refused(capsys, checkpoint, "--prompts-file", tmp_path / "prompts")
+    assert "cannot be read as UTF-8 text" in line
+
+
+def test_what_keeps_a_skip_map_from_being_drawn_is_found_before_the_work(
+    capsys, tmp_path, monkeypatch
+):
     (tmp_path / "folder.png").mkdir()
-    assert "folder.png: cannot be written: Is a directory" in refused(capsys, *flags, tmp_path / "folder.png")
+    flags = [tmp_path / "no checkpoint", "--prompt", "a", "--prune", "0.5", "--skip-map"]
+    line = refused(capsys, *flags, tmp_path / "folder.png")
+    assert "folder.png: cannot be written: Is a directory" in line
     assert "no such folder" in refused(capsys, *flags, tmp_path / "map.png")
-    assert not (tmp_path / "map.png").exists()  # trying left nothing behind
+    assert not Path(tmp_path / "map.png").exists()  # trying left nothing behind
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "--skip-map needs matplotlib: " in refused(capsys, *flags, tmp_path / "map.png")
-
-
-def test_no_chat_template(checkpoint, capsys, tmp_path):
-    shutil.copytree(checkpoint, tmp_path / "base")
-    (tmp_path / "base" / "tokenizer_config.json").unlink()
-    assert "chat template" in refused(capsys, tmp_path / "base", "--prompt", "a", "--chat")
-
-
-def test_the_process_itself_exits_with_2_and_no_traceback(tmp_path):
-    command = [sys.executable, generate_module.__file__, str(tmp_path / "nowhere"), "--prompt", "a"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: {tmp_path / 'nowhere'}: no such folder\n"

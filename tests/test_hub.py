@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from checkpoint_files import CheckpointError, checkpoint_folder
+from loading.checkpoint_files import CheckpointError, checkpoint_folder, folder_weights
 
 HERE = Path(__file__).resolve().parent.parent
 COMMIT = "c0ffee" + "0" * 34
@@ -25,7 +25,10 @@ def hub(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub") / "small"
     shutil.copytree(checkpoint, folder)
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
-    (folder / "consolidated.safetensors").write_bytes(b"the same weights again")
+    for name in ("consolidated.safetensors", "model.fp16-00001-of-00001.safetensors"):
+        (folder / name).write_bytes(b"the same weights again")
+    for name in ("params.json", "tokenizer.model"):
+        (folder / name).write_text("what config.json and tokenizer.json say, in another form")
     (folder / "README.md").write_text("not for us")
     asked = []
 
@@ -111,6 +114,94 @@ def test_what_goes_wrong_on_the_hub_is_one_line(hub, tmp_path, name, more, words
     server = SimpleNamespace(server_port=more.pop("port", hub.server_port))
     code, out, line = run(server, tmp_path, name, **more)
     assert (code, out) == (2, "") and line.startswith(f"error: {name} (no such folder; taken as a model") and words in line
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A repository on a hub without a server: its folder, and the one that files are fetched to."""
+    import huggingface_hub
+
+    there, here = tmp_path / "there", tmp_path / "here"
+
+    def fetch(name):
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        return str(shutil.copy(there / name, here / name))
+
+    def model_info(self, repo_id, revision=None):
+        files = [path.relative_to(there) for path in there.rglob("*") if path.is_file()]
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=str(file)) for file in files])
+
+    def snapshot_download(repo_id, revision=None, allow_patterns=()):
+        for name in allow_patterns:
+            fetch(name)
+        return str(here)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo_id, filename, revision=None: fetch(filename))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return there, here
+
+
+def write_files(folder, *names, **indices):
+    """Files without content, and an index for each of `indices`: {the name of the only file: its shards}."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+    for name, shards in indices.items():
+        write_files(folder, *shards)
+        weight_map = {f"tensor {i}": shard for i, shard in enumerate(shards)}
+        (folder / f"{name}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+NAMED = ["pytorch_model-1.safetensors", "last_layers.safetensors"]
+OWN = ["consolidated-00001-of-00002.safetensors", "consolidated-00002-of-00002.safetensors"]
+MODEL, CONSOLIDATED = "model.safetensors", "consolidated.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("names", "indices", "read"),
+    [
+        (["config.json"], {"model": SHARDS}, [*SHARDS, f"{MODEL}.index.json"]),
+        (["config.json"], {"model": NAMED}, [*NAMED, f"{MODEL}.index.json"]),
+        (["config.json", MODEL], {"model": SHARDS}, [MODEL]),
+        (["config.json", MODEL], {}, [MODEL]),
+        (["config.json", "params.json", CONSOLIDATED], {"model": SHARDS, "consolidated": OWN}, [*SHARDS, f"{MODEL}.index.json"]),
+        (["params.json"], {"model": SHARDS, "consolidated": OWN}, [*OWN, f"{CONSOLIDATED}.index.json"]),
+        (["params.json"], {"consolidated": NAMED}, [*NAMED, f"{CONSOLIDATED}.index.json"]),
+        (["params.json", CONSOLIDATED, MODEL], {"consolidated": OWN}, [CONSOLIDATED]),
+    ],
+)
+def test_of_the_weights_what_is_read_is_fetched_and_nothing_else(repository, names, indices, read):
+    there, here = repository
+    again = ["model.fp16.safetensors", "model.fp16-00001-of-00001.safetensors", "model-original/model.safetensors", "adapter.safetensors"]
+    again += ["original/consolidated.00.pth", "original/params.json", "original/tokenizer.model", "onnx/config.json", "pytorch_model.bin"]
+    write_files(there, "tokenizer.model", *names, *again, **indices)
+    assert checkpoint_folder("org/name@main") == here
+    assert {str(path.relative_to(here)) for path in here.rglob("*") if path.is_file()} == {names[0], "tokenizer.model", *read}
+    assert folder_weights(here) == folder_weights(there) and {*folder_weights(there).files} <= {*read}
+
+
+@pytest.mark.parametrize(
+    ("names", "index", "words"),
+    [
+        (["config.json", "model.fp16.safetensors"], None, "has no model.safetensors, nor model.safetensors.index.json"),
+        (["config.json", "original/model.safetensors"], None, "has no model.safetensors, nor"),
+        (["config.json", CONSOLIDATED], None, "consolidated.safetensors is there, but goes with params.json"),
+        (["config.json"], {"weight_map": {"a": SHARDS[0]}}, f"has no {SHARDS[0]}, which its model.safetensors.index.json names"),
+        (["config.json"], {"weight_map": {"a": "../a.safetensors"}}, "the tensor 'a' is put in '../a.safetensors'"),
+        (["config.json"], [], "model.safetensors.index.json: the file is not a JSON object"),
+    ],
+)
+def test_weights_that_cannot_be_read_are_not_fetched(repository, names, index, words):
+    there, here = repository
+    write_files(there, *names)
+    if index is not None:
+        (there / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint_folder("org/name")
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert not [*here.rglob("*.safetensors"), *here.rglob("config.json")]
 
 
 def test_what_is_no_checkpoint_folder_is_named_as_what_it_is(checkpoint, tmp_path):

@@ -1,5 +1,6 @@
 """The numbers of the lesson: the worked example, the formulas of what is saved, the answers to the exercises."""
 
+import importlib.util
 import json
 import math
 import re
@@ -12,12 +13,13 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from docs.figures import idea
+from docs.figures import idea, sizes
 from model import ModelConfig, Transformer
-from schedule import layer_ratios
-from skip_map import decisions
+from filter_config import layer_ratios
+from cli.skip_map import decisions
 from test_filter import small
-from token_filter import CHOICES, PRESETS, FilterConfig, FilterState, above_threshold, preset, token_filter
+from filter_config import CHOICES, FilterConfig, PRESETS, preset
+from token_filter import FilterState, exceeds_quantile, token_filter
 
 HERE = Path(__file__).resolve().parent.parent
 LESSON = (HERE / "docs" / "lesson.md").read_text(encoding="utf-8")
@@ -53,9 +55,44 @@ def test_the_worked_example(example):
     assert cache.layers[20].redundant[0, 26] and f"{len(pieces)} tokens through the demo model" in PROSE
 
 
-def test_the_picture(example, tmp_path):
+@pytest.fixture
+def figures():
+    """The folder of the pages' pictures, which no command writes into unasked."""
+    folder = HERE / "docs" / "figures"
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("*.png")}
+    yield folder
+    after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("*.png")}
+    assert after == before and len(before) > 5
+
+
+def test_the_lesson_s_command_prints_the_table_alone(demo, figures, capsys, monkeypatch):
+    """It draws nothing, and needs nothing for drawing."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(idea, "draw", None)
+    idea.main([])
+    title, *rows = capsys.readouterr().out.splitlines()
+    assert title.startswith("layer 15, ratio 0.517") and len(rows) == 10
+    assert all(row in LESSON for row in rows)
+    with pytest.raises(SystemExit) as end:
+        idea.main(["--draw", "idea.png"])
+    assert end.value.code == 2 and "--draw needs matplotlib" in capsys.readouterr().err
+
+
+def test_the_pictures_are_drawn_where_they_are_asked_for(demo, figures, capsys, tmp_path):
     pytest.importorskip("matplotlib")
-    idea.draw(tmp_path / "idea.png", example[0], example[3], idea.by_mode(), warm=16)
+    idea.main(["--draw", str(tmp_path / "idea.png")])
+    sizes.main(["--draw", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {"idea.png", "sizes.png", "reads.png"}
+    assert all(path.read_bytes()[1:4] == b"PNG" for path in tmp_path.iterdir())
+    with pytest.raises(SystemExit) as end:
+        sizes.main([])
+    assert end.value.code == 2 and "--draw" in capsys.readouterr().err
+
+
+def test_make_figures_writes_the_tracked_pictures(figures):
+    recipe = (HERE / "Makefile").read_text(encoding="utf-8").split("\nfigures:")[1].split("\n\n")[0]
+    assert "docs.figures.idea --draw docs/figures/idea.png\n" in recipe
+    assert "docs.figures.sizes --draw docs/figures\n" in recipe
 
 
 @pytest.mark.parametrize("recent", [0, 2, 5])
@@ -172,7 +209,7 @@ def test_answers_1_and_2(example):
     np.testing.assert_allclose(score[0], plain, rtol=0, atol=1e-12)
     score = torch.tensor([[step.score for step in example[3]]])
     for t, ratio, redundant in ((25, 0.1999, False), (25, 0.2, True), (26, 0.8846, False), (26, 23 / 26, True)):
-        assert above_threshold(score[:, t : t + 1], score[:, None, :t], torch.tensor([[t]]), ratio).item() == redundant
+        assert exceeds_quantile(score[:, t : t + 1], score[:, None, :t], torch.tensor([[t]]), ratio).item() == redundant
     assert (
         f"but in floating point {(1 - 23 / 26) * 26}" in PROSE
         and "for $r_l < 0.2$" in PROSE
@@ -190,7 +227,7 @@ def test_answer_3():
         return rule(score, past, torch.arange(score.shape[1]).clamp(max=W).expand(score.shape), ratio)
 
     assert "all 74 past the warm-up would be skipped, even at $r_l = 0.1$" in PROSE
-    for rule, right, of_90 in ((above_threshold, True, 0), (changed["above_threshold"], False, 74)):
+    for rule, right, of_90 in ((exceeds_quantile, True, 0), (changed["above_threshold"], False, 74)):
         found = above(rule, ties["score"], ties["ratio"].double()[:, None], about["ties"]["config"]["history"])
         assert torch.equal(found, ties["redundant"]) == right
         assert above(rule, torch.zeros(1, 90), 0.1, 64)[0, 16:].sum() == of_90

@@ -13,15 +13,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from load_weights import (
-    FUSED,
-    HUGGING_FACE,
-    CheckpointError,
-    load,
-    load_model,
-    read_config,
-    stored_name,
-)
+from load_weights import CheckpointError, load, load_model, make_plan, read_config
+from loading import memory
+from loading.families import FUSED, HUGGING_FACE
+from loading.match_tensors import stored_name
 
 FULL, WINDOW = ["full_attention"], ["sliding_attention"]
 LLAMA3 = {
@@ -518,7 +513,7 @@ def test_bad_shards(tmp_path):
 
 def test_missing_files_are_reported_before_any_weight_is_read(tmp_path, monkeypatch):
     save_model(tmp_path, max_shard_size="10KB")
-    monkeypatch.setattr("load_weights._read", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr("load_weights.read_tensor", lambda *_: pytest.fail("a weight was read"))
     assert "has no tokenizer.json" in fails(load, tmp_path)
     max(tmp_path.glob("*.safetensors")).unlink()
     assert "no such file" in fails(load_model, tmp_path)
@@ -547,9 +542,9 @@ def test_transformers_is_not_needed_to_load():
 def test_what_does_not_fit_is_said_before_a_weight_is_read(tmp_path, monkeypatch):
     save_model(tmp_path)
     count = sum(p.numel() for p in load_model(tmp_path, "cpu").parameters())
-    monkeypatch.setattr("load_weights._stored_tensors", lambda *_: pytest.fail("the weights were opened"))
+    monkeypatch.setattr("load_weights.find_tensors", lambda *_: pytest.fail("the weights were opened"))
     for free, words in ((3 * count, "it fits with --dtype bfloat16"), (count, "no --dtype makes it fit")):
-        monkeypatch.setattr("load_weights._free_bytes", lambda _, free=free: free)
+        monkeypatch.setattr("loading.memory.free_bytes", lambda _, free=free: free)
         message = fails(load_model, tmp_path, "cpu")
         assert message == f"{tmp_path}: needs 0.0 GB as float32, and the cpu has 0.0 GB free; {words}"
     edit_json(tmp_path / "config.json", hidden_size=2400)  # not what the file holds: that is said instead
@@ -557,12 +552,59 @@ def test_what_does_not_fit_is_said_before_a_weight_is_read(tmp_path, monkeypatch
         load_model(tmp_path, "cpu")
 
 
+def test_weights_are_counted_as_they_are_read(tmp_path, monkeypatch):
+    """Whether a model fits does not depend on what else lies there, what its shards are called, or how often a tied head is stored."""
+    def needs(folder):
+        """Bytes, as a device says them that keeps the files' dtype; just enough of them must do."""
+        found = []
+        for dtype in ("auto", "float32"):
+            monkeypatch.setattr("loading.memory.free_bytes", lambda _: 0)
+            message = fails(make_plan, folder, "meta", dtype)
+            assert "no --dtype makes it fit" in message
+            for free in (2 * count, 4 * count):
+                monkeypatch.setattr("loading.memory.free_bytes", lambda _, free=free: free)
+                try:
+                    make_plan(folder, "meta", dtype)
+                    found.append(free // count)
+                    break
+                except CheckpointError as error:
+                    assert "it fits with --dtype bfloat16" in str(error)
+        return found
+
+    model = save_model(tmp_path / "whole", dtype=torch.bfloat16)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert needs(tmp_path / "whole") == [2, 4]
+    save_model(tmp_path / "shards", dtype=torch.bfloat16, max_shard_size="10KB")
+    assert needs(tmp_path / "shards") == [2, 4]
+    for name in ("model.fp16.safetensors", "model-00001-of-00001.safetensors", "consolidated.safetensors"):
+        for folder in ("whole", "shards"):
+            shutil.copy(tmp_path / "whole/model.safetensors", tmp_path / folder / name)
+    assert needs(tmp_path / "whole") == needs(tmp_path / "shards") == [2, 4]
+    shutil.copy(tmp_path / "whole/model.safetensors", tmp_path / "shards")
+    assert needs(tmp_path / "shards") == [2, 4]
+    assert_same_weights(load_model(tmp_path / "shards", "cpu", "bfloat16"), model, torch.bfloat16)
+
+    (tmp_path / "shards/model.safetensors").unlink()
+    index = tmp_path / "shards/model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    for shard in set(weight_map.values()):
+        (tmp_path / "shards" / shard).rename(tmp_path / "shards" / shard.replace("model-", "part."))
+    edit_json(index, weight_map={name: shard.replace("model-", "part.") for name, shard in weight_map.items()})
+    assert needs(tmp_path / "shards") == [2, 4]
+    assert_same_weights(load_model(tmp_path / "shards", "cpu", "bfloat16"), model, torch.bfloat16)
+
+    save_model(tmp_path / "single precision")
+    assert needs(tmp_path / "single precision") == [4, 4]
+    tied = save_model(tmp_path / "tied", dtype=torch.bfloat16, tie_word_embeddings=True)
+    count = sum(parameter.numel() for parameter in tied.parameters())
+    edit_tensors(tmp_path / "tied/model.safetensors", lm_head__weight=tied.lm_head.weight.detach().clone())
+    assert needs(tmp_path / "tied") == [2, 4]
+
+
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="reads what Linux says of its memory")
 def test_free_memory_is_below_all_there_is():
-    import load_weights
-
     total = 1024 * int(re.findall(r"MemTotal: *(\d+)", Path("/proc/meminfo").read_text())[0])
-    assert 0 < load_weights._free_bytes(torch.device("cpu")) < total
+    assert 0 < memory.free_bytes(torch.device("cpu")) < total
 
 
 def test_a_padding_token_beyond_the_vocabulary_loads_and_is_refused_in_a_prompt(checkpoint, tmp_path):

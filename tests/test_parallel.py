@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))  # for torchrun
 
-import parallel  # noqa: E402
-from generate import generate  # noqa: E402
+from runtime import tensor_parallel as parallel  # noqa: E402
+from generation import generate  # noqa: E402
 from load_weights import load_model  # noqa: E402
-from token_filter import PRESETS, preset  # noqa: E402
+from filter_config import PRESETS, preset  # noqa: E402
 
 LENGTHS = [50, 33, 41]
 ALL = ("llama", "mistral-window")  # models that every preset is tried on; others: dense, and one that has it all
@@ -116,7 +116,7 @@ def test_the_first_speaks_for_all(checkpoint):
 
 
 def work():
-    from command_line import as_process
+    from cli.process import run_command
 
     def die():
         parallel.meet(torch.device("cpu"))
@@ -125,7 +125,7 @@ def work():
         parallel.dist.all_reduce(torch.ones(1))
 
     if sys.argv[1] == "die":
-        as_process(die)
+        run_command(die)
     else:
         for folder in map(Path, sys.argv[2:]):
             save_file(results(folder), f"{sys.argv[1]}/{folder.name}-{parallel.RANK}.safetensors")

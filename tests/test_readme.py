@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 import torch
 
-import bench
-import demo_checkpoint
-import eval_passkey
+from evaluation import bench
+from tools import demo_checkpoint
+from evaluation import passkey as eval_passkey
 import eval_ppl
 import generate
 import load_weights
@@ -115,6 +115,13 @@ def test_a_command(command, reader, capsys, monkeypatch):
         else:
             main([*arguments, *less.split()])
         assert all(Path(file).is_file() for file in files)
+
+
+def test_readme_says_where_its_python_runs():
+    """What it imports is found in the repository's folder alone."""
+    before, _, _ = README.partition("```python\n")
+    last = " ".join(before.strip().splitlines()[-2:])
+    assert "From Python, run in this repository's folder" in last
 
 
 @pytest.mark.parametrize("code", blocks("python"))

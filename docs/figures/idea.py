@@ -1,4 +1,7 @@
-"""The picture of the idea in README and the lesson, and the numbers of the worked example: python -m docs.figures.idea
+"""The numbers of the worked example, and the picture of the idea in README and the lesson.
+
+    python -m docs.figures.idea                    print the lesson's table
+    python -m docs.figures.idea --draw FILE.png    draw the picture too
 
 One sentence through the demo model under preset "paper". `stages` computes what a layer does with it once more, one stage
 at a time in NumPy, from the keys and values of the real forward pass; the lesson, the picture and test_idea.py share it.
@@ -6,16 +9,18 @@ at a time in NumPy, from the keys and values of the real forward pass; the lesso
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
-from command_line import DEMO, fail
+from cli.arguments import DEMO, Parser
+from cli.process import run_command
 
 import numpy as np
 import torch
 
 from load_weights import load
-from skip_map import token_pieces
-from token_filter import preset, token_filter
+from cli.report import check_output
+from cli.skip_map import token_pieces
+from filter_config import preset
+from token_filter import token_filter
 
 TEXT = "The cat sat on the mat. The cat sat on the mat. The cat sat on the mat. The cat sat on the hot stove."
 LAYER = 15  # chosen because its decisions are clear
@@ -234,14 +239,21 @@ def draw_cache(panel, pieces, found, warm):
     panel.axis("off")
 
 
-if __name__ == "__main__":
+def main(argv=None):
+    parser = Parser(description="The numbers of the lesson's worked example, and its picture.")
+    parser.add_argument("--draw", metavar="FILE.png", help="draw the picture (needs matplotlib)")
+    path = parser.parse_args(argv).draw
+    if path:
+        check_output("--draw", path, (".png",))
     pieces, seen, cache = watch()
     ratio = cache.layers[LAYER].ratio.item()
     k, v = seen[LAYER]
     steps = stages(k, v, ratio)
     print(f"layer {LAYER}, ratio {ratio:.4f}: {pieces[SKIPPED]!r} and {pieces[KEPT]!r}")
     print(table(steps[SKIPPED], steps[KEPT]), flush=True)
-    try:
-        draw(Path(__file__).parent / "idea.png", pieces, steps, by_mode(), cache.filter.warmup)
-    except ModuleNotFoundError as error:
-        fail(f"the picture needs {error.name}: .venv/bin/pip install -r requirements-dev.txt")
+    if path:
+        draw(path, pieces, steps, by_mode(), cache.filter.warmup)
+
+
+if __name__ == "__main__":
+    run_command(main)

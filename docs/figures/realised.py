@@ -7,14 +7,15 @@ beginning that goes on to repeat itself.
 import argparse
 from pathlib import Path
 
-from command_line import DEMO
+from cli.arguments import DEMO
 
 import torch
 
-from generate import Stats, generate
+from generation import Stats, generate
 from load_weights import load
-from rivals import adjusted_threshold
-from token_filter import preset, token_filter
+from evaluation.rivals import adjusted_threshold
+from filter_config import preset
+from token_filter import token_filter
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WINDOW, ANSWER = 768, 300  # tokens

@@ -1,4 +1,6 @@
-"""The two pictures at the head of the results, drawn from the tables in results/: python -m docs.figures.sizes
+"""The two pictures at the head of the results, drawn from the tables in results/.
+
+    python -m docs.figures.sizes --draw FOLDER     write both there:
 
     sizes.png    what filtering costs against the model's size
     reads.png    perplexity against KV read, `cache` and its rivals, at the smallest and the largest size
@@ -7,8 +9,12 @@
 import re
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE.parent.parent / "results"
+from cli.arguments import Parser
+from cli.process import run_command
+
+from cli.report import check_output
+
+RESULTS = Path(__file__).resolve().parent.parent.parent / "results"
 MODELS = {"smollm2-135m.txt": 0.135, "qwen2.5-coder-0.5b.txt": 0.49, "qwen2.5-coder-1.5b.txt": 1.54}  # billion parameters
 COLOURS = {"paper": "tab:blue", "local": "tab:orange", "cache": "tab:green"}
 
@@ -83,6 +89,16 @@ def draw_reads(path):
     figure.savefig(path, dpi=120)
 
 
+def main(argv=None):
+    parser = Parser(description="Draw the two pictures at the head of the results.")
+    parser.add_argument(
+        "--draw", metavar="FOLDER", required=True, help="write sizes.png and reads.png there"
+    )
+    folder = Path(parser.parse_args(argv).draw)
+    for name, draw in (("sizes.png", draw_sizes), ("reads.png", draw_reads)):
+        check_output("--draw", str(folder / name), (".png",))
+        draw(folder / name)
+
+
 if __name__ == "__main__":
-    draw_sizes(HERE / "sizes.png")
-    draw_reads(HERE / "reads.png")
+    run_command(main)

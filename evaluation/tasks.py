@@ -16,7 +16,8 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-from command_line import PRUNE, Parser, add_filter_arguments, add_model_arguments, as_process, check_filter, fail
+from cli.arguments import Parser, add_filter_arguments, add_model_arguments, check_filter_arguments, share
+from cli.process import fail, run_command
 
 SUITES = {
     "commonsense": ["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"],
@@ -36,7 +37,7 @@ def read_arguments(argv=None):
     parser.add_argument("--fewshot-seed", type=int, default=1234, metavar="N", help="which examples (default: the harness's, %(default)s)")
     parser.add_argument("--chat", action="store_true", help="ask through the checkpoint's chat template")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
-    parser.add_argument("--prune", type=PRUNE, nargs="+", default=[0.0, 0.2, 0.5], metavar="P",
+    parser.add_argument("--prune", type=share, nargs="+", default=[0.0, 0.2, 0.5], metavar="P",
                         help="shares of (token, layer) pairs to skip (default: 0 0.2 0.5)")  # fmt: skip
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="continuations at a time (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what tasks and --rivals draw at random (default: 0)")
@@ -51,7 +52,9 @@ def read_arguments(argv=None):
         fail("no task: give --suite or --tasks")
     if args.batch < 1 or args.seed < 0 or (args.limit is not None and args.limit < 1) or (args.num_fewshot or 0) < 0:
         fail("--batch and --limit must be at least 1, --seed and --num-fewshot at least 0")
-    check_filter(args)
+    if args.seed >= 2**32:
+        fail("--seed must be below 2**32")
+    check_filter_arguments(args)
     for folder in args.include_path or []:
         if not os.path.isdir(folder):
             fail(f"--include-path {folder}: no such folder")
@@ -59,26 +62,29 @@ def read_arguments(argv=None):
 
 
 if __name__ == "__main__":
-    given = as_process(read_arguments)  # before torch is imported, which takes seconds
+    given = run_command(read_arguments)  # before torch is imported, which takes seconds
 
 import logging
 import math
 import random
 import statistics
 
-from command_line import filters_from
+from cli.arguments import filters_from
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from generate import feed, generate, in_common, overflow
+from generation import check_settings, feed, generate, overflow, shared_beginning
 from load_weights import CheckpointError, Tokenizer, load
 from model import Transformer
-from report import Stats, finite, print_json
-from rivals import by_chance, last_layers
-from token_filter import FilterConfig, token_filter
-from tokenizer import MARK
+from generation import Stats
+from cli.report import finite, print_json
+from evaluation.rivals import by_chance, without_attention_from
+from filter_config import FilterConfig
+from token_filter import token_filter
+from loading.tokenizer import MARK
 
 for name in ("HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):  # read when lm_eval is imported: data sets, and metrics, which are
     os.environ.setdefault(name, os.environ.get("HF_HUB_OFFLINE", "1"))  # programs, come from this machine only
@@ -96,6 +102,17 @@ except ModuleNotFoundError as e:
 
 AVERAGED = ("acc", "acc_norm", "exact_match")  # metrics that mean the same on every task
 GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}  # what generate_until understands
+NEUTRAL = {  # Settings that tasks write out at the value that changes nothing: at this value they are understood, too.
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1,
+    "length_penalty": 1,
+    "no_repeat_ngram_size": 0,
+    "min_new_tokens": 0,
+    "typical_p": 1,
+    "early_stopping": False,
+}
+OTHER_SEED = 1234  # the harness's default for NumPy and torch; Python's own generator it starts at 0
 
 
 # ------------------------------------------------------------------------------------------- the harness's model
@@ -109,7 +126,7 @@ def batches(pairs, size):
     """
     begun, family = (), {}  # family: of each context that shares its beginning, the first that has it
     for context in sorted({context for context, _ in pairs}):
-        if in_common([begun, context]):
+        if shared_beginning([begun, context]):
             family[begun] = family[context] = begun
         else:
             begun = context
@@ -305,6 +322,25 @@ class FilteredLM(TemplateLM):
             self.used[requests[i].task_name].append(used)
         return totals
 
+    def generation_options(self, task, given):
+        """A task's generation settings with all of GENERATION's names. Raises ValueError for what is not known here, and, as the
+        harness's own model does, for sampling without a temperature."""
+        problem = f"{task}: cannot generate with {given}"
+        named = {name: value for name, value in given.items() if value is not None}  # null: the default
+        try:
+            option = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, **normalize_gen_kwargs(named, default_max_gen_toks=256)}
+            check_settings(1, option["temperature"], option["top_k"], option["top_p"])
+        except (TypeError, ValueError, OverflowError) as e:
+            raise ValueError(f"{problem}: {e}") from None
+        unknown = [name for name in option if name not in GENERATION and option[name] != NEUTRAL.get(name)]
+        if unknown:
+            raise ValueError(f"{problem}: {', '.join(map(str, unknown))} is not supported at this value")
+        if option["do_sample"] and option["temperature"] == 0:
+            raise ValueError(f"{problem}: do_sample draws at random, which takes a temperature above 0")
+        if not 0 < option["max_gen_toks"] < self.context:
+            raise ValueError(f"{problem} in a context of {self.context} tokens")
+        return option
+
     def generate_until(self, requests, disable_tqdm=False):
         """Texts that continue the contexts, each cut before the first of its stop strings, of which the tokenizer's EOS is one.
 
@@ -314,10 +350,8 @@ class FilteredLM(TemplateLM):
         together: dict[tuple, list[int]] = defaultdict(list)  # texts that are to be generated alike
         for i, request in enumerate(requests):
             context, given = request.args
-            option = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, **normalize_gen_kwargs(given, default_max_gen_toks=256)}
+            option = self.generation_options(request.task_name, given)
             room = self.context - option["max_gen_toks"]
-            if set(option) - GENERATION or not 1 <= room < self.context:
-                raise ValueError(f"{request.task_name}: cannot generate with {given} in a context of {self.context} tokens")
             prompts.append(self.tok_encode(context)[-room:] or [self.prefix_token_id])
             answers.append(Answer(self.tokenizer, [*option["until"], self.tokenizer._template_tokens.get("eos_token")]))
             together[tuple(option[name] for name in ("max_gen_toks", "temperature", "top_k", "top_p"))].append(i)
@@ -442,7 +476,11 @@ def prepare(args):
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # one bar for each task, and MMLU has 57: ours are enough
-    random.seed(args.seed)  # a few tasks shuffle their choices with it
+    # A few tasks shuffle their choices or make their data with one of these. In the harness, too, a seed that is given is for all.
+    random.seed(args.seed)
+    other = args.seed or OTHER_SEED
+    np.random.seed(other)
+    torch.manual_seed(other)
     loaded, lines = load_tasks(args.tasks, [str(Path(__file__).resolve().parent / "tasks"), *(args.include_path or [])])
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None or (args.num_fewshot is not None and task.get_config("num_fewshot") > 0):
@@ -458,21 +496,25 @@ def main(argv=None, given=None):
         if args.rivals:
             settings[f"{title}, random"] = config, partial(by_chance, seed=args.seed)
     loaded, lines = prepare(args)
+    drawn = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         model, tokenizer = load(args.checkpoint, args.device, args.dtype, progress=sys.stderr.isatty())
     except CheckpointError as e:
         fail(e)
 
     for prune in sorted(filter(None, args.prune if args.rivals else ())):
-        settings[f"last layers {prune:g}"] = last_layers(prune, model.config.n_layers)
+        settings[f"last layers {prune:g}"] = without_attention_from(prune, model.config.n_layers)
     tables: dict[str, dict] = {}
     for title, (config, criterion) in settings.items():
         lm = FilteredLM(model, tokenizer, config, args.batch, args.seed, title, criterion)
-        random.seed(args.seed)
+        random.setstate(drawn[0])  # for every setting anew, so that all get the same prompts
+        np.random.set_state(drawn[1])
+        torch.set_rng_state(drawn[2])
         for task in loaded["tasks"].values():
-            task.set_fewshot_seed(args.fewshot_seed)  # for every setting anew, so that all get the same prompts
+            task.set_fewshot_seed(args.fewshot_seed)
+        chat = {"apply_chat_template": args.chat, "fewshot_as_multiturn": args.chat}  # as turns: the harness's command does it too
         try:
-            results = lm_eval.evaluate(lm, loaded, limit=args.limit, apply_chat_template=args.chat)
+            results = lm_eval.evaluate(lm, loaded, limit=args.limit, **chat)
         except (ValueError, FloatingPointError, CheckpointError) as e:
             fail(e)
         except ArithmeticError as e:
@@ -491,4 +533,4 @@ def main(argv=None, given=None):
 
 
 if __name__ == "__main__":
-    as_process(main, None, given)
+    run_command(main, None, given)
