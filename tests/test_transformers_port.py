@@ -598,7 +598,9 @@ def test_lm_eval_scores_as_our_model(checkpoint):
         HFLM(pretrained=theirs, tokenizer=tokenizer, device="cpu", batch_size=4),
         tasks=["common_sense"],
         limit=3,
-        task_manager=TaskManager(include_path=str(ROOT / "tasks"), include_defaults=False),
+        task_manager=TaskManager(
+            include_path=str(ROOT / "evaluation/common_sense"), include_defaults=False
+        ),
         bootstrap_iters=0,
     )
     n_answers = 0
@@ -621,7 +623,7 @@ def readme_snippets():
 
 
 def test_readme_snippets_run(checkpoint, capsys, monkeypatch):
-    """All but the quantised one, which needs bitsandbytes: that one at least names what there is."""
+    """All but the quantised one, which needs bitsandbytes: of that one the imports are tried."""
     pytest.importorskip("lm_eval")
     monkeypatch.chdir(ROOT)
     generating, quantised, measuring = readme_snippets()
