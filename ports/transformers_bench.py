@@ -81,19 +81,22 @@ def main():
     parser.add_argument("--text", type=Path, nargs="+", default=[ROOT / name for name in TEXTS])
     args = parser.parse_args()
 
+    if not Path(args.checkpoint, "config.json").exists():
+        parser.error(f"{args.checkpoint} is not a checkpoint folder: it has no config.json")
     changes = {} if args.layers is None else {"num_hidden_layers": args.layers}
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32, **changes)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     text = "\n".join(path.read_text(encoding="utf-8") for path in args.text)
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
     if ids.shape[1] < max(args.lengths):
-        parser.error(f"the text has {ids.shape[1]} tokens, but --lengths asks for {max(args.lengths)}")
+        longest = max(args.lengths)
+        parser.error(f"the text has {ids.shape[1]} tokens, but --lengths asks for {longest}")
 
     measure(model, ids[:, :64], args.prune, args.chunk, n_steps=2)  # to warm up
     n_layers = model.config.num_hidden_layers
     print(f"{args.checkpoint}, {n_layers} layers, float32, {torch.get_num_threads()} thread(s)")
     print(f"prefill in chunks of {args.chunk}; decode: the median of {args.steps} steps\n")
-    print(f"{'tokens':>6}  {'cache':14} {'prefill s':>9} {'decode ms':>9} {'MB':>7}   of DynamicCache's")
+    print("tokens  cache          prefill s decode ms      MB   of DynamicCache's")
     for length in args.lengths:
         everyone = measure(model, ids[:, :length], args.prune, args.chunk, args.steps)
         dense_row = None

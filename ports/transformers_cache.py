@@ -208,20 +208,27 @@ class TokenFilterLayer(CacheLayerMixin):
         if self.ratio == 0:
             return torch.zeros(B, T, dtype=torch.bool, device=k.device)
 
-        compared = k
+        keys = k
         if self.filter.keys == "unrotated":
             exact = k.to(self.state.anchor.dtype)
-            compared = unrotate(module, exact, self.position_embeddings)
-        kv = torch.stack((compared, v.to(compared.dtype))).transpose(2, 3)  # (2, B, T, KVH, D)
+            keys = unrotate(module, exact, self.position_embeddings)
+        keys = keys.transpose(1, 2)  # (B, T, KVH, D)
+        values = v.transpose(1, 2)
         if is_real is None:
-            redundant, self.score = token_filter(*kv, None, self.state, self.ratio, self.filter)
+            redundant, self.score = token_filter(
+                keys, values, None, self.state, self.ratio, self.filter
+            )
             return redundant
 
         # The filter wants the real tokens of each row first.
         order = is_real.byte().argsort(dim=1, descending=True, stable=True)  # (B, T)
-        packed = kv.gather(2, order[..., None, None].expand_as(kv))
+        kv_order = order[..., None, None].expand_as(keys)
+        packed_keys = keys.gather(1, kv_order)
+        packed_values = values.gather(1, kv_order)
         lengths = is_real.sum(1)
-        redundant, score = token_filter(*packed, lengths, self.state, self.ratio, self.filter)
+        redundant, score = token_filter(
+            packed_keys, packed_values, lengths, self.state, self.ratio, self.filter
+        )
         self.score = score.scatter(1, order, score)
         return redundant.scatter(1, order, redundant)
 
@@ -327,7 +334,8 @@ def attention(module, query, key, value, attention_mask, **kwargs):
         return attend(module, query, key, value, attention_mask, **kwargs)
     is_real = real_tokens(attention_mask, len(key))
     context, mask = layer.take(module, key, value, is_real)
-    y, weights = attend(module, query, *context.kv, mask[:, None], **kwargs)  # y (B, T, heads, D)
+    keys, values = context.kv.unbind()
+    y, weights = attend(module, query, keys, values, mask[:, None], **kwargs)  # y (B, T, heads, D)
     # A query that sees nothing may have become NaN.
     return y.masked_fill(layer.gets_nothing[..., None, None], 0), weights
 
@@ -417,15 +425,18 @@ class TokenFilterCache(Cache):
     def usage(self) -> Usage:
         layers = [layer for layer in self.layers if isinstance(layer, TokenFilterLayer)]
         layers = [layer for layer in layers if layer.is_initialized]
-        if not layers:
-            nobody = torch.zeros(0, dtype=torch.int64)
-            return Usage(nobody, nobody, nobody, 0)
-        return Usage(
-            pairs=sum(layer.count.cpu() for layer in layers),
-            redundant=sum(layer.n_redundant.cpu() for layer in layers),
-            held=sum((layer.stored.positions != EMPTY).sum(1).cpu() for layer in layers),
-            nbytes=sum(layer.stored.nbytes() + layer.state.nbytes() for layer in layers),
-        )
+        pairs = [layer.count.cpu() for layer in layers]
+        redundant = [layer.n_redundant.cpu() for layer in layers]
+        held = [(layer.stored.positions != EMPTY).sum(1).cpu() for layer in layers]
+        nbytes = sum(layer.stored.nbytes() + layer.state.nbytes() for layer in layers)
+        return Usage(sum_of(pairs), sum_of(redundant), sum_of(held), nbytes)
+
+
+def sum_of(counts):
+    """The sum of tensors (B,), (0,) where there are none yet."""
+    if not counts:
+        return torch.zeros(0, dtype=torch.int64)
+    return torch.stack(counts).sum(0)
 
 
 def check_supported(model):

@@ -5,6 +5,7 @@ transformers has. All models here are tiny and in float64, but for the demo chec
 import contextlib
 import copy
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from ports.transformers_cache import (
     unrotate,
 )
 
+ROOT = Path(__file__).parent.parent
 SIZES = {
     "vocab_size": 97,
     "hidden_size": 64,
@@ -290,14 +292,21 @@ def pair(request, tmp_path_factory):
     return exact(copy.deepcopy(theirs)), ours
 
 
-@pytest.mark.parametrize("name", FILTERS | MORE_FILTERS)
+@pytest.mark.parametrize("name", FILTERS)
 def test_decides_and_answers_as_our_model(pair, name):
     """Three rows of 90, 31 and 7 tokens, fed whole and in chunks of 13, then 30 steps."""
     theirs, ours = pair
-    config = (FILTERS | MORE_FILTERS)[name]
     prompts = random_prompts(90, 31, 7)
-    assert_same_as_ours(theirs, ours, config, prompts, chunk=1000, n_steps=0)
-    assert_same_as_ours(theirs, ours, config, prompts, chunk=13, n_steps=30)
+    assert_same_as_ours(theirs, ours, FILTERS[name], prompts, chunk=1000, n_steps=0)
+    assert_same_as_ours(theirs, ours, FILTERS[name], prompts, chunk=13, n_steps=30)
+
+
+@pytest.mark.parametrize("name", MORE_FILTERS)
+@pytest.mark.parametrize("pair", ["llama"], indirect=True)
+def test_decides_and_answers_as_our_model_with_other_filters(pair, name):
+    theirs, ours = pair
+    prompts = random_prompts(90, 31, 7)
+    assert_same_as_ours(theirs, ours, MORE_FILTERS[name], prompts, chunk=13, n_steps=10)
 
 
 @pytest.mark.parametrize("name", FILTERS)
@@ -572,20 +581,63 @@ def test_other_caches_are_left_alone(llama):
     assert torch.equal(generate(llama, ids, mask), dense)
 
 
-def test_pipeline(llama):
-    """Somebody else's script, without a change."""
-    (prompt,) = random_prompts(60)
-    expected = generate(llama, prompt[None], past_key_values=new_cache(llama))
+def test_lm_eval_scores_as_our_model(checkpoint):
+    """Log-likelihoods of a real task's answers, through HFLM and an attached model. Questions have
+    some 150 tokens here, as each byte is one.
+    """
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
-    class Words:
-        """Just as much of a tokenizer as a loop over a model needs."""
+    config = preset("cache", prune=0.5)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float64)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    ours = load_model(checkpoint, "cpu", torch.float64)
+    attach(exact(theirs), config)
+    found = lm_eval.simple_evaluate(
+        HFLM(pretrained=theirs, tokenizer=tokenizer, device="cpu", batch_size=4),
+        tasks=["common_sense"],
+        limit=3,
+        task_manager=TaskManager(
+            include_path=str(ROOT / "evaluation/common_sense"), include_defaults=False
+        ),
+        bootstrap_iters=0,
+    )
+    n_answers = 0
+    for sample in found["samples"]["common_sense"]:
+        for (question, answer), (response,) in zip(sample["arguments"], sample["resps"]):
+            text = tokenizer.encode(question + answer)
+            n = len(text) - len(tokenizer.encode(question))
+            cache = ours.new_cache(1, config)
+            log_probs = ours(torch.tensor([text]), cache)[0].log_softmax(-1)
+            score = log_probs[-n - 1 : -1].gather(1, torch.tensor(text[-n:])[:, None]).sum()
+            assert abs(response[0] - score) < 1e-4
+            assert cache.usage()[0, 2] < cache.usage()[0, 0]
+            n_answers += 1
+    assert n_answers >= 6
 
-        def encode(self, text):
-            return torch.tensor([[int(word) for word in text.split()]])
 
-    attach(llama, FILTERS["cache"])
-    text = " ".join(map(str, prompt.tolist()))
-    assert torch.equal(generate(llama, Words().encode(text)), expected)
+def readme_snippets():
+    text = (ROOT / "ports" / "README.md").read_text(encoding="utf-8")
+    return [part.split("```")[0] for part in text.split("```python\n")[1:]]
+
+
+def test_readme_snippets_run(checkpoint, capsys, monkeypatch):
+    """All but the quantised one, which needs bitsandbytes: of that one the imports are tried."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.chdir(ROOT)
+    generating, quantised, measuring = readme_snippets()
+    for snippet in (generating, measuring):
+        assert "checkpoints/smollm2-135m" in snippet
+        code = snippet.replace("checkpoints/smollm2-135m", str(checkpoint))
+        code = code.replace("limit=8", "limit=2")
+        exec(compile(code, "ports/README.md", "exec"), {})
+    out = capsys.readouterr().out
+    assert "of the keys and values are held" in out
+    assert "acc,none" in out
+
+    imports = [line for line in quantised.splitlines() if line.startswith("from ")]
+    exec("\n".join(imports), {})
 
 
 # --------------------------------------------------------------------------------------- refusals
