@@ -362,7 +362,7 @@ def test_the_first_token_is_its_own_anchor():
     )  # it enters the history like every other
 
 
-@pytest.mark.parametrize("T", [1, 127, 128, 129, 600])
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 128, 129, 600])
 def test_running_average_is_the_recurrence(T):
     x = drift(2, T, 3, 4)[0]
     start = drift(2, 1, 3, 4, seed=1)[0][:, 0]
@@ -829,6 +829,7 @@ def test_operations_do_not_depend_on_sequences_heads_and_head_size_and_hardly_on
     for T in (1, 5):
         for B, KVH, D in ((1, 1, 4), (9, 3, 4), (2, 32, 4), (2, 3, 128)):
             assert operations((B, T, KVH, D), fusion) == operations((2, T, 3, 4), fusion)
-    assert (
-        20 < len(operations((2, 1000, 3, 4), fusion)) < len(operations((2, 5, 3, 4), fusion)) + 100
-    )
+    # Running averages are taken block by block, a block of 64 tokens in a dozen operations.
+    few = len(operations((2, 5, 3, 4), fusion))
+    many = len(operations((2, 1000, 3, 4), fusion))
+    assert 20 < few < many <= few + 12 * 1000 / 64

@@ -66,24 +66,26 @@ def running_averages(x, start, gamma, block=64):
 
     Returns A_0 .. A_T, (B, T+1, ...). Within a block of tokens
         A_t = gamma^t A_0 + (1-gamma) sum_{s<t} gamma^(t-1-s) x_s,
-    which is one matrix product. For three tokens the matrix is (1-gamma) times
-                x_0      x_1    x_2
-        A_1     1        0      0
-        A_2     gamma    1      0
-        A_3     gamma^2  gamma  1
+    which is one matrix product. For three tokens, with b = 1 - gamma, the matrix is
+                A_0      x_0        x_1      x_2
+        A_1     gamma    b          0        0
+        A_2     gamma^2  b gamma    b        0
+        A_3     gamma^3  b gamma^2  b gamma  b
     """
+    T = x.shape[1]
     t = torch.arange(1, block + 1, device=x.device)
     lag = t[:, None] - t  # (block, block): the power of gamma
-    weight = torch.where(lag >= 0, (1 - gamma) * gamma ** lag.clamp(min=0).double(), 0).to(x.dtype)
-    decay = (gamma ** t.double()).to(x.dtype)  # of A_0 in A_t
-    averages = [start[:, None]]
-    for part in x.split(block, dim=1):
-        n = part.shape[1]
-        first = averages[-1][:, -1:]  # (B, 1, ...)
-        old = decay[:n].view(n, *[1] * (x.ndim - 2)) * first
-        new = torch.einsum("ts,bs...->bt...", weight[:n, :n], part)
-        averages.append(old + new)
-    return torch.cat(averages, dim=1)
+    of_x = torch.where(lag >= 0, (1 - gamma) * gamma ** lag.clamp(min=0).double(), 0)
+    of_start = gamma ** t.double()
+    weight = torch.cat((of_start[:, None], of_x), dim=1).to(x.dtype)  # (block, block+1)
+
+    # Each x is replaced by the average after it, block by block.
+    averages = torch.cat((start[:, None], x), dim=1).flatten(2)
+    for first in range(0, T, block):
+        part = averages[:, first : first + block + 1]  # A_0 of the block, then its x
+        n = part.shape[1] - 1
+        part[:, 1:] = weight[:n, : n + 1] @ part
+    return averages.view(len(x), T + 1, *x.shape[2:])
 
 
 def exceeds_quantile(score, past, n, ratio):
