@@ -144,11 +144,13 @@ def sum_over_ranks(x):
 
 def connect(model: Transformer, vocab_size: int):
     """Make what shard() gave, with its weights, one part of the whole model."""
-    for block in model.blocks:
-        block.attn.o = RowParallelLinear(block.attn.o)
-        block.mlp.down = RowParallelLinear(block.mlp.down)
+    for layer in range(model.config.n_layers):
+        for name in (f"blocks.{layer}.attn.o", f"blocks.{layer}.mlp.down"):
+            projection = model.get_submodule(name)
+            assert isinstance(projection, nn.Linear)
+            model.set_submodule(name, RowParallelLinear(projection))
     if model.head.out_features < vocab_size:
-        model.head = ColumnParallelLinear(model.head)
+        model.set_submodule("head", ColumnParallelLinear(model.head))
     model.sum_over_devices = sum_over_ranks
 
 

@@ -474,8 +474,8 @@ def survives(folder):
     return True
 
 
-NONSENSE = [None, True, 0, 1, -1, 7, 2**31, 2**64, 0.5, 1e308, float("nan")]
-NONSENSE += ["", "x", "llama", [], [1], [[]], {}, {"a": 1}]
+NUMBERS = [0, 1, -1, 7, 2**31, 2**64, 0.5, 1e308, float("nan")]
+NONSENSE: list = [None, True, *NUMBERS, "", "x", "llama", [], [1], [[]], {}, {"a": 1}]
 
 
 def test_any_value_in_config_json(whole, tmp_path):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for torchrun
 
-from filter_config import PRESETS, preset  # noqa: E402
+from filter_config import PRESETS, FilterConfig, preset  # noqa: E402
 from generation import generate  # noqa: E402
 from load_weights import load_model  # noqa: E402
 from runtime import tensor_parallel  # noqa: E402
@@ -40,7 +40,7 @@ def results(folder) -> dict[str, torch.Tensor]:
     """
     model = load_model(folder, "cpu", "float64")
     prompts = [random_prompt(length) for length in LENGTHS]
-    filters = {"dense": None}
+    filters: dict[str, FilterConfig | None] = {"dense": None}
     for name in PRESETS if folder.name in ALL_PRESETS else ("local",):
         recent = min(preset(name).recent, 8)
         filters[name] = preset(name, prune=0.5, recent=recent, warmup=4)
