@@ -230,9 +230,9 @@ class LayerCache:
         first ones of its row; and, under a sliding window only, which of those are within it, (B,
         S) bool (else None).
         """
+        near_filled: torch.Tensor | int = 0
         if redundant is None:
             slot = self.n_far % self.window  # before this token is counted
-            near_filled = 0
             self.n_far += 1
         else:
             slot = step.near_slot
@@ -560,7 +560,7 @@ class KVCache:
         device = self.position.device
         all_decisions = []
         for layer in self.layers:
-            if layer.redundant is None or layer.state is None:
+            if layer.redundant is None or layer.score is None or layer.state is None:
                 all_false = torch.zeros(shape, dtype=torch.bool, device=device)
                 all_nan = torch.full(shape, math.nan, device=device)
                 decisions = Decisions(all_false, all_nan, None, None)

@@ -57,7 +57,7 @@ class StepRunner:
         return cache.recorded_step(tokens)
 
     def try_to_record(self, decode_step, tokens, cache: KVCache):
-        """The recording, or None, after a note on stderr, where that fails; it is not tried again."""
+        """The recording, or None where that fails, after a note on stderr; it is not tried again."""
         assert self.record is not None
         try:
             return self.record(decode_step, tokens, cache)
@@ -103,5 +103,7 @@ def compile_decode(model: Transformer):
 
 def has_fixed_batch(model: Transformer) -> bool:
     """Whether decode steps are made for one number of rows, so that another number takes time."""
-    runner = model.step_runner
-    return runner is not None and (runner.compiled or runner.record is not None)
+    if model.step_runner is None:
+        return False
+    runner = runner_of(model)
+    return runner.compiled or runner.record is not None
