@@ -36,7 +36,7 @@ GENERATE = [
 ]
 
 # Each task's file, without its name and data. The last three cannot be run.
-TASKS = {
+TASKS: dict[str, dict] = {
     "local_choice": {
         "output_type": "multiple_choice",
         "doc_to_text": "{{question}}",

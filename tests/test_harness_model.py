@@ -303,8 +303,20 @@ def test_the_tokenizer_s_own_eos_ends_an_answer(both_of):
     assert ours.eot_token_id == own
 
 
-BEGUN = ("The answer is", "```python\n", "\n`` ", " a ", "", "e", "user", "|", "<", "<|im_end|>")
-BEGUN += ("</s>", "[INST]")
+BEGUN = (
+    "The answer is",
+    "```python\n",
+    "\n`` ",
+    " a ",
+    "",
+    "e",
+    "user",
+    "|",
+    "<",
+    "<|im_end|>",
+    "</s>",
+    "[INST]",
+)
 
 
 @pytest.mark.parametrize("template", [PLAIN, NO_SYSTEM], ids=["plain", "no system message"])
