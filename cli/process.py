@@ -72,16 +72,6 @@ class IgnoreWriteErrors:
             self.stream.flush()
 
 
-def quiet_interrupts():
-    """Have Ctrl-C end the process without a traceback even while it still imports torch."""
-
-    def report(kind, error, traceback):
-        if kind is not KeyboardInterrupt:
-            sys.__excepthook__(kind, error, traceback)
-
-    sys.excepthook = report
-
-
 def run_command(main: Callable[..., Any], *arguments):
     """Call a command's main function as a process that ends well whatever happens to its streams.
 
@@ -89,7 +79,6 @@ def run_command(main: Callable[..., Any], *arguments):
     closed stream end it without a traceback. A letter that the terminal's encoding lacks becomes
     "?". Progress bars are drawn on a terminal only.
     """
-    quiet_interrupts()
     prepare_streams()
     try:
         main(*arguments)

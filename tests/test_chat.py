@@ -26,7 +26,7 @@ from generate import main as generate_main
 from generation import generate, opening_messages
 from load_weights import Tokenizer, load
 from loading.checkpoint_files import CheckpointError
-from test_cli import refused
+from test_cli import NOT_UTF_8, refused
 from test_generation import answer_of, record_forwards
 from test_model import NAMES, decisions, filter_of, small
 
@@ -294,9 +294,9 @@ def test_a_typed_line_that_is_no_text_is_refused_and_the_next_one_answered(monke
     assert err.startswith("error: the line cannot be read as utf-8 text (")
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le", "utf-16-be"])
-def test_piped_lines_that_are_not_utf_8_are_refused(checkpoint, capsys, monkeypatch, encoding):
-    pipe(monkeypatch, "A café?\n".encode(encoding))
+@pytest.mark.parametrize("given", NOT_UTF_8)
+def test_piped_lines_that_are_not_utf_8_are_refused(checkpoint, capsys, monkeypatch, given):
+    pipe(monkeypatch, given)
     line = refused(capsys, checkpoint, "--max-new-tokens", 2, command=main)
     assert line.startswith("error: stdin: cannot be read as UTF-8 text")
 

@@ -24,6 +24,14 @@ from filter_config import CHOICES, PRESETS, FilterConfig, preset
 ROOT = Path(generate.__file__).parent
 LONG = "the quick brown fox " * 3
 
+# Texts that are not UTF-8. In UTF-16, ASCII letters are valid UTF-8 with zero bytes between them.
+NOT_UTF_8 = [
+    "A café?\n".encode("latin-1"),
+    "A cup?\n".encode("utf-16"),
+    "A cup?\n".encode("utf-16-le"),
+    "A cup?\n".encode("utf-16-be"),
+]
+
 
 def refused(capsys, *flags, command=generate.main):
     """Run a command, which must print one error line, nothing on stdout, and exit with code 2.

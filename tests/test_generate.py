@@ -5,7 +5,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +19,8 @@ from filter_config import PRESETS, preset
 from generate import main
 from generation import generate
 from load_weights import Tokenizer, load
-from test_cli import LONG, refused
-from test_generation import FILTERS, PROMPTS, answer_of  # noqa: F401 (some for other files)
+from test_cli import LONG, NOT_UTF_8, refused
+from test_generation import answer_of
 from test_model import decisions
 
 RUN = ["--max-new-tokens", "12", "--ignore-eos", "--device", "cpu"]
@@ -631,9 +630,9 @@ def test_bad_prompts(checkpoint, capsys, flags, message):
     assert message in refused(capsys, checkpoint, *flags)
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le", "utf-16-be"])
-def test_a_prompts_file_that_is_not_utf_8_is_refused(checkpoint, capsys, tmp_path, encoding):
-    (tmp_path / "prompts").write_bytes("A café?\n".encode(encoding))
+@pytest.mark.parametrize("given", NOT_UTF_8)
+def test_a_prompts_file_that_is_not_utf_8_is_refused(checkpoint, capsys, tmp_path, given):
+    (tmp_path / "prompts").write_bytes(given)
     line = refused(capsys, checkpoint, "--prompts-file", tmp_path / "prompts")
     assert "cannot be read as UTF-8 text" in line
 
@@ -646,6 +645,6 @@ def test_what_keeps_a_skip_map_from_being_drawn_is_found_before_the_work(
     line = refused(capsys, *flags, tmp_path / "folder.png")
     assert "folder.png: cannot be written: Is a directory" in line
     assert "no such folder" in refused(capsys, *flags, tmp_path / "map.png")
-    assert not Path(tmp_path / "map.png").exists()  # trying left nothing behind
+    assert not (tmp_path / "map.png").exists()  # trying left nothing behind
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "--skip-map needs matplotlib: " in refused(capsys, *flags, tmp_path / "map.png")
