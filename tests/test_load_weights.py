@@ -759,21 +759,23 @@ def test_what_does_not_fit_is_said_before_a_weight_is_read(tmp_path, monkeypatch
 
 
 def needed_bytes(folder, count, dtype, monkeypatch):
-    """How many bytes a number of a model takes: 2 or 4, whichever is just enough.
+    """How many bytes a number of a model takes: 2, 4 or 8, whichever is just enough.
 
     Asked for a device that keeps the files' dtype, by default. count: of the model's numbers.
     """
     monkeypatch.setattr("loading.memory.free_bytes", lambda _: 0)
     assert "no --dtype makes it fit" in fails(make_plan, folder, "meta", dtype)
-    monkeypatch.setattr("loading.memory.free_bytes", lambda _: 2 * count)
-    try:
-        make_plan(folder, "meta", dtype)
-        return 2
-    except CheckpointError as error:
-        assert "it fits with --dtype bfloat16" in str(error)
-    monkeypatch.setattr("loading.memory.free_bytes", lambda _: 4 * count)
+    hints = {2: "it fits with --dtype bfloat16", 4: "it fits with --dtype float32"}
+    for size, hint in hints.items():
+        monkeypatch.setattr("loading.memory.free_bytes", lambda _, size=size: size * count)
+        try:
+            make_plan(folder, "meta", dtype)
+            return size
+        except CheckpointError as error:
+            assert hint in str(error)
+    monkeypatch.setattr("loading.memory.free_bytes", lambda _: 8 * count)
     make_plan(folder, "meta", dtype)
-    return 4
+    return 8
 
 
 def rename_shards(folder):
@@ -821,6 +823,8 @@ def test_weights_are_counted_as_they_are_read(tmp_path, monkeypatch):
 
     save_model(tmp_path / "float32")
     check(tmp_path / "float32", auto=4)
+    save_model(tmp_path / "float64", dtype=torch.float64)
+    check(tmp_path / "float64", auto=8)
 
     tied_folder = tmp_path / "tied"
     tied = save_model(tied_folder, dtype=torch.bfloat16, tie_word_embeddings=True)
