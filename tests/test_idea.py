@@ -3,10 +3,13 @@
 And the pictures that come from docs/figures/.
 """
 
+import ast
 import importlib.util
 import json
 import math
 import re
+import shlex
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +19,11 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import generate
 from docs.figures import idea, realised, sizes
 from filter_config import CHOICES, PRESETS, FilterConfig, layer_ratios, preset
+from golden.loop import fuse
+from kv_cache import LayerCache
 from model import ModelConfig, Transformer
 from test_filter import small
 from token_filter import FilterState, exceeds_quantile, token_filter
@@ -222,6 +228,64 @@ def test_the_slots_drawn_are_those_of_a_cache(mode, recent):
         n_read += idea.n_visible(mode, redundant[0, t], len(near), len(far))
         assert int(layer.n_read) == n_read
     assert 5 < len(far) < 37
+
+
+# --------------------------------------------------------------------------- a trace of a cache
+
+
+def trace(n_tokens, is_redundant):
+    """What a layer's slots hold after each token, as LayerCache.append fills them.
+
+    With 2 sinks and a ring of 3, in mode "local". Yields the positions among the sinks, in the
+    ring, and in the far slots, and how many slots the token's query saw.
+    """
+    config = FilterConfig(prune=0.5, mode="local", recent=2, schedule="uniform", warmup=2)
+
+    def filter_fn(k, v, lengths, state, ratio, config):
+        redundant = torch.tensor([[is_redundant(int(state.count))]])
+        state.count += 1
+        return redundant, torch.zeros(1, 1)
+
+    model = small(n_layers=1)
+    cache = model.new_cache(1, config, filter_fn)
+    [layer] = cache.layers
+    n_read = 0
+    for t in range(n_tokens):
+        model(torch.tensor([[t]]), cache)
+        held = layer.positions[0].tolist()
+        n_far = int(layer.n_far)
+        assert set(held[5 + n_far :]) <= {-1}
+        yield held[:2], held[2:5], held[5 : 5 + n_far], int(layer.n_read) - n_read
+        n_read = int(layer.n_read)
+
+
+def spaced(positions):
+    return " ".join(str(position) for position in positions)
+
+
+def test_the_lesson_s_trace_is_what_the_cache_does():
+    states = list(trace(9, lambda t: t == 4))
+    table = LESSON[LESSON.index("| after token | sinks |") :].split("\n\n")[0].splitlines()[2:]
+    assert len(table) == 5
+    for line in table:
+        t, sinks, ring, far, story, n_seen = [cell.strip() for cell in line.split("|")[1:-1]]
+        state = states[int(t)]
+        assert (sinks, ring, far) == tuple(spaced(part) for part in state[:3])
+        assert int(n_seen) == state[3]
+        if int(t) > 4:  # the token that was there before, and what became of it
+            was = states[int(t) - 1][1][state[1].index(int(t))]
+            assert f"{t} takes the place of {was}" in story
+            assert (f"{was} was redundant" in story) == (was == 4)
+            assert (was in state[2]) == (was != 4)
+
+
+def test_the_trace_in_the_cache_s_docstring_is_what_it_does():
+    states = list(trace(8, lambda t: t == 4))
+    lines = re.findall(r"after token (\d)    (.*?)(?:   .*)?$", LayerCache.__doc__, re.MULTILINE)
+    assert [int(t) for t, _ in lines] == [4, 5, 6, 7]
+    for t, held in lines:
+        parts = [part.strip() for part in held.split("|")]
+        assert parts == [spaced(part) for part in states[int(t)][:3]]
 
 
 class Letters:
@@ -522,3 +586,85 @@ def test_answer_6():
     assert round(sum(states) / 1e9, 1) == 0.2
     assert "41,224 bytes in each of the 39 layers" in PROSE
     assert "0.2 GB. These" in PROSE
+
+
+# ---------------------------------------------------------------------- answers of "change it"
+
+ANSWERS = re.findall(r"^```python3\n(.*?)^```$", LESSON, re.MULTILINE | re.DOTALL)
+
+
+def test_answer_7(demo, monkeypatch, capsys):
+    """A preset is one entry: the command then knows it, and drops all but 4 sinks and 64 tokens."""
+    [(name, changes)] = ast.literal_eval("{" + ANSWERS[0] + "}").items()
+    monkeypatch.setitem(PRESETS, name, changes)
+    filter = preset(name, prune=0.999)
+    model = small()
+    cache = model.new_cache(1, filter)
+    model(torch.randint(0, 97, (1, 300)), cache)
+    for layer, decisions in zip(cache.layers, cache.decisions()):
+        assert layer.n_near == 4 + 64
+        # The lowest of 64 scores is kept now and then.
+        assert 0.9 < decisions.redundant[0, 4:].double().mean() <= 1
+
+    [command] = re.findall(r"generate.py .*--preset streaming", LESSON)
+    generate.main([*shlex.split(command)[1:], "--max-new-tokens", "2"])
+    assert "streaming, prune 0.999: prefill" in capsys.readouterr().err
+
+
+def module_of(path, changes):
+    """A file of the project as a module, with pieces of its text replaced."""
+    source = (HERE / path).read_text(encoding="utf-8")
+    for old, new in changes:
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    module = {"__name__": path.removesuffix(".py")}
+    exec(source, module)
+    return module
+
+
+def test_answer_8():
+    """Anchors that are the mean of the last 8 tokens: alike in chunks, and as in a plain loop."""
+    source = (HERE / "token_filter.py").read_text(encoding="utf-8")
+    step_1 = source[source.index("    # 1. Anchors") : source.index("    # 2. Similarity")]
+    history = "        self.history = torch.full("
+    changed = module_of("token_filter.py", [
+        (step_1, textwrap.indent(ANSWERS[2], "    ")),
+        (history, textwrap.indent(ANSWERS[1], "        ") + history),
+    ])  # fmt: skip
+    config = FilterConfig(history=20, warmup=4)
+    k, v = torch.randn(2, 2, 40, 3, 8, dtype=torch.float64)
+
+    def run(chunks):
+        state = changed["FilterState"](2, 3, 8, config, 0, torch.float64, "cpu")
+        start = 0
+        for n in chunks:
+            lengths = None if n == 1 else torch.tensor([n, n])
+            part = slice(start, start + n)
+            yield changed["token_filter"](k[:, part], v[:, part], lengths, state, 0.5, config)
+            start += n
+
+    whole, whole_score = next(run([40]))
+    for chunks in ([1] * 40, [3, 1, 20, 1, 15]):
+        redundant, score = zip(*run(chunks))
+        assert torch.equal(torch.cat(redundant, dim=1), whole)
+        torch.testing.assert_close(torch.cat(score, dim=1), whole_score, rtol=0, atol=1e-12)
+
+    for t in range(1, 40):  # at token 0 there is nothing to compare with
+        A_K = k[:, max(0, t - 8) : t].mean(1)
+        A_V = v[:, max(0, t - 8) : t].mean(1)
+        c_k = F.cosine_similarity(k[:, t], A_K, dim=-1)
+        c_v = F.cosine_similarity(v[:, t], A_V, dim=-1)
+        for b in range(2):
+            expected = fuse(c_k[b].tolist(), c_v[b].tolist(), "variance")
+            assert float(whole_score[b, t]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_answer_9(capsys):
+    model = small()
+    cache = model.new_cache(1, FilterConfig(prune=0.5))
+    model(torch.randint(0, 97, (1, 60)), cache)
+    exec(ANSWERS[3], {"cache": cache})
+    shares = redundant_of(cache)[:, 0].double().mean(1).tolist()
+    expected = [f"layer {layer}: {share:.0%}" for layer, share in enumerate(shares)]
+    assert capsys.readouterr().out.splitlines() == expected
+    assert len(ANSWERS) == 4
