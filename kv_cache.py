@@ -1,11 +1,12 @@
 """The KV cache of a decoder whose layers filter tokens: each layer stores other tokens.
 
-In each layer a token is either *redundant* or *kept*. What a redundant token loses is the mode:
-    skip    it does not attend
-    local   it attends to the first tokens (sinks) and the latest ones (recent) only
-    cache   it attends to everything
-In all three a redundant token is stored only as long as it is one of the recent tokens: itself and
-the config.recent before it. Sinks are never redundant.
+In each layer a token is either *redundant* or *kept*. The mode says what a redundant token attends
+to:
+    skip    nothing
+    local   the first tokens (sinks) and the latest ones (recent) only
+    cache   all that is stored, like a kept token
+In all three a redundant token is stored only while it is one of the recent tokens: the latest one
+and the filter.recent before it. Sinks are never redundant.
 
 Read LayerCache first: its docstring says where a token is stored. A decode step uses `append`. A
 prompt uses `context`, `visible` and `rebuild`.
@@ -117,13 +118,17 @@ class Context:
     kv: torch.Tensor  # (2, B, KVH, K, D): keys, values
     positions: torch.Tensor  # (B, K), EMPTY where there is no token
     kept: torch.Tensor  # (B, K) bool: not redundant
-    n_far: int  # how many of the K columns are far slots
+    n_far_columns: int  # how many of the K columns are far slots
 
     def without_far(self):
-        """What a redundant token may see in mode "local": sinks and recent tokens, kept or not."""
-        positions = self.positions[:, self.n_far :]
+        """What a redundant token may see in mode "local": sinks and recent tokens.
+
+        With no token kept, visible() shows those two kinds only.
+        """
+        kv = self.kv[:, :, :, self.n_far_columns :]
+        positions = self.positions[:, self.n_far_columns :]
         none_kept = torch.zeros_like(positions, dtype=torch.bool)
-        return Context(self.kv[:, :, :, self.n_far :], positions, none_kept, n_far=0)
+        return Context(kv, positions, none_kept, n_far_columns=0)
 
 
 @dataclass
@@ -149,7 +154,7 @@ class LayerCache:
     """What one layer remembers of B sequences. A row's slots are, in this order:
 
         sinks   the first n_sinks tokens: token t in slot t
-        ring    the recent tokens, kept or redundant: the latest one and the config.recent before
+        ring    the recent tokens, kept or redundant: the latest one and the filter.recent before
                 it, so ring_size = recent + 1; token t in slot n_sinks + (t - n_sinks) mod ring_size
         far     the tokens that left the ring and were kept, oldest first (under a sliding window
                 these slots are a ring too, of the window's size)
@@ -161,10 +166,10 @@ class LayerCache:
         after token 6    0 1 | 5 6 4 | 2 3    6 took the slot of 3, which was kept too
         after token 7    0 1 | 5 6 7 | 2 3    7 took the slot of 4, which was redundant: it is gone
 
-    So whatever a query may see is the first n slots of its row: none (a redundant token in mode
-    skip), the near slots (one in mode local), or near and far slots. That is why decode needs no
-    mask. Only a sliding window needs one, since it hides tokens within those n, sinks included. And
-    a decode step moves one token at most.
+    So whatever a query may see is the first n slots of its row: none for a redundant token in mode
+    skip, the filled near slots for a redundant token in mode local, all filled slots for any other.
+    That is why decode needs no mask. Only a sliding window needs one, since it hides tokens within
+    those n, sinks included. And a decode step moves one token at most.
 
     In a layer that does not filter (ratio 0) there are no near slots, and every token is far.
     Each row has one slot more than it can fill, for a copy that nobody sees: see _leave_ring.
@@ -298,7 +303,7 @@ class LayerCache:
             kv=torch.cat((far_kv, near_kv, new_kv), dim=3),
             positions=torch.cat((far_positions, near_positions, new_positions), dim=1),
             kept=torch.cat((far_positions != EMPTY, self.kept, new_kept), dim=1),
-            n_far=far_positions.shape[1],
+            n_far_columns=far_positions.shape[1],
         )
 
     def visible(self, query, context: Context):
@@ -332,7 +337,8 @@ class LayerCache:
         if self.filters:
             most = int(n_stay.max().cpu())  # waits for the device
         else:
-            most = min(chunk.longest, self.window)  # all tokens stay, so the host knows
+            # The latest `window` tokens stay, a number that the host knows.
+            most = min(chunk.longest, self.window)
         n_slots = max(most, self.n_near) + 1
         # Where in the context each slot's token is, (B, S).
         order = sort_key.argsort(1)[:, :n_slots]
@@ -403,12 +409,12 @@ class KVCache:
     layers    a LayerCache for each layer
 
     Memory, in each layer:
-        a new cache      the near slots, and SPARE_SLOTS at least
+        a new cache      as many slots as there are near ones, SPARE_SLOTS at least
         a prompt's chunk for a while, old slots and new tokens side by side; then as many slots as
                          the row that fills most needs
-        the first decode step after a prompt or select(), and any later one that finds no slot left
-                         adds slots: for what is known to follow (`length`), else an eighth more
-        other steps      nothing
+        a decode step    nothing, but when a layer has no free slot: then all are resized, for what
+                         is known to follow (`length`), else by an eighth, SPARE_SLOTS at least
+                         (the first step after a prompt or select() always looks)
         select()         frees the rows that it leaves out
     """
 

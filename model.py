@@ -5,7 +5,8 @@ redundant token loses in each mode and what a layer remembers, token_filter.py h
 
 Shapes: B sequences, T new tokens in each, N real ones among the B * T (the rest is padding), L
 layers, H query heads, KVH key/value heads (H is a multiple of KVH), D head size, C width, R
-channels of a head that RoPE rotates, K tokens that a query may be able to see.
+channels of a head that RoPE rotates, K columns of a context (kv_cache.Context), T' columns of a grid
+that holds only the tokens that attend.
 """
 
 import dataclasses
@@ -162,8 +163,8 @@ class Attention(nn.Module):
         """One token a row, N = B.
 
         A redundant token's query reads nothing in mode skip, the near slots in mode local, all in
-        mode cache. q and o are computed for every row: which rows are redundant the host does not
-        know, and for the other rows their weights are read anyway.
+        mode cache. q and o are computed for every row: the host does not know which are redundant,
+        and the other rows need the weights of q and o anyway.
         """
         if redundant is not None:
             redundant = redundant[:, 0]
@@ -172,7 +173,7 @@ class Attention(nn.Module):
         keys, values = cache.kv
         output = self.o(decode_attention(q, keys, values, n_visible, in_window).flatten(1))
         if redundant is not None and cache.filter.mode == "skip":
-            # It may be anything, as nothing was read; and o's bias is in it.
+            # With no slot read it is undefined, and o's bias was added.
             output = output.masked_fill(redundant[:, None], 0)
         return output
 
@@ -337,8 +338,8 @@ class Transformer(nn.Module):
         """An empty cache for B sequences. Tokens fed with it are filtered if `filter` is given.
 
         filter_fn  decides which tokens are redundant: see the contract in token_filter
-        length     how many tokens a row will have in the end, if known, so that the cache grows but
-                   once, after the prompt
+        length     how many tokens a row will have in the end, if known, so that the cache usually
+                   grows once only, after the prompt
         """
         weight = self.embed.weight
         return KVCache(
@@ -425,7 +426,7 @@ class Transformer(nn.Module):
     def decode(self, tokens, cache: KVCache):
         """One token for every row, (B,) -> logits (B, vocab)."""
         if cache.free_steps == 0:
-            cache.reserve()  # may wait for the device; no other part of a step does
+            cache.reserve()  # waits for the device; nothing after this in a step does
         cache.free_steps -= 1
         cache.lengths = cache.lengths + 1
         cache.latest_T = 1

@@ -2,7 +2,7 @@
 2512.07090).
 
 A token is redundant in a layer when its key and value look like running averages (anchors) of the
-tokens just before it, more than those of most recent tokens did. `token_filter`, at the end of this
+tokens just before it, more than for most tokens before it. `token_filter`, at the end of this
 file, is the whole method.
 
 Shapes: B sequences, T new tokens, KVH key/value heads, D head size, W scores remembered.
@@ -166,8 +166,8 @@ def token_filter(k, v, lengths, state: FilterState, ratio, config: FilterConfig)
         c_k[h] = cos(k_t[h], A_K[h]),  c_v[h] = cos(v_t[h], A_V[h]);  0 where a norm is 0
         w_k    = (var(c_v) + eps) / (var(c_k) + var(c_v) + 2 eps)
         s_t    = w_k mean(c_k) + (1 - w_k) mean(c_v)
-        t is redundant if it is past the warm-up and s_t exceeds the (1 - ratio) quantile of the
-        latest W scores before it, or of fewer at the start
+        t is redundant if it is not one of the first n_sinks tokens (the warm-up) and s_t exceeds
+        the (1 - ratio) quantile of the latest W scores before it, or of fewer at the start
         A     <- gamma A + (1-gamma) (k_t, v_t), started at the first token's own k, v
 
     k, v     (B, T, KVH, D), any float dtype
@@ -180,11 +180,14 @@ def token_filter(k, v, lengths, state: FilterState, ratio, config: FilterConfig)
     (`model.new_cache(B, config, filter_fn=...)`). It is called in layers whose ratio is above 0.
     - It decides on a token from that token and those before it in its row alone. So chunks and
       neighbours change nothing (but for rounding).
-    - What it remembers between two calls is in state.anchor, state.history and state.count, whose
-      use is free but for the count. No other tensor survives select() and a recorded step.
+    - What it remembers between two calls is in state.anchor and state.history, to be used in any
+      way, and in state.count, the number of tokens so far. Other tensors are lost on select(), and
+      are not moved on by a recorded step.
     - It writes into these tensors in place (copy_, scatter_, +=), as a recorded decode step knows
       their addresses.
-    - It adds each row's number of new tokens to state.count, which is the position of the next.
+    - It adds each row's number of new tokens to state.count.
+    - On several devices k and v hold some of the heads. Means over all heads are taken by
+      mean_and_variance(x, state.sum_over_devices), so that all devices decide alike.
     - It reads nothing back from the device (no .item(), no `if` on a tensor).
     - It returns redundant = False for padding and for a row's first config.n_sinks tokens. The
       score
@@ -193,7 +196,8 @@ def token_filter(k, v, lengths, state: FilterState, ratio, config: FilterConfig)
 
         def long_values(k, v, lengths, state, ratio, config):
             '''Tokens with long values are redundant.'''
-            score = v.to(state.history.dtype).norm(dim=-1).mean(-1)  # (B, T)
+            lengths_of_values = v.to(state.history.dtype).norm(dim=-1)  # (B, T, KVH)
+            score, _ = mean_and_variance(lengths_of_values, state.sum_over_devices)  # (B, T)
             return rank_scores(score, lengths, state, ratio, config)
     """
     B, T = k.shape[:2]
