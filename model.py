@@ -5,8 +5,8 @@ redundant token loses in each mode and what a layer remembers, token_filter.py h
 
 Shapes: B sequences, T new tokens in each, N real ones among the B * T (the rest is padding), L
 layers, H query heads, KVH key/value heads (H is a multiple of KVH), D head size, C width, R
-channels of a head that RoPE rotates, K columns of a context (kv_cache.Context), T' columns of a grid
-that holds only the tokens that attend.
+channels of a head that RoPE rotates, K columns of a context (kv_cache.Context), T' columns of a
+grid that holds only the tokens that attend.
 """
 
 import dataclasses
