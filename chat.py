@@ -14,9 +14,9 @@ from contextlib import contextmanager, suppress
 from command_line import PRESETS, PRUNE, fail, filters_from, one_line
 
 from checkpoint_files import CheckpointError
-from generate import generate
+from generate import generate, row_seed
 from model import Transformer
-from report import Answer
+from report import Answer, refuse_zeros
 from token_filter import FilterConfig
 from tokenizer import Tokenizer
 
@@ -29,33 +29,41 @@ class Conversation:
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, filter: FilterConfig | None = None, messages: Sequence[dict] = (),
-                 stop: Sequence[str] = (), max_new_tokens=128, seed=0, **settings):  # fmt: skip
+                 stop: Sequence[str] = (), max_new_tokens=128, seed=0, eos_ids=None, **settings):  # fmt: skip
         self.model, self.tokenizer, self.filter, self.messages, self.stop = model, tokenizer, filter, [*messages], stop
-        self.most, self.seed, self.settings = max_new_tokens, seed, {"eos_ids": tokenizer.eos_ids} | settings
+        self.most, self.seed, self.settings = max_new_tokens, seed, settings
+        self.eos_ids = tokenizer.eos_ids if eos_ids is None else eos_ids
         self.cache, self.ids, self.anew = model.new_cache(1, filter), list[int](), False
 
     def answer(self, text: str) -> Generator[str, None, None]:
-        """The answer to a user's message, as it comes. A caller that closes the iterator stops it: what was said by then is the answer.
+        """The answer to a user's message, as it comes. A caller that closes the iterator stops it: what it was given is the answer.
 
         Raises CheckpointError where the template refuses the message, ValueError where the context is full: then it was not said.
         """
         messages, tokens, ended = [*self.messages, {"role": "user", "content": text}], list[int](), set[int]()
-        prompt, reply, said, left = self.tokenizer.chat(messages), Answer(self.tokenizer, self.stop), "", False
+        prompt, said, left = self.tokenizer.chat(messages), "", False
+        # The Answer has to see the token that ends it, so generate() is told of none.
+        reply = Answer(self.tokenizer, self.stop, self.eos_ids)
         if (room := self.model.config.max_positions - len(prompt)) < 1:
             raise ValueError(f"the model's context of {len(prompt) + room} tokens is full: begin a new conversation (/reset), or say less")
         self.anew = prompt[:-1][: len(self.ids)] != self.ids
         cache = self.model.new_cache(1, self.filter) if self.anew else self.cache
         self.cache, self.ids = self.model.new_cache(1, self.filter), []  # for the next turn, should this one break off within a step
-        settings = self.settings | {"cache": cache, "ended": ended, "seed": self.seed + len(self.messages)}
+        own_seed = row_seed(self.seed, len(self.messages))
+        settings = self.settings | {"cache": cache, "ended": ended, "seed": [own_seed]}
         try:
             for _, token in generate(self.model, [prompt], min(self.most, room), self.filter, **settings):
                 tokens.append(token)
-                said += (piece := reply.push(token))
-                ended |= {0} if reply.ended else set()
+                piece = reply.push(token)
+                said += piece
+                if reply.ended:
+                    ended.add(0)
                 yield piece
         except GeneratorExit:
             left = True
-        rest = reply.push(None)
+        rest = ""
+        if not left:  # otherwise nobody has seen what was held back
+            rest = reply.push(None)
         self.messages = [*messages, {"role": "assistant", "content": said + rest}]
         self.cache, self.ids = cache, (prompt + tokens)[: int(cache.seen[0])]
         if not left:
@@ -83,7 +91,8 @@ HELP = f"""\
 /prune P      filter as much as that (0: not at all), from the start
 /preset NAME  with another preset, one of {', '.join(PRESETS)}, from the start
 /help         this
-Ctrl-C stops an answer, Ctrl-D ends. A message of your own that begins with / is told apart by a space before it."""
+Ctrl-C stops an answer, Ctrl-D ends. A message of your own that begins with / is told apart by a space before it.
+Where lines are piped in, a wrong command ends the conversation, with exit code 2."""
 
 
 def figures(conversation: Conversation) -> str:
@@ -95,13 +104,19 @@ def figures(conversation: Conversation) -> str:
 
 
 def lines(terminal: bool, echo: bool) -> Iterator[str]:
-    """What is typed, or piped in; the latter is printed, as a terminal does."""
+    """What is typed, or piped in; the latter is printed, as a terminal does. What is not text is refused, a pipe's with
+    exit code 2."""
     encoding = sys.stdin.encoding if terminal else "utf-8-sig"
-    sys.stdin.reconfigure(encoding=encoding, errors="replace")  # type: ignore[union-attr]
+    sys.stdin.reconfigure(encoding=encoding, errors="strict")  # type: ignore[union-attr]
     if not terminal:
-        for line in sys.stdin:
-            print(f"> {line.rstrip()}\n" * bool(echo and line.strip()), end="", flush=True)
-            yield line.rstrip("\n")
+        try:
+            for line in sys.stdin:
+                refuse_zeros("stdin", line)
+                if echo and line.strip():
+                    print(f"> {line.rstrip()}", flush=True)
+                yield line.rstrip("\n")
+        except UnicodeDecodeError as e:
+            fail(f"stdin: cannot be read as UTF-8 text ({e.reason})")
         return
     with suppress(ImportError):
         import readline  # noqa: F401 (with it, a line can be edited)
@@ -114,6 +129,8 @@ def lines(terminal: bool, echo: bool) -> Iterator[str]:
                 print("\n(Ctrl-D ends)", flush=True)
         except EOFError:
             return print()
+        except UnicodeDecodeError as e:
+            print(f"error: the line cannot be read as {encoding} text ({e.reason})", file=sys.stderr)
         yield line
 
 

@@ -75,10 +75,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from generate import check_settings, feed, generate, in_common, overflow
+from generate import check_settings, feed, generate, in_common, overflow, row_seed
 from load_weights import CheckpointError, Tokenizer, load
 from model import Transformer
-from report import Stats, finite, print_json
+from report import Answer, Stats, finite, print_json
 from rivals import by_chance, last_layers
 from token_filter import FilterConfig, token_filter
 from tokenizer import MARK
@@ -177,37 +177,6 @@ def score(model: Transformer, pairs, filter: FilterConfig | None, criterion=toke
             rows, left = rows[left > 0], left[left > 0]
         step = int(left.min().clamp(16, chunk))  # to the end of the shortest, lest others feed padding, but not for a token or two
         logits = model(targets[rows, done - 1 : -1][:, :step], cache, left.clamp(max=step))
-
-
-class Answer:
-    """A text that comes token by token, until one of eos_ids or a stop string, which it does not have. Stop strings are looked
-    for where special tokens are written out; the text is without them, and decoded as one that starts here, as the harness does.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stops):
-        self.stream, self.eos_ids = tokenizer.stream(start=True), tokenizer.eos_ids
-        self.special = {tokenizer._backend.vocab[token]: token for token in tokenizer._backend.special}
-        self.stops = [stop for stop in stops if stop]
-        self.parts = [""]  # text, then by turns a special token and text
-
-    def push(self, token) -> bool:
-        """Whether the text ends with this token."""
-        if token in self.special:
-            self.parts[-1] += self.stream.flush()
-            self.parts += [self.special[token], ""]
-        self.parts[-1] += self.stream.push(token)
-        said = "".join(self.parts)
-        return token in self.eos_ids or any(stop in said for stop in self.stops)
-
-    def text(self) -> str:
-        self.parts[-1] += self.stream.flush()
-        said = "".join(self.parts)
-        left = min((said.index(stop) for stop in self.stops if stop in said), default=len(said))
-        text = ""
-        for i, part in enumerate(self.parts):
-            text += part[: max(left, 0)] if i % 2 == 0 else ""
-            left -= len(part)
-        return text
 
 
 class FilteredLM(TemplateLM):
@@ -350,23 +319,29 @@ class FilteredLM(TemplateLM):
             option = self.generation_options(request.task_name, given)
             room = self.context - option["max_gen_toks"]
             prompts.append(self.tok_encode(context)[-room:] or [self.prefix_token_id])
-            answers.append(Answer(self.tokenizer, [*option["until"], self.tokenizer._template_tokens.get("eos_token")]))
+            stops = [*option["until"], self.tokenizer._template_tokens.get("eos_token")]
+            # A text by itself, as in the harness.
+            answers.append(Answer(self.tokenizer, stops, self.tokenizer.eos_ids, start=True))
             together[tuple(option[name] for name in ("max_gen_toks", "temperature", "top_k", "top_p"))].append(i)
 
+        said = [""] * len(prompts)
         with tqdm(total=len(prompts), desc=self.title, unit=" texts", leave=False) as bar:
             for (most, temperature, top_k, top_p), texts in together.items():
                 texts.sort(key=lambda i: -len(prompts[i]))
                 for start in range(0, len(texts), self.batch):
                     rows, stats, ended = texts[start : start + self.batch], Stats(), set[int]()
-                    settings = most, self.filter, frozenset[int](), temperature, top_k, top_p, self.seed + start
+                    seeds = [row_seed(self.seed, i) for i in rows]
+                    settings = most, self.filter, frozenset[int](), temperature, top_k, top_p, seeds
                     cache = self.model.new_cache(len(rows), self.filter, self.criterion)
                     for row, token in generate(self.model, [prompts[i] for i in rows], *settings, stats=stats, cache=cache, ended=ended):
-                        if answers[rows[row]].push(token):
+                        i = rows[row]
+                        said[i] += answers[i].push(token)
+                        if answers[i].ended:
                             ended.add(row)
                     for i, used in zip(rows, stats.rows):
                         self.used[requests[i].task_name].append([*used.values()])
                     bar.update(len(rows))
-        return [answer.text() for answer in answers]
+        return [text + answer.push(None) for text, answer in zip(said, answers)]
 
 
 # ------------------------------------------------------------------------------------------------ the command line

@@ -1,5 +1,6 @@
 """What the commands read and write: texts, figures, JSON, and the tables of the evaluations, grown row by row."""
 
+import copy
 import csv
 import importlib.util
 import json
@@ -21,11 +22,19 @@ def read_text(path) -> str:
         fail("stdin is closed, so there is nothing to read")
     try:
         with open(0 if stdin else path, encoding="utf-8-sig", closefd=not stdin) as file:
-            return file.read()
+            text = file.read()
     except UnicodeDecodeError as e:
         fail(f"{path}: cannot be read as UTF-8 text ({e.reason} at byte {e.start})")
     except OSError as e:
         fail(f"{path}: cannot be read: {e.strerror}")
+    refuse_zeros(path, text)
+    return text
+
+
+def refuse_zeros(path, text):
+    """Exits with one line where a text has zero bytes: UTF-16 of ASCII letters has, and is UTF-8 as well."""
+    if "\0" in text:
+        fail(f"{path}: cannot be read as UTF-8 text (it has zero bytes: is it UTF-16?)")
 
 
 def read_prompts(args) -> list[str]:
@@ -100,21 +109,70 @@ class Stats:
 
 
 class Answer:
-    """A row's text, token by token, up to the first of the stop texts: the one that ends first."""
+    """A row's text, token by token, up to one of eos_ids or the first of the stop texts: the one that ends first.
 
-    def __init__(self, tokenizer, stop=()):
-        self.stream, self.stop, self.held, self.ended = tokenizer.stream(), stop, "", False
+    Stop texts are looked for where special tokens are written out, the one that ends the answer too.
+    What is given out is without these, as decode() of the tokens is.
+    `start`: it is decoded as a text that starts here, not as one that goes on.
+    """
+
+    def __init__(self, tokenizer, stop=(), eos_ids=frozenset(), start=False):
+        self.tokenizer = tokenizer
+        self.stream = tokenizer.stream(start)
+        self.stop = [text for text in stop if text]
+        self.eos_ids = eos_ids
+        self.ended = False
+        self.text = ""  # what was not given out yet, special tokens written out,
+        self.shown = list[bool]()  # and which of its letters belong to the answer
+        vocab = tokenizer._backend.vocab
+        names = {vocab[name]: name for name in tokenizer._backend.special}
+        self.special = {token: name for token, name in names.items() if token not in tokenizer._shown}
 
     def push(self, token: int | None) -> str:
-        """The text that has become certain with this token; with None, which comes last, all that is left."""
-        text = "" if self.ended else self.held + (self.stream.flush() if token is None else self.stream.push(token))
-        if found := [(text.index(stop) + len(stop), text.index(stop)) for stop in self.stop if stop in text]:
-            self.ended, self.held = True, ""
-            return text[: min(found)[1]]
-        begun = [n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])] if token is not None else []
-        end = len(text) - max(begun, default=0)  # what may be the start of a stop text is held back
-        self.held = text[end:]
-        return text[:end]
+        """The text that has become certain with this token, none with one of eos_ids.
+
+        With None, which comes last, all that is left.
+        """
+        if not self.ended:
+            for piece, shown in self._pieces(token):
+                self.text += piece
+                self.shown += [shown] * len(piece)
+        found = [stop for stop in self.stop if stop in self.text]
+        if found:
+            first = min(found, key=lambda stop: (self.text.index(stop) + len(stop), -len(stop)))
+            self.text = self.text[: self.text.index(first)]
+            self.ended = True
+        if token in self.eos_ids:
+            self.ended = True
+            return ""
+        certain = len(self.text)
+        if token is not None and not self.ended:  # what may be the start of a stop text is held back
+            begun = [
+                length
+                for stop in self.stop
+                for length in range(1, len(stop))
+                if self.text.endswith(stop[:length])
+            ]
+            certain -= max(begun, default=0)
+        given = "".join(letter for letter, shown in zip(self.text[:certain], self.shown) if shown)
+        self.text = self.text[certain:]
+        self.shown = self.shown[certain:]
+        return given
+
+    def _pieces(self, token: int | None) -> list[tuple[str, bool]]:
+        """The text that a token adds, and whether each part of it belongs to the answer."""
+        if token is None:
+            return [(self.stream.flush(), True)]
+        if token in self.eos_ids:
+            name = self.special.get(token) or self.tokenizer.decode([token])
+            return [(self.stream.flush(), True), (name, False)]
+        if token not in self.special:
+            return [(self.stream.push(token), True)]
+        held = copy.copy(self.stream).flush()
+        if held.endswith("\N{REPLACEMENT CHARACTER}"):
+            # An unfinished letter, with which decode() goes on after the special token.
+            return [(self.special[token], False)]
+        return [(self.stream.flush(), True), (self.special[token], False)]
 
 
 def check_output(flag, path, endings=()):

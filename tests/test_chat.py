@@ -14,14 +14,15 @@ import subprocess
 import sys
 import termios
 import time
+import types
 
 import pytest
 import torch
 
 import generate as generate_module
-from chat import Conversation, begin
+from chat import Conversation, begin, lines
 from checkpoint_files import CheckpointError
-from generate import generate, main
+from generate import generate, main, row_seed
 from load_weights import Tokenizer, load
 from report import Answer
 from skip_map import decisions
@@ -35,12 +36,13 @@ class Letters:
     """A tokenizer whose 97 tokens are letters, whatever a random model says; the template begins a turn with 0 or 1, and 2 ends it."""
 
     eos_ids = frozenset({2})
+    _backend = types.SimpleNamespace(special=(), vocab={})
 
     def chat(self, messages):
         turns = [[m["role"] == "assistant", *(ord(letter) % 97 for letter in m["content"]), 2] for m in messages]
         return [int(token) for turn in turns for token in turn] + [1]
 
-    def stream(self):
+    def stream(self, start=False):
         return self
 
     def push(self, token):
@@ -48,6 +50,9 @@ class Letters:
 
     def flush(self):
         return ""
+
+    def decode(self, tokens):
+        return "".join(map(self.push, tokens))
 
 
 @pytest.fixture
@@ -144,21 +149,93 @@ def test_equal_prompts_are_fed_once_and_forked(name, fed):
         rows[row].append(token)
     assert [logits.shape[0] for _, logits, _ in fed] == [2] + [4] * 8 and rows[0] != rows[2] != rows[3]
     for row, prompt in enumerate(prompts):
-        assert rows[row] == [token for _, token in generate(small(), [prompt], 9, filter_of(name), temperature=1.0, seed=5 + row)]
+        own = [row_seed(5, row)]
+        assert rows[row] == [token for _, token in generate(small(), [prompt], 9, filter_of(name), temperature=1.0, seed=own)]
 
 
 def test_an_answer_ends_at_a_stop_text_however_it_is_cut_into_tokens():
-    rng, tokenizer = random.Random(0), type("Pieces", (Letters,), {"push": lambda self, token: token})()
+    """Some of the tokens are special: they are searched and not shown."""
+    rng = random.Random(0)
     for _ in range(3000):
         text = "".join(rng.choice("ab.") for _ in range(12))
         stops = ["".join(rng.choice("ab.") for _ in range(rng.randint(1, 4))) for _ in range(rng.randint(0, 3))]
         ends = [(text.index(stop) + len(stop), text.index(stop)) for stop in stops if stop in text]
         cuts = [0, *sorted(rng.sample(range(1, 12), rng.randint(0, 11))), 12]
+        pieces = [text[start:end] for start, end in itertools.pairwise(cuts)]
+        special = {piece: number for number, piece in enumerate(pieces) if rng.random() < 0.2}
+        backend = types.SimpleNamespace(special=special, vocab={piece: piece for piece in special})
+        tokenizer = type("Pieces", (Letters,), {"push": lambda self, token: token, "_backend": backend, "_shown": ()})()
         answer, given = Answer(tokenizer, stops), ""
-        for start, end in itertools.pairwise(cuts):
-            given += answer.push(text[start:end])
+        for piece, end in zip(pieces, cuts[1:]):
+            given += answer.push(piece)
             assert answer.ended == any(e <= end for e, _ in ends)
-        assert given + answer.push(None) == text[: min(ends)[1] if ends else None], (text, stops, cuts)
+        kept = min(ends)[1] if ends else 12
+        shown = "".join(piece[: max(kept - start, 0)] for piece, start in zip(pieces, cuts) if piece not in special)
+        assert given + answer.push(None) == shown, (text, stops, cuts, special)
+
+
+def plays(monkeypatch, tokenizer, says):
+    """generate() says these tokens, whatever it is asked; those after one at which it is to end are left out."""
+
+    def steps(*_, ended, **__):
+        for token in says:
+            yield 0, token
+            if ended:
+                return
+
+    monkeypatch.setattr("chat.generate", steps)
+    cache = types.SimpleNamespace(seen=torch.tensor([0]))
+    return types.SimpleNamespace(config=types.SimpleNamespace(max_positions=999), new_cache=lambda *_: cache)
+
+
+SAYS = "Blue, he said.<|im_start|>user\nWhy?<|im_end|>\nmore"
+
+
+@pytest.mark.parametrize("stop, answer", [
+    ("<|im_start|>", "Blue, he said."), ("said.<|im_start|>us", "Blue, he "), ("im_start|>user", "Blue, he said."),
+    ("?<|im_end|>", "Blue, he said.user\nWhy"), ("<|im_end|>", "Blue, he said.user\nWhy?"), ("said.user", "Blue, he said.user\nWhy?"),
+    ("<|im_end|>\nmore", "Blue, he said.user\nWhy?"),
+])  # fmt: skip
+def test_stop_texts_are_found_where_special_tokens_are_written_out(demo, monkeypatch, stop, answer):
+    """Within one, across their edges, in the one that ends the answer; they are not shown, nor what comes after them searched."""
+    tokenizer = Tokenizer(demo)
+    says = tokenizer.encode(SAYS, parse_special=True)
+    talk = Conversation(plays(monkeypatch, tokenizer, says), tokenizer, stop=[stop])
+    assert "".join(talk.answer("Which colour?")) == answer == talk.messages[-1]["content"]
+
+
+def test_a_letter_goes_on_after_a_special_token_as_in_decode(demo):
+    tokenizer = Tokenizer(demo)
+    (special,) = tokenizer.encode("<|im_start|>", parse_special=True)
+    letter = tokenizer.encode("\U0001f600")
+    for ids in ([*letter[:-1], special, letter[-1]], [*letter[:-1], special], [special, *letter, special, *tokenizer.encode(" a")]):
+        answer = Answer(tokenizer, ["never"], start=True)
+        assert "".join(map(answer.push, ids)) + answer.push(None) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("says, stop", [("Hi \U0001f600 there", ()), ("Hi\nUs and them", ("\nUser:",)), (SAYS, ("<|im_start|>me",))])
+def test_a_stopped_answer_is_remembered_as_far_as_it_was_given_out(demo, monkeypatch, says, stop):
+    """Not half a letter, nor what may be the start of a stop text."""
+    tokenizer = Tokenizer(demo)
+    says = tokenizer.encode(says, parse_special=True)
+    model = plays(monkeypatch, tokenizer, says)
+    for steps in range(1, len(says)):
+        talk = Conversation(model, tokenizer, stop=stop)
+        answer = talk.answer("Hello")
+        given = "".join(itertools.islice(answer, steps))
+        answer.close()
+        assert talk.messages[-1]["content"] == given
+
+
+def test_turns_and_seeds_have_no_random_numbers_in_common(monkeypatch):
+    """Turn n of seed s, that is: not those of turn n - 1 of seed s + 1."""
+    seeds, plain = [], generate
+    monkeypatch.setattr("chat.generate", lambda *given, **more: seeds.append(more["seed"][0]) or plain(*given, **more))
+    for seed in range(4):
+        talk = Conversation(small(), Letters(), max_new_tokens=4, seed=seed, temperature=1.0)
+        for text in TEXTS[:3]:
+            list(talk.answer(text))
+    assert len(set(seeds)) == 12
 
 
 # --------------------------------------------------------------------------------------------- the command line
@@ -194,6 +271,36 @@ def test_each_line_of_a_pipe_is_a_turn(demo, capsys, monkeypatch):
 def test_a_line_that_cannot_be_obeyed_ends_a_script(checkpoint, capsys, monkeypatch, line, message):
     piped(monkeypatch, line + "\nmore\n")
     assert refused(capsys, checkpoint, "--chat", "--no-echo") == f"error: {message}"
+
+
+@pytest.mark.parametrize("given", [
+    "A caf\xe9?\n".encode("latin-1"), "A cup?\n".encode("utf-16"), "A cup?\n".encode("utf-16-le"), "A cup?\n".encode("utf-16-be"),
+])  # fmt: skip
+@pytest.mark.parametrize("flags", [["--chat"], ["--prompts-file", "FILE"]])
+def test_what_is_not_utf_8_is_refused(checkpoint, capsys, monkeypatch, tmp_path, given, flags):
+    (tmp_path / "FILE").write_bytes(given)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given), encoding="utf-8", errors="surrogateescape"))  # as in the C locale
+    assert "cannot be read as UTF-8 text" in refused(capsys, checkpoint, *flags, "--max-new-tokens", 2)
+
+
+def test_a_typed_line_that_is_no_text_is_refused_and_the_next_one_answered(monkeypatch, capsys):
+    typed = iter([b"caf\xe9", b"tea"])
+
+    def read(_):
+        return next(typed).decode()
+
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="surrogateescape"))
+    monkeypatch.setattr("builtins.input", read)
+    found = list(itertools.islice(lines(True, False), 2))
+    assert found == ["", "tea"] and sys.stdin.errors == "strict"
+    assert capsys.readouterr().err.startswith("error: the line cannot be read as utf-8 text (")
+
+
+def test_help_says_what_ends_a_piped_conversation(checkpoint, capsys, monkeypatch):
+    piped(monkeypatch, "/help\n")
+    main([str(checkpoint), "--chat", "--device", "cpu"])
+    assert "Where lines are piped in, a wrong command ends the conversation" in capsys.readouterr().err
 
 
 def test_a_full_context_and_a_changing_template_are_said(checkpoint, capsys, monkeypatch):
@@ -307,12 +414,13 @@ def test_stop_ends_each_row_for_itself(demo, capsys):
     assert capsys.readouterr().out == f"The lighthouse keeper\n{stopped['texts'][0]}\n"
 
 
-def test_samples_are_what_one_prompt_gives_with_each_seed(checkpoint, capsys):
-    flags = [checkpoint, "--prompt", LONG, "--temperature", 1, "--ignore-eos", "--max-new-tokens", 12, "--dtype", "float64"]
-    samples = texts(capsys, *flags, "--num-samples", 3)
-    alone = [texts(capsys, *flags, "--seed", seed) for seed in range(3)]
-    assert samples["texts"] == [text for each in alone for text in each["texts"]] and len(set(samples["texts"])) == 3
-    assert samples["prompt_tokens"] == alone[0]["prompt_tokens"] and samples["new_tokens"] == 36
+def test_samples_are_those_of_equal_prompts_and_of_one_seed_alone(checkpoint, capsys):
+    flags = [checkpoint, "--temperature", 1, "--ignore-eos", "--max-new-tokens", 12, "--dtype", "float64"]
+    samples, others = (texts(capsys, *flags, "--prompt", LONG, "--num-samples", 3, "--seed", seed) for seed in (0, 1))
+    assert texts(capsys, *flags, *["--prompt", LONG] * 3)["texts"] == samples["texts"]
+    assert texts(capsys, *flags, "--prompt", LONG)["texts"] == samples["texts"][:1]
+    assert len({*samples["texts"], *others["texts"]}) == 6
+    assert samples["new_tokens"] == 36
 
 
 REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ messages[0].content }}"

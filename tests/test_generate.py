@@ -21,8 +21,8 @@ import eval_ppl
 import generate as generate_module
 import skip_map
 import token_filter
-from generate import Stats, generate, main, sample, sample_rows
-from load_weights import load
+from generate import Stats, generate, main, row_seed, sample, sample_rows
+from load_weights import Tokenizer, load
 from model import Transformer
 from skip_map import BOLD, Decisions, decisions, paint, paint_legend, token_pieces
 from test_model import LENGTHS, small, texts
@@ -61,7 +61,8 @@ def test_rows_do_not_depend_on_each_other_and_leave_at_eos(filter, temperature):
     for row, tokens in enumerate(free):
         stop = next((i for i, token in enumerate(tokens) if token in eos), len(tokens))
         assert ended[row] == tokens[:stop]
-        alone = collect(1, generate(model, [PROMPTS[row]], 20, filter, eos, temperature=temperature, seed=row))
+        own = [row_seed(0, row)]
+        alone = collect(1, generate(model, [PROMPTS[row]], 20, filter, eos, temperature=temperature, seed=own))
         assert alone[0] == ended[row]
     assert len(ended[0]) <= 3 and len(ended[2]) <= 7
 
@@ -217,6 +218,26 @@ def test_streams_and_encodings(checkpoint, command, code, words):
         assert json.loads(done.stdout)["prompts"] == ["hello"]
 
 
+def test_ctrl_c_leaves_out_what_was_not_certain(demo, capsys, monkeypatch):
+    """Half a letter, and what may be the start of a stop text; but not of an answer that had ended before."""
+    tokenizer = Tokenizer(demo)
+    half = tokenizer.encode("Hi \U0001f600")[:-1]
+    steps = {"half": [(0, token) for token in half], "held": [(0, token) for token in tokenizer.encode("Hi\nUs")]}
+    (end,) = tokenizer.eos_ids
+    steps["ended"] = [(1, token) for token in [*tokenizer.encode("Yes\nUs"), end]] + steps["held"]
+    for name, answers in (("half", ["Hi "]), ("held", ["Hi"]), ("ended", ["Hi", "Yes\nUs"])):
+
+        def stopped(*_, given=steps[name], **__):
+            yield from given
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(generate_module, "generate", stopped)
+        prompts = [word for _ in answers for word in ("--prompt", "Hello")]
+        with pytest.raises(SystemExit):
+            main([str(demo), *prompts, "--stop", "\nUser:", "--json", "--device", "cpu"])
+        assert json.loads(capsys.readouterr().out)["results"][0]["texts"] == answers
+
+
 @pytest.mark.parametrize("more", [[], ["--prompt", "low"], ["--prompt", "low", "--json"]])
 def test_ctrl_c_keeps_what_was_generated(checkpoint, capsys, monkeypatch, more):
     plain = generate_module.generate
@@ -250,7 +271,8 @@ def sorted_sample(logits, temperature, top_k, top_p, rng):
     """The rule of sample_rows for one row, as plainly as it can be said."""
     logits, order = ((logits.double() - logits.max()) / temperature).sort(descending=True, stable=True)
     probabilities = logits[: top_k or None].softmax(0)
-    probabilities[probabilities.cumsum(0) - probabilities >= top_p] = 0  # the likeliest always stays
+    before = torch.cat((torch.zeros(1), probabilities.cumsum(0)[:-1]))
+    probabilities[before >= top_p] = 0  # the likeliest always stays
     noise = torch.empty(len(logits), dtype=torch.float64).exponential_(generator=rng)
     return int(order[(probabilities / noise[order[: len(probabilities)]]).argmax()])
 
@@ -278,6 +300,39 @@ def test_rows_are_sampled_together_as_one_by_one(temperature, top_k, top_p):
 def test_bad_prompts_are_refused_at_once(prompts, new, message):
     with pytest.raises(ValueError, match=message):
         generate(small(), prompts, new)
+
+
+@pytest.mark.parametrize("seed, message", [
+    ([1, 2], "seed has 2 numbers for 3 prompts"), ([1, 2, -3], "seed is -3, not a whole number"), ("123", "seed is '123', not a whole"),
+])  # fmt: skip
+def test_seeds_of_rows_are_as_many_as_there_are_prompts(seed, message):
+    with pytest.raises(ValueError, match=message):
+        generate(small(), PROMPTS, 5, seed=seed)
+
+
+def test_no_two_seeds_or_rows_have_random_numbers_in_common():
+    """Neighbours, sums that are equal, and seeds that are equal in their lower 32 bits, as all that torch's CPU generator takes."""
+    seeds = (0, 1, 2, 3, 7, 2**32 - 1, 2**32, 2**32 + 1, 2**33, 2**62, 2**63 - 1)
+    starts = [torch.rand(3, generator=torch.Generator().manual_seed(row_seed(seed, row))) for seed in seeds for row in range(40)]
+    assert len({tuple(start.tolist()) for start in starts}) == len(starts)
+    model, prompt = small(), PROMPTS[0]
+    samples = [tuple(row) for seed in (0, 1, 2**32) for row in collect(5, generate(model, [prompt] * 5, 12, temperature=1.0, seed=seed))]
+    assert len(set(samples)) == 15
+    shuffled = collect(5, generate(model, [prompt, PROMPTS[1], prompt, PROMPTS[2], prompt], 12, temperature=1.0))
+    assert [tuple(shuffled[row]) for row in (0, 2, 4)] == [samples[row] for row in (0, 2, 4)]
+
+
+def test_a_cache_is_of_the_filter_that_is_asked_for():
+    model = small()
+    some, other = preset("cache", prune=0.5), preset("cache", prune=0.3)
+    for asked, made in ((some, None), (None, some), (some, other)):
+        with pytest.raises(ValueError, match=r"filter is .*but the cache was made for") as error:
+            generate(model, PROMPTS, 5, asked, cache=model.new_cache(3, made))
+        for filter in (asked, made):
+            assert repr(filter or token_filter.FilterConfig(prune=0.0)) in str(error.value)
+    for asked, made in ((preset("local", prune=0.0), None), (preset("local", prune=0.5), preset("local", prune=0.5))):
+        steps = list(generate(model, PROMPTS, 5, asked, cache=model.new_cache(3, made)))
+        assert steps == list(generate(model, PROMPTS, 5, asked))
 
 
 def test_a_preset_s_name_is_no_filter():
