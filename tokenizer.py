@@ -22,7 +22,7 @@ from pathlib import Path
 
 import sentencepiece
 import tokenizers
-from tokenizers import AddedToken, decoders
+from tokenizers import AddedToken, decoders, models
 
 from chat_template import changed, own_tokens, read_templates, render
 from checkpoint_files import CheckpointError, JsonObject, added_tokens, read_file, special_tokens, token_name
@@ -44,10 +44,16 @@ def _tokenizing(path: Path, doing: str) -> Iterator[None]:
 
 
 def any_of(tokens: dict[str, AddedToken], mark: str = "") -> re.Pattern[str]:
-    """Matches any of these tokens behind `mark`, as a group: the longest one where several begin."""
-    names = sorted(tokens, key=len, reverse=True)
-    words = [rf"(?<!\w){re.escape(name)}(?!\w)" if tokens[name].single_word else re.escape(name) for name in names]
-    return re.compile(f"{mark}({'|'.join(words) or '(?!)'})")  # (?!): nothing
+    """Matches any of these tokens, the special ones with `mark` in front, as a group: the longest one where several begin."""
+    words = []
+    for name in sorted(tokens, key=len, reverse=True):
+        word = re.escape(name)
+        if tokens[name].single_word:
+            word = rf"(?<!\w){word}(?!\w)"
+        if tokens[name].special:
+            word = mark + word
+        words.append(word)
+    return re.compile(f"({'|'.join(words) or '(?!)'})")  # (?!): nothing
 
 
 def _heed_add_prefix_space(values: dict, config: JsonObject, family: str) -> None:
@@ -73,7 +79,6 @@ class _TokenizerJson:
     def __init__(self, path: Path, config: JsonObject, special: set[str], family: str):
         values = JsonObject.read(path).values
         values |= {"truncation": None, "padding": None}  # some files carry their training's
-        post = values.get("post_processor") or {}
         with _tokenizing(path, "be read as a tokenizer"):
             _heed_add_prefix_space(values, config, family)
             self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(values))
@@ -88,11 +93,21 @@ class _TokenizerJson:
                     raise config.error("added_tokens_decoder", f"or added_tokens.json gives {name!r:.80} the id {i}, unlike {path.name}")
             self.plain_size = max(self.tokenizer.get_vocab(with_added_tokens=False).values(), default=-1) + 1
             self.vocab: dict[str, int] = self.tokenizer.get_vocab(with_added_tokens=True)
-            templates = [p["single"] for p in post.get("processors", [post]) if p.get("type") == "TemplateProcessing"]
-            first = [template[0]["SpecialToken"]["id"] for template in templates if "SpecialToken" in template[0]]
-            self.bos = {self.vocab[token] for token in first}
-        self.adds_bos = bool(self.bos)
+            self.first = self._written_first()
+        if not set(self.first) <= set(self.vocab.values()):
+            raise CheckpointError(path, f"its post-processor writes the tokens {self.first}, which are not all in the vocabulary")
+        self.bos = set[int]()
         self.special = {token.content: token for token in self.tokenizer.get_added_tokens_decoder().values() if token.special}
+
+    def _written_first(self) -> list[int]:
+        """The ids that the post-processor, of any kind, writes in front of a text: it is given one of a single word."""
+        if self.tokenizer.post_processor is None:
+            return []
+        probe = tokenizers.Tokenizer(models.WordLevel({"word": 0}, unk_token="word"))
+        probe.post_processor = self.tokenizer.post_processor
+        written = probe.encode("word")
+        pairs = zip(written.ids, written.sequence_ids)  # the text is sequence 0, and what is written around it is of none
+        return [i for i, _ in itertools.takewhile(lambda pair: pair[1] is None, pairs)]
 
     def encode(self, text: str, mark: str | None) -> list[int]:
         """Here and below: special tokens are parsed where `mark`, "" or MARK, stands in front of them and nowhere else."""
@@ -114,9 +129,11 @@ class _TokenizerJson:
 
 
 class _SentencePiece:
-    """tokenizer.model, through SentencePiece. Tokens that the JSON files beside it add count as special."""
+    """tokenizer.model, through SentencePiece, which does not know the tokens that the JSON files beside it add.
 
-    adds_bos = True
+    They are parsed and written here as the `tokenizers` package does it: the special ones are parsed on request, the others
+    wherever they stand.
+    """
 
     def __init__(self, path: Path, config: JsonObject, special: set[str], family: str):
         try:
@@ -128,25 +145,41 @@ class _SentencePiece:
         self.vocab = {model.id_to_piece(i): i for i in range(self.plain_size)}
         for key, i in (("bos_token", model.bos_id()), ("eos_token", model.eos_id()), ("unk_token", model.unk_id())):
             config.values |= {key: config.values.get(key, model.id_to_piece(i))} if i >= 0 else {}
-        control = {name for name, i in self.vocab.items() if model.is_control(i) or model.is_unknown(i)}
+        pieces = self.vocab.copy()
         added = added_tokens(config)
-        said = {name for name in self.vocab if name in special or added.get(name, (0, {}))[1].get("special")}
-        new = added.keys() - self.vocab.keys()  # of a new id, or another name for a piece
         for name, (i, _) in added.items():
             if self.vocab.setdefault(name, i) != i:
                 raise config.error("added_tokens_decoder", f"or added_tokens.json gives {name!r:.80} the id {i}, unlike {path.name}")
-        self.special = {name: AddedToken(name, **added.get(name, (0, {}))[1]) for name in control | said | new}
+        control = {name for name, i in pieces.items() if model.is_control(i) or model.is_unknown(i)}
+        said = {name for name in self.vocab if name in special or added.get(name, (0, {}))[1].get("special")}
+        flags = {name: more for name, (_, more) in added.items()}
+        self.special = {name: AddedToken(name, **flags.get(name, {}) | {"special": True}) for name in control | said}
+        self._plain_tokens = {name: AddedToken(name, **more) for name, more in flags.items() if name not in self.special}
+        # By id, as the model does not have them, or has another piece there.
+        self._names = {self.vocab[name]: name for name in self._plain_tokens if name not in pieces}
         # the model itself parses these, so a text is cut within them
-        self._cut = re.compile("|".join(f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in said - control) or "(?!)")
+        own = said & pieces.keys() - control
+        self._cut = re.compile("|".join(f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in own) or "(?!)")
         self._space = config.get("add_prefix_space", bool, None)
         self._legacy = config.get("legacy", bool, self._space is None)
 
     def encode(self, text: str, mark: str | None) -> list[int]:
-        parts = [text] if mark is None else any_of(self.special, mark).split(text)
-        texts, names, ids = parts[::2], parts[1::2], list[int]()
+        tokens = self._plain_tokens | self.special
+        texts = list[str]()
+        names = list[str]()
+        start = 0
+        for found in any_of(tokens, f"{mark}?" if mark else "").finditer(text):
+            name = found[0].removeprefix(MARK)
+            if tokens[name].special and (mark is None or found[0] != mark + name):
+                continue  # it is text, and so is a shorter token within it
+            texts.append(text[start : found.start()])
+            names.append(name)
+            start = found.end()
+        texts.append(text[start:])
         for number, name in enumerate(names):
-            texts[number] = texts[number].rstrip() if self.special[name].lstrip else texts[number]
-            texts[number + 1] = texts[number + 1].lstrip() if self.special[name].rstrip else texts[number + 1]
+            texts[number] = texts[number].rstrip() if tokens[name].lstrip else texts[number]
+            texts[number + 1] = texts[number + 1].lstrip() if tokens[name].rstrip else texts[number + 1]
+        ids = list[int]()
         for number, part in enumerate(texts):
             ids += [self.vocab[name] for name in names[:number][-1:]] + self._plain(part, first=not number)
         return ids
@@ -163,9 +196,25 @@ class _SentencePiece:
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        space = [] if self._space is None else [self.model.piece_to_id("▁")]  # whose space the model drops, not the text's own
-        text = self.model.decode(space + ids)[len(self.model.decode(space)) :]
-        return text.removeprefix(" ") if self._space else text
+        text = ""
+        for name, run in itertools.groupby(ids, self._names.get):
+            if name is None:
+                text += self._plain_text(list(run), first=not text)
+            else:
+                text += name * len(list(run))
+        return text
+
+    def _plain_text(self, ids: list[int], first: bool) -> str:
+        """The text of the model's own tokens.
+
+        The model drops the space that a text begins with. It may do so for the first tokens of a text, if encode() put a
+        space there; otherwise it is given a token that comes before them.
+        """
+        before = [] if self._space is None else [self.model.piece_to_id("▁")]
+        if not first:
+            before = [self.model.unk_id()]
+        text = self.model.decode(before + ids)[len(self.model.decode(before)) :]
+        return text.removeprefix(" ") if first and self._space else text
 
 
 class Tokenizer:
@@ -193,15 +242,40 @@ class Tokenizer:
         self.vocab_size, self.plain_size = max(tokens, default=-1) + 1, self._backend.plain_size
         self._shown = {i: token for i, token in tokens.items() if token not in self._backend.special}  # what decode() keeps
 
-        # EOS: the first that names any. BOS: generation_config.json says nothing about it.
+        # An answer ends at the tokenizer's own EOS, which may be the end of a turn, and at those that the model's files number.
         numbered = self._numbered(generation, "eos_token_id") or self._numbered(model, "eos_token_id")
-        self.eos_ids = numbered or self._named(config, "eos_token")
+        self.eos_ids = numbered | self._named(config, "eos_token")
+        self._first = self._written_first(config, model)
         bos = self._named(config, "bos_token") or self._numbered(model, "bos_token_id") or self._backend.bos
-        self.bos_id = min(bos, default=None)
-        self._add_bos = config.get("add_bos_token", bool, self._backend.adds_bos)
-        if self._add_bos and self.bos_id is None:
-            raise CheckpointError(self.path, "BOS is to be added to a text, but no file says which token it is")
+        self.bos_id = self._first[0] if self._first else min(bos, default=None)
         self._template_tokens, self._templates = special_tokens(config)[0], read_templates(folder, config)
+
+    def _written_first(self, config: JsonObject, model: JsonObject) -> list[int]:
+        """The ids in front of a text, as transformers 5.23 puts them there.
+
+        tokenizer.json: what its post-processor writes, whichever token bos_token names, and nothing where there is no
+        post-processor. add_bos_token does not count. Two classes do not go by the post-processor: CodeLlamaTokenizer
+        writes bos_token, and GPTNeoXTokenizer writes nothing.
+
+        tokenizer.model: bos_token where add_bos_token is true. If bos_token is missing, it is the model's own BOS; if it is
+        null, nothing is written. If add_bos_token is missing, it is true for CodeLlamaTokenizer and false for other classes.
+        Where no file names a class it is true, unlike in transformers: such folders hold LLaMA's or Mistral's own files,
+        and these models were trained with BOS.
+
+        The class is tokenizer_class of tokenizer_config.json, or else of config.json. In a Mistral, Phi-3 or Qwen2 model it
+        does not count. What a post-processor writes behind a text is left out, as a model is to go on with the text.
+        """
+        kind = config.get("tokenizer_class", str, model.get("tokenizer_class", str, "")).removesuffix("Fast")
+        own_class = model.get("model_type", str, "") in ("mistral", "phi3", "qwen2")
+        code_llama = kind == "CodeLlamaTokenizer" and not own_class
+        wish = config.get("add_bos_token", bool, code_llama or not kind)
+        if isinstance(self._backend, _SentencePiece):
+            return list(self._named(config, "bos_token")) if wish else []
+        if code_llama:
+            return list(self._named(config, "bos_token"))
+        if kind == "GPTNeoXTokenizer" and not own_class:
+            return []
+        return self._backend.first
 
     def _named(self, config: JsonObject, key: str) -> set[int]:
         """The id of a token that a file names: a string, or an object with the string as its content."""
@@ -221,16 +295,18 @@ class Tokenizer:
         return set(ids)
 
     def encode(self, text: str, bos: bool | None = None, parse_special: bool = False) -> list[int]:
-        """Text to ids. bos: put BOS in front (None: if the checkpoint's files say so).
+        """Text to ids. bos: put BOS in front (None: if the checkpoint's files say so, by the rule of _written_first).
 
         "<s>" and the like in `text` are ordinary characters unless parse_special. Raises CheckpointError.
         """
-        bos = self._add_bos if bos is None else bos
-        if bos and self.bos_id is None:
-            raise CheckpointError(self.path, "there is no BOS token to add")
+        first = self._first
+        if bos and not first:
+            if self.bos_id is None:
+                raise CheckpointError(self.path, "there is no BOS token to add")
+            first = [self.bos_id]
         with _tokenizing(self.path, "encode the text"):
             ids = self._backend.encode(text, "" if parse_special else None)
-        return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
+        return ids if bos is False else first + ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids to text. Special tokens and ids outside the vocabulary are dropped."""
