@@ -156,17 +156,17 @@ def likeliest(logits, temperature, top_k, top_p) -> torch.Tensor:
     if logits.device.type == "cpu":
         # NumPy sorts 128 rows of 32000 in 0.06 s, torch in 0.8 s. It has no bfloat16.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        ranked = -torch.from_numpy(np.sort(-logits.numpy(), axis=1))
+        ranked = torch.from_numpy(np.sort(logits.numpy(), axis=1)).flip(1)
     else:
         ranked = logits.sort(dim=1, descending=True).values
-    scaled = (ranked.double() - ranked[:, :1]) / temperature
-    p = scaled[:, : top_k or None].softmax(1)
+    ranked = ranked[:, : top_k or None]
+    p = ((ranked.double() - ranked[:, :1]) / temperature).softmax(1)
     before = F.pad(p.cumsum(1)[:, :-1], (1, 0))  # the probability of those that are likelier
     n = (before < top_p).sum(1, keepdim=True)  # so many stay, one at least
     least = ranked.gather(1, n - 1)
     above = logits > least
     equal = logits == least
-    return above | (equal & (equal.cumsum(1) <= n - above.sum(1, keepdim=True)))
+    return above | (equal & (equal.cumsum(1, dtype=torch.int32) <= n - above.sum(1, keepdim=True)))
 
 
 def row_seed(seed: int, row: int) -> int:
