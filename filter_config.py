@@ -10,7 +10,7 @@ from typing import Literal, get_args, get_type_hints
 
 
 def option(default, help, at_least=None, below=None):
-    """A field of FilterConfig: its default, the text that --help prints, and the range of a number."""
+    """A field of FilterConfig: its default, the text of --help, and the range of a number."""
     metadata = {"help": help, "at_least": at_least, "below": below}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -78,7 +78,7 @@ class FilterConfig:
 
     @property
     def n_sinks(self) -> int:
-        """The number of tokens at the start of a text that are always kept and can always be seen."""
+        """How many tokens at the start of a text are always kept and can always be seen."""
         return max(self.warmup, 1)
 
 

@@ -57,7 +57,7 @@ class StepRunner:
         return cache.recorded_step(tokens)
 
     def try_to_record(self, decode_step, tokens, cache: KVCache):
-        """The recording, or None where that fails, after a note on stderr; it is not tried again."""
+        """The recording, or None, after a note on stderr, where it fails; it is not tried again."""
         assert self.record is not None
         try:
             return self.record(decode_step, tokens, cache)
