@@ -549,12 +549,7 @@ class Answer:
         self.ended = False
         self.text = ""  # what was not given out yet, with special tokens written out
         self.shown = list[bool]()  # of each letter of `text` whether it belongs to the answer
-        # The special tokens that are not shown, with their names.
-        vocab = tokenizer._backend.vocab
-        names = {vocab[name]: name for name in tokenizer._backend.special}
-        self.special = {
-            token: name for token, name in names.items() if token not in tokenizer._shown
-        }
+        self.special = tokenizer.special_names
 
     def push(self, token: int | None) -> str:
         """The text that has become certain with this token; "" for one of eos_ids.

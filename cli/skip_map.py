@@ -82,8 +82,7 @@ def token_pieces(tokenizer: Tokenizer, tokens) -> list[str]:
 
     A special token brings its name.
     """
-    backend = tokenizer._backend
-    special = {backend.vocab[name]: name for name in backend.special}
+    special = tokenizer.special_names
     stream = tokenizer.stream(start=True)
     pieces = []
     for token in tokens:

@@ -206,7 +206,7 @@ class FilteredLM(TemplateLM):
     @property
     def eot_token_id(self):
         """The tokenizer's own EOS, or else one that ends a generated text; None without one."""
-        own = self._id_of("eos_token")
+        own = self.tokenizer.named_id("eos_token")
         return min(self.tokenizer.eos_ids, default=None) if own is None else own
 
     @property
@@ -216,8 +216,8 @@ class FilteredLM(TemplateLM):
         Raises ValueError if there is neither.
         """
         candidates = (
-            self._id_of("bos_token"),
-            self._id_of("eos_token"),
+            self.tokenizer.named_id("bos_token"),
+            self.tokenizer.named_id("eos_token"),
             self.tokenizer.bos_id,
             self.eot_token_id,
         )
@@ -228,11 +228,6 @@ class FilteredLM(TemplateLM):
             "an empty context has to become a BOS or EOS token, "
             "and the checkpoint's files name none"
         )
-
-    def _id_of(self, name):
-        """The id of the token that the tokenizer has under this name, None if it has none."""
-        token = self.tokenizer._template_tokens.get(name, "")
-        return self.tokenizer._backend.vocab.get(token)
 
     @property
     def tokenizer_name(self):

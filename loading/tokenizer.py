@@ -40,11 +40,13 @@ FILES = (
 class Tokenizer:
     """A checkpoint's tokenizer and its chat template.
 
-    path        the tokenizer's file vocab_size  the highest id + 1 plain_size  the same without the
-    tokens that were added to a vocabulary, such as one for padding,
-                which a model may have no embedding for
-    bos_id      the id of BOS; None if there is none
-    eos_ids     a set of ids, any of which ends a text
+    path            the tokenizer's file
+    vocab_size      the highest id + 1
+    plain_size      the same without the tokens that were added to a vocabulary, such as one for
+                    padding, which a model may have no embedding for
+    bos_id          the id of BOS; None if there is none
+    eos_ids         a set of ids, any of which ends a text
+    special_names   the names, by id, of special tokens: those that decode() leaves out
 
     Raises CheckpointError.
     """
@@ -70,6 +72,7 @@ class Tokenizer:
         self.plain_size = self._backend.plain_size
         # What decode() shows, by id.
         self._shown = {i: name for i, name in names.items() if name not in self._backend.special}
+        self.special_names = {i: name for i, name in names.items() if i not in self._shown}
 
         # An answer ends at the tokenizer's own EOS, which may be the end of a turn, and at those
         # that the model's files number.
@@ -81,6 +84,10 @@ class Tokenizer:
         self.bos_id = self._find_bos(config, model)
         self._template_tokens = named_tokens(config)
         self._templates = read_templates(folder, config)
+
+    def named_id(self, key: str) -> int | None:
+        """The id of the token that the files name under a key ("pad_token"), or None."""
+        return self._backend.vocab.get(self._template_tokens.get(key, ""))
 
     def _find_first(self, config: JsonObject, model: JsonObject) -> list[int]:
         """The ids in front of a text, as transformers 5.23 puts them there.

@@ -40,7 +40,7 @@ class Letters:
     """
 
     eos_ids = frozenset({2})
-    _backend = types.SimpleNamespace(special=(), vocab={})
+    special_names = types.MappingProxyType({})
 
     def chat(self, messages):
         tokens = []

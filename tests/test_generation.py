@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import types
 
 import pytest
 import torch
@@ -456,10 +455,7 @@ class Pieces:
 
     def __init__(self, special):
         """special: piece -> anything"""
-        self._backend = types.SimpleNamespace(
-            special=special, vocab={piece: piece for piece in special}
-        )
-        self._shown = ()
+        self.special_names = {piece: piece for piece in special}
 
     def stream(self, start=False):
         return self
