@@ -40,7 +40,7 @@ class Letters:
     """
 
     eos_ids = frozenset({2})
-    special_names = types.MappingProxyType({})
+    special_names: types.MappingProxyType = types.MappingProxyType({})
 
     def chat(self, messages):
         tokens = []

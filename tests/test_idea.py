@@ -458,11 +458,11 @@ def test_bytes_are_what_the_cache_counts(name, window, e, dtype):
         n_near = 0
         state = 3 * 8  # counters of each sequence
         if layer.filters:
-            n_near = 16 + filter.recent + 1
+            n_near = filter.n_sinks + filter.recent + 1
             state += filter_bytes(2, 8, e, filter) + n_near  # and of each near slot a flag
         n_held = []
         for row, n in enumerate(lengths):
-            n_left_ring = n - n_near + 16  # tokens, the sinks counted in
+            n_left_ring = max(n - filter.recent - 1, 0)  # tokens, the sinks counted in
             n_held.append(n - int(redundant[row, :n_left_ring].sum()))
         slot = slot_bytes(2, 8, e)
         in_use += sum(n_held) * slot + 2 * state
