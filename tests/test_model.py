@@ -113,6 +113,8 @@ def test_chunks_and_neighbours_change_nothing(shape, window, name, prune):
         {"recent": 200},
         {"mode": "cache"},
         {"mode": "local", "recent": 3},
+        {"mode": "local", "recent": 3, "fusion": "key-query"},
+        {"mode": "cache", "fusion": "key-query", "keys": "unrotated"},
     ],
 )
 def test_chunks_and_neighbours_change_nothing_with_other_settings(changes):
