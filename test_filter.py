@@ -280,6 +280,51 @@ def test_what_queries_look_for_is_kept():
     assert shares[0] < shares[1] - 0.1
 
 
+def test_ranks_of_equal_cosines_are_in_the_middle():
+    """Zeros have cosines of exactly 0: half of those before are below, so s = 1/2 - 1/4."""
+    zero = torch.zeros(1, 90, 2, 4, dtype=torch.float64)
+    for chunks in ([[90]], [[1]] * 90):
+        _, score, _ = feed(zero, zero, chunks, 0.5, KEY_QUERY, q=zero)
+        assert score[0, 0] == 0 and (score[0, 1:] == 0.25).all()
+
+
+def test_a_cosine_that_is_nan_keeps_its_token():
+    k, v = drift(1, 90, 2, 4)
+    q = drifting_queries(1, 90, 2, 4)
+    for broken in (times(k, math.nan, 50), times(k, math.inf, 50)):
+        redundant, score, _ = feed(broken, v, [[1]] * 90, 0.99, KEY_QUERY, q=q)
+        assert redundant[0, :50].any() and not redundant[0, 50:].any()
+        assert not np.isnan(score[0, :50]).any() and np.isnan(score[0, 50:]).all()
+
+
+def test_each_device_has_some_heads_and_takes_the_decisions_of_one_that_has_all():
+    """Each device's sums over its heads are noted first; then both are given their total."""
+    k, v = drift(2, 80, 4, 8)
+    q = drifting_queries(2, 80, 4, 8)
+    whole = feed(k, v, [[80, 50]], 0.5, KEY_QUERY, q=q)
+    sums = []
+
+    def note(own):
+        sums.append(own)
+        return own
+
+    def add_up(own):
+        return sums[0] + sums[1]
+
+    def run_part(heads, sum_over_devices):
+        part_k, part_v, part_q = (x[:, :, heads] for x in (k, v, q))
+        state = FilterState(
+            2, part_k.shape[2], 8, KEY_QUERY, 0, torch.float64, "cpu", sum_over_devices
+        )
+        return feed(part_k, part_v, [[80, 50]], 0.5, KEY_QUERY, state, q=part_q)
+
+    devices = (slice(0, 1), slice(1, 4))
+    for heads in devices:
+        run_part(heads, note)
+    for heads in devices:
+        assert_same(run_part(heads, add_up), whole)
+
+
 def test_queries_that_are_missing_are_named():
     k, v = drift(1, 5, 2, 4)
     with pytest.raises(ValueError, match=r"fusion='key-query' .* \bq\b"):
@@ -501,7 +546,7 @@ def test_the_transformer_compares_keys_with_queries(mode, keys, shape):
 
 
 def assert_transformer_agrees(model, config):
-    """With decode_loop. A batch of two texts of different length, in prefill and then one by one."""
+    """With decode_loop: two texts of different length, in prefill and then one by one."""
     tokens = torch.randint(0, 97, (2, 44))
     cache = model.new_cache(2, config)
     got = [[], []]

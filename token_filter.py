@@ -119,14 +119,13 @@ def past_and_latest(history, new, lengths, count):
 
     history (..., B, W), the value of position p in column p mod W; new (..., B, T), of which row
     b's first lengths[b] are real (None: a decode step); count (B, 1): the position of the first.
-    Returns past (..., B, T, W), the W values before each new one, and what
-    history.scatter_(-1, columns, latest) takes. That call comes after `past` has been used, which
-    may be a view of the history.
+    Returns past (..., B, T, W), the W values before each new one; columns (B, W'), in which the
+    history is to hold latest (..., B, W'). It is to be written to after `past` has been used, which
+    may be a view of it.
     """
     W = history.shape[-1]
     if lengths is None:  # decode: one new value replaces the oldest
-        columns = (count % W).expand_as(new)
-        return history[..., None, :], columns, new
+        return history.unsqueeze(-2), count % W, new
 
     offset = torch.arange(W, device=new.device)
     oldest = (count + offset) % W  # (B, W): the columns, oldest value first
@@ -135,7 +134,7 @@ def past_and_latest(history, new, lengths, count):
     values = torch.cat((oldest_first, new), dim=-1)
     past = values[..., :-1].unfold(-1, W, 1)
     last_W = lengths[:, None] + offset  # (B, W): where the latest W values of each row are
-    columns = ((count + last_W) % W).expand_as(history)
+    columns = (count + last_W) % W
     return past, columns, values.gather(-1, last_W.expand_as(history))
 
 
@@ -163,7 +162,7 @@ def rank_scores(score, lengths, state: FilterState, ratio, config: FilterConfig)
     n_past = position.clamp(max=config.history)
     past_warmup = position >= config.n_sinks  # the warm-up is the first n_sinks tokens
     redundant = exceeds_quantile(score, past, n_past, ratio) & past_warmup
-    state.history.scatter_(-1, columns, latest)
+    state.history.scatter_(1, columns, latest)
     state.count += n_new
     return redundant, score
 
@@ -184,7 +183,7 @@ def key_query_score(cosines, lengths, state: FilterState):
     value = cosines[..., None]  # (2, B, T, 1)
     below = (past < value).sum(-1, dtype=value.dtype)  # (2, B, T)
     equal = (past == value).sum(-1, dtype=value.dtype)
-    state.cosine_history.scatter_(-1, columns, latest)
+    state.cosine_history.scatter_(2, columns.expand_as(latest), latest)
 
     place = (below + 0.5 * equal).masked_fill(cosines.isnan(), math.nan)
     place_k, place_q = place.unbind(0)
