@@ -60,11 +60,12 @@ class FilterConfig:
         "how many past scores a new score is ranked among",
         at_least=1,
     )
-    fusion: Literal["variance", "equal", "key", "value"] = option(
+    fusion: Literal["variance", "equal", "key", "value", "key-query"] = option(
         "variance",
         "how the similarity of keys and that of values become one score: the side on which the "
         "heads agree more has more weight (variance), both have the same (equal), or one side "
-        "alone counts (key, value)",
+        "alone counts (key, value); or keys alone, less if they are like recent queries "
+        "(key-query, not with mode skip)",
     )
     keys: Literal["rotated", "unrotated"] = option(
         "rotated",
@@ -75,6 +76,16 @@ class FilterConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             check_option(field, getattr(self, field.name))
+        if self.needs_queries and self.mode == "skip":
+            raise ValueError(
+                f"fusion={self.fusion!r} needs mode local or cache: in mode skip redundant tokens "
+                "have no queries"
+            )
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether the filter looks at queries too."""
+        return self.fusion == "key-query"
 
     @property
     def n_sinks(self) -> int:

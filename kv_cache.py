@@ -137,8 +137,10 @@ class Decisions:
 
     redundant: torch.Tensor  # (B, T) bool; False at padding
     score: torch.Tensor  # (B, T); NaN at padding, and everywhere in a layer that does not filter
-    cosine: torch.Tensor | None  # (B, T, 2, KVH) similarity of keys and of values, by head
-    w_k: torch.Tensor | None  # (B, T) the weight of the keys' side
+    # (B, T, 2, KVH) similarity of keys and of values, by head; with fusion "key-query" (B, T, 3,
+    # KVH), the last of keys to queries.
+    cosine: torch.Tensor | None
+    w_k: torch.Tensor | None  # (B, T) the weight of the keys' side; None with fusion "key-query"
 
 
 def near_slot(position, n_sinks, ring_size):
@@ -216,9 +218,12 @@ class LayerCache:
             # A tensor, since a number would have torch.compile compile each layer anew.
             self.ratio_tensor = torch.full((), ratio, dtype=torch.float64, device=device)
 
-    def find_redundant(self, k, v, lengths):
-        """Run the filter: k, v (B, T, KVH, D), lengths as in token_filter -> (B, T) bool."""
-        redundant, score = self.filter_fn(k, v, lengths, self.state, self.ratio_tensor, self.filter)
+    def find_redundant(self, k, v, lengths, q=None):
+        """Run the filter: k, v, q (B, T, KVH, D), lengths as in token_filter -> (B, T) bool."""
+        arguments = [k, v, lengths, self.state, self.ratio_tensor, self.filter]
+        if q is not None:
+            arguments.append(q)
+        redundant, score = self.filter_fn(*arguments)
         self.n_redundant += redundant.sum(1)
         self.redundant = redundant
         self.score = score

@@ -142,25 +142,42 @@ class Attention(nn.Module):
         v = self.v(x).unflatten(-1, (self.kv_heads, self.head_dim))
 
         # Filter. Keys are compared as the cache holds them, or as they are before RoPE.
+        q = None  # (N, H, D) if the filter needs the queries; else they are projected to attend
         redundant = None  # (B, T) bool in a layer that filters
         if cache.filters:
-            compared = k if cache.filter.keys == "rotated" else k_unrotated
-            redundant = cache.find_redundant(batch.by_row(compared), batch.by_row(v), batch.lengths)
+            is_rotated = cache.filter.keys == "rotated"
+            compared = batch.by_row(k if is_rotated else k_unrotated)
+            if cache.filter.needs_queries:
+                q_unrotated = self.unrotated_queries(x)
+                q = apply_rope(q_unrotated, batch.cos, batch.sin)
+                mean_q = self.mean_of_groups(q if is_rotated else q_unrotated)
+                redundant = cache.find_redundant(
+                    compared, batch.by_row(v), batch.lengths, batch.by_row(mean_q)
+                )
+            else:
+                redundant = cache.find_redundant(compared, batch.by_row(v), batch.lengths)
 
         # Store and attend.
         if isinstance(batch, DecodeStep):
-            return self.decode(x, k, v, redundant, batch, cache)
-        return self.prefill(x, k, v, redundant, batch, cache)
+            return self.decode(x, q, k, v, redundant, batch, cache)
+        return self.prefill(x, q, k, v, redundant, batch, cache)
 
     def queries(self, x, cos, sin):
         """x (N, C) -> (N, H, D)"""
-        q = self.q(x).unflatten(-1, (self.heads, self.head_dim))
-        return apply_rope(self.q_norm(q), cos, sin)
+        return apply_rope(self.unrotated_queries(x), cos, sin)
+
+    def unrotated_queries(self, x):
+        """x (N, C) -> (N, H, D)"""
+        return self.q_norm(self.q(x).unflatten(-1, (self.heads, self.head_dim)))
+
+    def mean_of_groups(self, q):
+        """The mean over the query heads that share a key head: (N, H, D) -> (N, KVH, D)."""
+        return q.unflatten(1, (self.kv_heads, -1)).mean(2)
 
     # ---------------------------------------------------------------------------------- decode
 
-    def decode(self, x, k, v, redundant, step: DecodeStep, cache: LayerCache):
-        """One token a row, N = B.
+    def decode(self, x, q, k, v, redundant, step: DecodeStep, cache: LayerCache):
+        """One token a row, N = B. q (B, H, D), or None if it is yet to be projected.
 
         A redundant token's query reads nothing in mode skip, the near slots in mode local, all in
         mode cache. q and o are computed for every row: the host does not know which are redundant,
@@ -169,7 +186,8 @@ class Attention(nn.Module):
         if redundant is not None:
             redundant = redundant[:, 0]
         n_visible, in_window = cache.append(k, v, redundant, step)
-        q = self.queries(x, step.cos, step.sin)  # (B, H, D)
+        if q is None:
+            q = self.queries(x, step.cos, step.sin)  # (B, H, D)
         keys, values = cache.kv
         output = self.o(decode_attention(q, keys, values, n_visible, in_window).flatten(1))
         if redundant is not None and cache.filter.mode == "skip":
@@ -179,8 +197,11 @@ class Attention(nn.Module):
 
     # --------------------------------------------------------------------------------- prefill
 
-    def prefill(self, x, k, v, redundant, chunk: PrefillChunk, cache: LayerCache):
-        """Up to T tokens a row. Tokens that skip attention do not go through q and o at all."""
+    def prefill(self, x, q, k, v, redundant, chunk: PrefillChunk, cache: LayerCache):
+        """Up to T tokens a row. Tokens that skip attention do not go through q and o at all.
+
+        q (N, H, D), or None if it is yet to be projected.
+        """
         k = chunk.by_row(k)  # (B, T, KVH, D)
         v = chunk.by_row(v)
         context = cache.context(k, v, redundant, chunk)
@@ -188,19 +209,19 @@ class Attention(nn.Module):
         mode = cache.filter.mode
         if redundant is None or mode == "cache":
             everyone = slice(None)
-            self.attend(x, everyone, chunk.packing, context, chunk, cache, output)
+            self.attend(x, q, everyone, chunk.packing, context, chunk, cache, output)
         else:
             is_kept = chunk.packing.unpad(~redundant)  # (N,)
             n_redundant = redundant.sum(1).cpu()  # (B,), waits for the device, as rebuild does
             n_kept = chunk.host_lengths - n_redundant
-            self.attend_some(x, is_kept, n_kept, context, chunk, cache, output)
+            self.attend_some(x, q, is_kept, n_kept, context, chunk, cache, output)
             if mode == "local":
                 local = context.without_far()
-                self.attend_some(x, ~is_kept, n_redundant, local, chunk, cache, output)
+                self.attend_some(x, q, ~is_kept, n_redundant, local, chunk, cache, output)
         cache.rebuild(context, chunk)
         return output
 
-    def attend_some(self, x, attends, counts, context, chunk: PrefillChunk, cache, output):
+    def attend_some(self, x, q, attends, counts, context, chunk: PrefillChunk, cache, output):
         """The same as attend() for the tokens where attends (N,) is True.
 
         counts (B,), on the host: how many tokens of each row attend. They are moved to the front of
@@ -213,25 +234,27 @@ class Attention(nn.Module):
         # order; nonzero() would wait for the device to say how many there are.
         tokens = attends.byte().argsort(descending=True, stable=True)[:n]
         packing = Packing(counts, int(counts.max()), x.device)
-        self.attend(x, tokens, packing, context, chunk, cache, output)
+        self.attend(x, q, tokens, packing, context, chunk, cache, output)
 
-    def attend(self, x, tokens, packing: Packing, context, chunk, cache: LayerCache, output):
+    def attend(self, x, q, tokens, packing: Packing, context, chunk, cache: LayerCache, output):
         """Attention for some of the N tokens; writes their rows of `output` (N, C).
 
         tokens: their indices, or slice(None) for all N; packing: where they are in a (B, T') grid.
         """
-        cos = chunk.cos[tokens]
-        sin = chunk.sin[tokens]
-        q = packing.pad(self.queries(x[tokens], cos, sin))  # (B, T', H, D)
+        if q is None:
+            own_q = self.queries(x[tokens], chunk.cos[tokens], chunk.sin[tokens])
+        else:
+            own_q = q[tokens]
+        own_q = packing.pad(own_q)  # (B, T', H, D)
         keys, values = context.kv
         if cache.is_causal(chunk):
-            y = causal_attention(q, keys, values)
-            T = q.shape[1]  # the i-th of them, from 0, sees n_before + i + 1 tokens
+            y = causal_attention(own_q, keys, values)
+            T = own_q.shape[1]  # the i-th of them, from 0, sees n_before + i + 1 tokens
             cache.n_read += T * chunk.n_before + T * (T + 1) // 2
         else:
             position = chunk.packing.unpad(chunk.position)[tokens]
             mask = cache.visible(packing.pad(position, fill=EMPTY), context)  # (B, T', K)
-            y = masked_attention(q, keys, values, mask)
+            y = masked_attention(own_q, keys, values, mask)
             # In int64 the first sum would take 8 times as long.
             cache.n_read += mask.sum(2, dtype=torch.int32).sum(1)
         output[tokens] = self.o(packing.unpad(y))

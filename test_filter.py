@@ -80,13 +80,18 @@ def decode_loop(model, tokens, config):
             k_unrotated = attn.k_norm(attn.k(normed).view(c.kv_heads, c.head_dim))
             k = rotated(k_unrotated, angle)
             v = attn.v(normed).view(c.kv_heads, c.head_dim)
-            q = rotated(attn.q_norm(attn.q(normed).view(c.heads, c.head_dim)), angle)
+            q_unrotated = attn.q_norm(attn.q(normed).view(c.heads, c.head_dim))
+            q = rotated(q_unrotated, angle)
 
-            compared = k if config.keys == "rotated" else k_unrotated
-            k_chunk = compared.numpy()[None, None]  # a chunk of one token
-            v_chunk = v.numpy()[None, None]
+            is_rotated = config.keys == "rotated"
+            compared_k = k if is_rotated else k_unrotated
+            compared_q = q if is_rotated else q_unrotated
+            # A key head's queries are those of the heads that share it, which are neighbours.
+            mean_q = torch.stack([heads.mean(0) for heads in compared_q.chunk(c.kv_heads)])
+            # Chunks of one token.
+            k_chunk, v_chunk, q_chunk = (x.numpy()[None, None] for x in (compared_k, v, mean_q))
             found, _, _, states[l] = filter_loop(
-                k_chunk, v_chunk, [1], [ratios[l]], config, states[l]
+                k_chunk, v_chunk, [1], [ratios[l]], config, states[l], q_chunk
             )
             redundant[l].append(found[0, 0])
             keys[l].append(k)
@@ -107,6 +112,8 @@ def decode_loop(model, tokens, config):
 
 
 # ---------------------------------------------------------------- what the tests share
+
+KEY_QUERY = FilterConfig(mode="cache", fusion="key-query")
 
 
 @functools.cache
@@ -140,9 +147,10 @@ def small(shape="gqa", window=None, n_layers=4, **of_a_family) -> Transformer:
     return model
 
 
-def feed(k, v, chunks, ratio, config, state=None, dtype=torch.float64, layer=0):
+def feed(k, v, chunks, ratio, config, state=None, dtype=torch.float64, layer=0, q=None):
     """Run token_filter over k, v in chunks, each a list of B numbers of tokens, one for each row.
 
+    q: queries, for fusion "key-query".
     ratio: one for all rows, or a list of one for each. Rows that get less than others are padded
     with what comes next in k, v. Returns redundant (B, T) and score (B, T) as arrays, False and NaN
     for tokens not fed, and the state.
@@ -162,7 +170,10 @@ def feed(k, v, chunks, ratio, config, state=None, dtype=torch.float64, layer=0):
         columns = columns.clamp(max=T - 1)
         is_decode_step = set(chunk) == {1}
         lengths = None if is_decode_step else torch.tensor(chunk)
-        r, s = token_filter(k[rows, columns], v[rows, columns], lengths, state, ratio, config)
+        k_chunk = k[rows, columns]
+        v_chunk = v[rows, columns]
+        q_chunk = None if q is None else q[rows, columns]
+        r, s = token_filter(k_chunk, v_chunk, lengths, state, ratio, config, q_chunk)
         for b, n in enumerate(chunk):
             assert not r[b, n:].any() and s[b, n:].isnan().all()  # padding
             redundant[b, done[b] : done[b] + n] = r[b, :n]
@@ -171,14 +182,17 @@ def feed(k, v, chunks, ratio, config, state=None, dtype=torch.float64, layer=0):
     return redundant, score, state
 
 
-def assert_agrees(k, v, lengths, ratio, config, unsettled=0.0):
+def assert_agrees(k, v, lengths, ratio, config, unsettled=0.0, q=None):
     """token_filter does as the loop does.
 
     unsettled: the share of decisions that may hang on the last bit of a score. Those too are
     exactly what the rule says of token_filter's own scores.
     """
-    redundant, score, _ = feed(k, v, [lengths], ratio, config)
-    want, want_score, settled, _ = filter_loop(k.numpy(), v.numpy(), lengths, ratio, config)
+    redundant, score, _ = feed(k, v, [lengths], ratio, config, q=q)
+    q_array = None if q is None else q.numpy()
+    want, want_score, settled, _ = filter_loop(
+        k.numpy(), v.numpy(), lengths, ratio, config, q=q_array
+    )
     np.testing.assert_allclose(score, want_score, rtol=0, atol=1e-9)
     np.testing.assert_array_equal(redundant[settled], want[settled])
     assert np.mean(~settled) <= unsettled
@@ -232,6 +246,112 @@ def test_agrees_with_the_loop_for_every_setting(history, gamma, warmup):
 def test_agrees_with_the_loop_for_every_fusion(fusion):
     k, v = drift(2, 200, 3, 16)
     assert_agrees(k, v, [200, 200], [0.5, 0.9], FilterConfig(fusion=fusion))
+
+
+def drifting_queries(B, T, KVH, D):
+    """Like the keys of drift(), but others."""
+    return drift(B, T, KVH, D, seed=1000)[0]
+
+
+@pytest.mark.parametrize("KVH, D", [(1, 2), (1, 64), (2, 16), (3, 4), (8, 16)])
+@pytest.mark.parametrize("history, gamma, warmup", [(64, 0.9, 16), (1, 0.5, 0), (7, 0, 1)])
+def test_agrees_with_the_loop_with_queries(history, gamma, warmup, KVH, D):
+    """There is no unsettled decision, however many scores are equal: they are exact."""
+    k, v = drift(6, 150, KVH, D)
+    q = drifting_queries(6, 150, KVH, D)
+    config = FilterConfig(
+        mode="cache", fusion="key-query", history=history, gamma=gamma, warmup=warmup
+    )
+    assert_agrees(k, v, [150, 0, 149, 1, 40, 150], [0.0, 0.5, 0.1, 0.9, 0.999, 1.0], config, q=q)
+
+
+def test_what_queries_look_for_is_kept():
+    """Of tokens that are otherwise alike, those whose keys are like recent queries."""
+    noise = torch.randn(1, 400, 2, 16, generator=torch.Generator().manual_seed(0)).double()
+    wanted = torch.zeros(1, 1, 1, 16, dtype=torch.float64)
+    wanted[..., 0] = 3
+    is_wanted = torch.arange(400) % 4 == 0
+    k = torch.where(is_wanted[:, None, None], wanted + noise, noise)
+    q = wanted + 0.1 * noise.flip(1)
+    shares = []
+    for queries in (q, -q):
+        redundant, *_ = feed(k, k, [[400]], 0.5, KEY_QUERY, q=queries)
+        shares.append(redundant[0, is_wanted.numpy()].mean())
+    assert shares[0] < shares[1] - 0.1
+
+
+def test_ranks_of_equal_cosines_are_in_the_middle():
+    """Zeros have cosines of exactly 0: half of those before are below, so s = 1/2 - 1/4."""
+    zero = torch.zeros(1, 90, 2, 4, dtype=torch.float64)
+    for chunks in ([[90]], [[1]] * 90):
+        _, score, _ = feed(zero, zero, chunks, 0.5, KEY_QUERY, q=zero)
+        assert score[0, 0] == 0 and (score[0, 1:] == 0.25).all()
+
+
+def test_a_cosine_that_is_nan_keeps_its_token():
+    k, v = drift(1, 90, 2, 4)
+    q = drifting_queries(1, 90, 2, 4)
+    for broken in (times(k, math.nan, 50), times(k, math.inf, 50)):
+        redundant, score, _ = feed(broken, v, [[1]] * 90, 0.99, KEY_QUERY, q=q)
+        assert redundant[0, :50].any() and not redundant[0, 50:].any()
+        assert not np.isnan(score[0, :50]).any() and np.isnan(score[0, 50:]).all()
+
+
+def test_each_device_has_some_heads_and_takes_the_decisions_of_one_that_has_all():
+    """Each device's sums over its heads are noted first; then both are given their total."""
+    k, v = drift(2, 80, 4, 8)
+    q = drifting_queries(2, 80, 4, 8)
+    whole = feed(k, v, [[80, 50]], 0.5, KEY_QUERY, q=q)
+    sums = []
+
+    def note(own):
+        sums.append(own)
+        return own
+
+    def add_up(own):
+        return sums[0] + sums[1]
+
+    def run_part(heads, sum_over_devices):
+        part_k, part_v, part_q = (x[:, :, heads] for x in (k, v, q))
+        state = FilterState(
+            2, part_k.shape[2], 8, KEY_QUERY, 0, torch.float64, "cpu", sum_over_devices
+        )
+        return feed(part_k, part_v, [[80, 50]], 0.5, KEY_QUERY, state, q=part_q)
+
+    devices = (slice(0, 1), slice(1, 4))
+    for heads in devices:
+        run_part(heads, note)
+    for heads in devices:
+        assert_same(run_part(heads, add_up), whole)
+
+
+def test_queries_that_are_missing_are_named():
+    k, v = drift(1, 5, 2, 4)
+    with pytest.raises(ValueError, match=r"fusion='key-query' .* \bq\b"):
+        feed(k, v, [[5]], 0.5, KEY_QUERY)
+
+
+@given(
+    data=st.data(),
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 60), st.integers(1, 5), st.integers(2, 9)),
+    config=st.builds(
+        FilterConfig,
+        mode=st.just("cache"),
+        fusion=st.just("key-query"),
+        warmup=st.integers(0, 20),
+        history=st.integers(1, 40),
+        gamma=st.floats(0, 0.99),
+    ),
+    seed=st.integers(0, 999),
+)
+def test_agrees_with_the_loop_with_queries_on_whatever_hypothesis_draws(data, shape, config, seed):
+    """D is 2 or more: the cosines of two numbers are 1 or -1, so that their ranks would hang on the
+    last bit.
+    """
+    B, T, _, _ = shape
+    lengths = data.draw(st.lists(st.integers(0, T), min_size=B, max_size=B))
+    ratio = data.draw(st.lists(st.floats(0, 1), min_size=B, max_size=B))
+    assert_agrees(*drift(*shape, seed), lengths, ratio, config, q=drifting_queries(*shape))
 
 
 def times(x, factor, *where):
@@ -306,9 +426,11 @@ def test_agrees_with_the_loop_on_whatever_hypothesis_draws(data, shape, config, 
     assert_agrees(*drift(*shape, seed), lengths, ratio, config, unsettled=1.0 if D == 1 else 0.0)
 
 
-def test_agrees_with_the_loop_from_one_chunk_to_the_next():
+@pytest.mark.parametrize("fusion", ["variance", "key-query"])
+def test_agrees_with_the_loop_from_one_chunk_to_the_next(fusion):
     k, v = drift(3, 100, 3, 4)
-    config = FilterConfig(history=30)
+    q = drifting_queries(3, 100, 3, 4)
+    config = FilterConfig(mode="cache", history=30, fusion=fusion)
     ratio = [0.5, 0.3, 0.8]
     state = None
     past = None
@@ -318,9 +440,11 @@ def test_agrees_with_the_loop_from_one_chunk_to_the_next():
         (70, [20, 1, 20]),
         *((t, [1, 1, 1]) for t in range(90, 100)),
     ):
-        chunk = k[:, start : start + max(n_new)], v[:, start : start + max(n_new)]
-        redundant, score, state = feed(*chunk, [n_new], ratio, config, state)
-        *want, _, past = filter_loop(*(x.numpy() for x in chunk), n_new, ratio, config, past)
+        k_chunk, v_chunk, q_chunk = (x[:, start : start + max(n_new)] for x in (k, v, q))
+        redundant, score, state = feed(k_chunk, v_chunk, [n_new], ratio, config, state, q=q_chunk)
+        *want, _, past = filter_loop(
+            k_chunk.numpy(), v_chunk.numpy(), n_new, ratio, config, past, q_chunk.numpy()
+        )
         assert_same((redundant, score), want)
 
 
@@ -341,6 +465,22 @@ def test_the_state_holds_the_loop_s_anchors_and_scores(history):
         if n > 0:
             anchors = np.stack([past[b].A_K, past[b].A_V])
             np.testing.assert_allclose(state.anchor[b], anchors, rtol=1e-9, atol=1e-9)
+
+
+def test_the_state_holds_the_loop_s_anchor_and_cosines_of_queries():
+    k, v = drift(4, 150, 3, 4)
+    q = drifting_queries(4, 150, 3, 4)
+    lengths = [150, 0, 149, 1]
+    state = feed(k, v, random_chunks(lengths, 0), 0.5, KEY_QUERY, q=q)[2]
+    past = filter_loop(k.numpy(), v.numpy(), lengths, [0.5] * 4, KEY_QUERY, q=q.numpy())[3]
+    W = KEY_QUERY.history
+    for b, n in enumerate(lengths):
+        rings = np.full((2, W), math.nan)
+        for t in range(n):
+            rings[:, t % W] = past[b].c_k[t], past[b].c_q[t]
+        np.testing.assert_allclose(state.cosine_history[:, b], rings, rtol=0, atol=1e-9)
+        if n > 0:
+            np.testing.assert_allclose(state.anchor[b, 2], past[b].A_Q, rtol=1e-9, atol=1e-9)
 
 
 def test_equal_scores_are_never_filtered():
@@ -393,9 +533,20 @@ def test_running_average_is_the_recurrence(T):
 )
 @pytest.mark.parametrize("mode", CHOICES["mode"])
 def test_the_transformer_lets_every_token_see_what_it_may(mode, recent, warmup, window, more):
-    """A batch of two texts of different length, in prefill and then one by one."""
-    model = small("gqa", window, n_layers=3)
     config = FilterConfig(mode=mode, recent=recent, warmup=warmup, **more)
+    assert_transformer_agrees(small("gqa", window, n_layers=3), config)
+
+
+@pytest.mark.parametrize("shape", ["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("keys", CHOICES["keys"])
+@pytest.mark.parametrize("mode", ["local", "cache"])
+def test_the_transformer_compares_keys_with_queries(mode, keys, shape):
+    config = FilterConfig(mode=mode, recent=3, warmup=4, fusion="key-query", keys=keys)
+    assert_transformer_agrees(small(shape, n_layers=3, qk_norm=True), config)
+
+
+def assert_transformer_agrees(model, config):
+    """With decode_loop: two texts of different length, in prefill and then one by one."""
     tokens = torch.randint(0, 97, (2, 44))
     cache = model.new_cache(2, config)
     got = [[], []]
@@ -416,7 +567,7 @@ def test_the_transformer_lets_every_token_see_what_it_may(mode, recent, warmup, 
 # --------------------------------------------------------- 3. chunk-free, batch-invariant, causal
 
 LENGTHS = [300, 0, 1, 17, 211]  # of the rows of a batch
-FUSIONS = ["variance", "key"]
+FUSIONS = ["variance", "key", "key-query"]
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, [300] * 5], ids=str)
@@ -425,54 +576,63 @@ FUSIONS = ["variance", "key"]
 @pytest.mark.parametrize("ratio", [0.2, 0.5, 1.0])
 def test_any_chunks_give_the_same_result(ratio, history, fusion, lengths):
     k, v = drift(5, 300, 3, 16)
-    config = FilterConfig(history=history, fusion=fusion)
-    whole = feed(k, v, [lengths], ratio, config)
+    q = drifting_queries(5, 300, 3, 16)
+    config = FilterConfig(mode="cache", history=history, fusion=fusion)
+    whole = feed(k, v, [lengths], ratio, config, q=q)
     one_by_one = [[int(t < n) for n in lengths] for t in range(300)]
     for chunks in (one_by_one, random_chunks(lengths, 0), random_chunks(lengths, 1, largest=200)):
-        assert_same(feed(k, v, chunks, ratio, config), whole)
+        assert_same(feed(k, v, chunks, ratio, config, q=q), whole)
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_a_sequence_does_not_depend_on_its_neighbours(fusion):
     k, v = drift(5, 300, 3, 16)
+    q = drifting_queries(5, 300, 3, 16)
     ratio = [0.5, 0.1, 1.0, 0.9, 0.3]
-    config = FilterConfig(fusion=fusion)
-    redundant, score, _ = feed(k, v, random_chunks(LENGTHS, 2), ratio, config)
+    config = FilterConfig(mode="cache", fusion=fusion)
+    redundant, score, _ = feed(k, v, random_chunks(LENGTHS, 2), ratio, config, q=q)
     for b, n in enumerate(LENGTHS):
-        alone = feed(k[b : b + 1], v[b : b + 1], [[n]], ratio[b], config)
+        alone = feed(k[b : b + 1], v[b : b + 1], [[n]], ratio[b], config, q=q[b : b + 1])
         assert_same(alone, (redundant[b : b + 1], score[b : b + 1]))
 
 
+@pytest.mark.parametrize("fusion", ["variance", "key-query"])
 @pytest.mark.parametrize("change", [0.0, -1e6, 1e100])
 @pytest.mark.parametrize("t", [1, 40, 63, 64, 128, 199])
-def test_a_later_token_changes_nothing_earlier(t, change):
+def test_a_later_token_changes_nothing_earlier(t, change, fusion):
     k, v = drift(2, 200, 3, 4)
-    before = feed(k, v, [[200, 200]], 0.5, FilterConfig())
+    q = drifting_queries(2, 200, 3, 4)
+    config = FilterConfig(mode="cache", fusion=fusion)
+    before = feed(k, v, [[200, 200]], 0.5, config, q=q)
     after = feed(
         times(k, change, slice(t, None)),
         times(v, change, slice(t, None)),
         [[200, 200]],
         0.5,
-        FilterConfig(),
+        config,
+        q=times(q, change, slice(t, None)),
     )
     assert_same([x[:, :t] for x in after[:2]], [x[:, :t] for x in before[:2]])
 
 
+@pytest.mark.parametrize("fusion", ["variance", "key-query"])
 @pytest.mark.parametrize("pad", [0.0, 1e6, math.nan, math.inf])
-def test_padding_changes_nothing(pad):
+def test_padding_changes_nothing(pad, fusion):
     k, v = drift(3, 60, 2, 4)
-    config = FilterConfig(warmup=4)
+    q = drifting_queries(3, 60, 2, 4)
+    config = FilterConfig(mode="cache", warmup=4, fusion=fusion)
     n_new = torch.tensor([50, 0, 7])
     results = []
     for fill in (1.0, pad):
-        state = feed(k, v, [[20, 20, 20]], 0.5, config)[2]
+        state = feed(k, v, [[20, 20, 20]], 0.5, config, q=q)[2]
         padding = torch.arange(60)[:, None, None] >= n_new[:, None, None, None]
-        chunk = k.masked_fill(padding, fill), v.masked_fill(padding, fill)
+        k_chunk, v_chunk, q_chunk = (x.masked_fill(padding, fill) for x in (k, v, q))
         results.append(
             (
-                *token_filter(*chunk, n_new, state, 0.5, config),
+                *token_filter(k_chunk, v_chunk, n_new, state, 0.5, config, q_chunk),
                 state.anchor,
                 state.history,
+                state.cosine_history,
                 state.count,
             )
         )
@@ -612,7 +772,7 @@ def test_a_token_tied_with_the_best_before_it_is_kept(scores, ratio):
             assert not above[t]
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", ["variance", "key"])
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
 def test_the_realised_ratio_is_near_the_target_on_stationary_noise(ratio, fusion):
     k, v = (
@@ -728,6 +888,13 @@ def test_unknown_presets_and_fields_are_refused_by_name():
         preset("paper", prune=1.5)
 
 
+def test_key_query_is_refused_where_redundant_tokens_have_no_queries():
+    with pytest.raises(ValueError, match="fusion='key-query' needs mode local or cache"):
+        FilterConfig(mode="skip", fusion="key-query")
+    assert preset("cache", fusion="key-query").needs_queries
+    assert not any(preset(name).needs_queries for name in ("paper", "local", "cache"))
+
+
 def test_a_config_cannot_be_changed():
     with pytest.raises(AttributeError):
         FilterConfig().prune = 0.9
@@ -736,18 +903,20 @@ def test_a_config_cannot_be_changed():
 # ---------------------------------------------------------------- 8. FilterState, half precision
 
 
-def test_selected_rows_go_on_as_if_alone():
+@pytest.mark.parametrize("fusion", ["variance", "key-query"])
+def test_selected_rows_go_on_as_if_alone(fusion):
     """Rows are dropped, reordered and copied; copies then go separate ways."""
     k, v = drift(3, 110, 2, 4)
+    q = drifting_queries(3, 110, 2, 4)
     ratio = [0.5, 0.3, 0.8]
-    config = FilterConfig(history=20)
-    state = feed(k, v, [[70, 10, 50]], ratio, config)[2]
+    config = FilterConfig(mode="cache", history=20, fusion=fusion)
+    state = feed(k, v, [[70, 10, 50]], ratio, config, q=q)[2]
     state.select(torch.tensor([2, 0, 2]))
-    more = [torch.stack((x[2, 50:90], x[0, 70:110], x[2, 60:100])) for x in (k, v)]
-    got = feed(*more, [[40, 40, 30]], [0.8, 0.5, 0.8], config, state)
+    more = [torch.stack((x[2, 50:90], x[0, 70:110], x[2, 60:100])) for x in (k, v, q)]
+    got = feed(*more[:2], [[40, 40, 30]], [0.8, 0.5, 0.8], config, state, q=more[2])
     for b, (row, old, new) in enumerate(((2, 50, 40), (0, 70, 40), (2, 50, 30))):
-        joined = [torch.cat((x[row, :old], y[b]))[None] for x, y in zip((k, v), more)]
-        alone = feed(*joined, [[old + new]], ratio[row], config)
+        joined = [torch.cat((x[row, :old], y[b]))[None] for x, y in zip((k, v, q), more)]
+        alone = feed(*joined[:2], [[old + new]], ratio[row], config, q=joined[2])
         assert_same([x[b] for x in got[:2]], [x[0, old:] for x in alone[:2]])
 
 
@@ -761,6 +930,12 @@ def test_nbytes_is_what_the_state_holds():
         assert state.nbytes() == B * (size * (2 * KVH * D + W) + 8)  # anchors, history, count
     state.select(torch.tensor([1]))
     assert state.nbytes() == 8 * (2 * KVH * D + W) + 8
+
+    # With queries one anchor and two histories more.
+    state = FilterState(B, KVH, D, KEY_QUERY, 0, torch.float32, "cpu")
+    assert state.nbytes() == B * (4 * (3 * KVH * D + 3 * W) + 8)
+    state.select(torch.tensor([1]))
+    assert state.nbytes() == 4 * (3 * KVH * D + 3 * W) + 8
 
 
 def test_a_new_state_has_seen_nothing():
@@ -815,12 +990,12 @@ def operations(shape, fusion):
     read.
     """
     B, T, KVH, D = shape
-    config = FilterConfig(fusion=fusion)
+    config = FilterConfig(mode="cache", fusion=fusion)
     k = torch.ones(shape, device="meta")
     n_new = None if T == 1 else torch.full((B,), T, device="meta")
     state = FilterState(B, KVH, D, config, 0, torch.float32, "meta")
     with Operations() as mode:
-        token_filter(k, k, n_new, state, 0.5, config)
+        token_filter(k, k, n_new, state, 0.5, config, k)
     return mode.names
 
 

@@ -2,6 +2,7 @@
 
 It is what token_filter.py is tested against (test_filter.py), and what the golden files are made
 with (make.py). `filter_token` is the whole method, for one token; README quotes it.
+`filter_token_by_queries` is fusion "key-query".
 
 Shapes: B sequences, T tokens, KVH key/value heads, D head size, W scores remembered, L layers.
 """
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 EPS = 1e-6  # of the fusion
+QUERY_WEIGHT = 0.5  # of queries in fusion "key-query"
 
 
 def filter_token(k, v, past, ratio, config):
@@ -35,6 +37,39 @@ def filter_token(k, v, past, ratio, config):
     past.A_K = config.gamma * past.A_K + (1 - config.gamma) * k
     past.A_V = config.gamma * past.A_V + (1 - config.gamma) * v
     return redundant, score
+
+
+def filter_token_by_queries(k, q, past, ratio, config):
+    """filter_token with fusion "key-query": q (KVH, D), the mean of each key head's queries.
+
+    past: anchors A_K and A_Q, all mean cosines to them, c_k and c_q, and all scores.
+    """
+    if not past.scores:  # the first token is its own anchor
+        past.A_K = k
+        past.A_Q = q
+    c_k = sum(cosine(k[h], past.A_K[h]) for h in range(len(k))) / len(k)
+    c_q = sum(cosine(k[h], past.A_Q[h]) for h in range(len(k))) / len(k)
+    place_k = place(c_k, past.c_k[-config.history :])
+    place_q = place(c_q, past.c_q[-config.history :])
+    recent = past.scores[-config.history :]
+    score = (place_k - QUERY_WEIGHT * place_q) / max(len(recent), 1)
+
+    is_past_warmup = len(past.scores) >= max(config.warmup, 1)
+    redundant = is_past_warmup and is_above(score, recent, ratio)
+
+    past.scores.append(score)
+    past.c_k.append(c_k)
+    past.c_q.append(c_q)
+    past.A_K = config.gamma * past.A_K + (1 - config.gamma) * k
+    past.A_Q = config.gamma * past.A_Q + (1 - config.gamma) * q
+    return redundant, score
+
+
+def place(x, recent):
+    """How many of the recent values are below x; those that are equal count half."""
+    below = sum(1 for other in recent if other < x)
+    equal = sum(1 for other in recent if other == x)
+    return below + 0.5 * equal
 
 
 def cosine(x, y):
@@ -77,11 +112,11 @@ def is_settled(score, recent, ratio):
     return is_above(score - 1e-12, recent, ratio) == is_above(score + 1e-12, recent, ratio)
 
 
-def filter_loop(k, v, lengths, ratio, config, state=None):
+def filter_loop(k, v, lengths, ratio, config, state=None, q=None):
     """filter_token for every token of a batch, in float64.
 
     k, v: (B, T, KVH, D) arrays, of which row b has lengths[b] real tokens, then padding; ratio: B
-    numbers; state: what an earlier call returned.
+    numbers; state: what an earlier call returned; q: as k, for fusion "key-query".
     Returns redundant (B, T), score (B, T), settled (B, T: see is_settled) and state, one namespace
     for each sequence.
     """
@@ -90,11 +125,19 @@ def filter_loop(k, v, lengths, ratio, config, state=None):
     settled = np.ones((B, T), bool)
     score = np.full((B, T), np.nan)
     if state is None:
-        state = [SimpleNamespace(A_K=None, A_V=None, scores=[]) for _ in range(B)]
+        state = [
+            SimpleNamespace(A_K=None, A_V=None, A_Q=None, c_k=[], c_q=[], scores=[])
+            for _ in range(B)
+        ]
     for b, past in enumerate(state):
         for t in range(lengths[b]):
             is_past_warmup = len(past.scores) >= max(config.warmup, 1)
             recent = past.scores[-config.history :]
+            if config.fusion == "key-query":
+                redundant[b, t], score[b, t] = filter_token_by_queries(
+                    k[b, t], q[b, t], past, ratio[b], config
+                )
+                continue  # always settled: its scores are exact, as they are made of ranks
             redundant[b, t], score[b, t] = filter_token(k[b, t], v[b, t], past, ratio[b], config)
             if is_past_warmup:
                 settled[b, t] = is_settled(score[b, t], recent, ratio[b])
