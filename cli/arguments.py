@@ -168,7 +168,10 @@ def filters_from(args, names, ratios, with_ratio=False) -> list[tuple[str, Filte
         for ratio in dict.fromkeys(ratios):
             if ratio == 0:
                 continue
-            config = preset(name, prune=ratio, **given)
+            try:
+                config = preset(name, prune=ratio, **given)
+            except ValueError as error:  # each value is allowed, but not all of them together
+                fail(f"--preset {name}: {error}")
             label = f"{name} {ratio:g}{differing}" if with_ratio else f"{name}{differing}"
             first = label_of.setdefault(config, label)
             if first != label:

@@ -268,9 +268,14 @@ VARIED: dict[str, tuple] = {
 
 
 def variations(base: FilterConfig) -> Iterator[tuple[str, FilterConfig]]:
-    """(label, FilterConfig) with one field of the base changed, to each other value of VARIED."""
+    """(label, FilterConfig) with one field of the base changed, to each other value of VARIED.
+
+    Fusion "key-query" is left out where the base's mode refuses it.
+    """
     for name, values in VARIED.items():
         for value in values:
+            if value == "key-query" and base.mode == "skip":
+                continue
             if value != getattr(base, name):
                 yield f"{name}={value}", replace(base, **{name: value})
 

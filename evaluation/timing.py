@@ -56,19 +56,19 @@ def make_on(device, dtype, make: Callable):
 # --------------------------------------------------------------------------- filter functions
 
 
-def none_redundant(k, v, lengths, state, ratio, config):
+def none_redundant(k, v, lengths, state, ratio, config, q=None):
     """The filter's work, and no gain from it: what it costs at worst."""
-    redundant, score = token_filter(k, v, lengths, state, ratio, config)
+    redundant, score = token_filter(k, v, lengths, state, ratio, config, q)
     return torch.zeros_like(redundant), score
 
 
-def drawn_at_ratio(k, v, lengths, state, ratio, config):
+def drawn_at_ratio(k, v, lengths, state, ratio, config, q=None):
     """All of the filter's work, and then a decision drawn at the layer's ratio.
 
     Scores of random weights drift, so their own decisions would miss the ratio. The draw is a hash
     of position, row and layer.
     """
-    redundant, score = token_filter(k, v, lengths, state, ratio, config)
+    redundant, score = token_filter(k, v, lengths, state, ratio, config, q)
     B, T = redundant.shape
     row = torch.arange(B, device=k.device)[:, None]
     first = state.count - (T if lengths is None else lengths)  # token_filter has moved the count on
