@@ -26,7 +26,7 @@ from cli.arguments import (
     whole_number,
 )
 from cli.process import fail, run_command, single_process_only
-from cli.report import check_output, print_json, read_text
+from cli.report import COLUMNS, check_output, print_json, read_text
 from filter_config import PRESETS
 
 # Torch takes seconds to import. So what needs it is imported in the functions below, which are
@@ -324,6 +324,8 @@ def main(argv=None):
 
     if coloured:
         print(paint_legend())
+    if args.compare and not args.json:
+        print(COLUMNS)  # what the words in the lines below the answers mean
     results = []
     for name, filter in settings:
         title = name if filter is None else f"{name}, prune {filter.prune}"

@@ -14,6 +14,7 @@ import eval_ppl
 import generate as generate_command
 import generation
 from cli import skip_map
+from cli.report import COLUMNS
 from cli.skip_map import BOLD, paint, paint_legend, token_pieces
 from filter_config import PRESETS, preset
 from generate import main
@@ -191,6 +192,7 @@ def test_compare_runs_dense_and_every_preset(checkpoint, capsys):
     flags = [str(checkpoint), "--prompt", LONG, "--prune", "0.5", *RUN]
     main([*flags, "--compare"])
     out = capsys.readouterr().out
+    assert out.startswith(COLUMNS)
     titles = [line[4:] for line in out.splitlines() if line.startswith("===")]
     assert titles == ["dense", *(f"{name}, prune 0.5" for name in PRESETS)]
     for name in PRESETS:

@@ -423,9 +423,9 @@ def test_multiply_adds_are_what_the_model_does(name, prune, recent, monkeypatch)
     if name == "paper":
         n_attend -= int(redundant_of(cache).sum())
         assert n_attend < 140
-    # The running averages of a chunk are a product too, of a matrix of 40 by 40.
+    # The running averages of a chunk are a product too, of a matrix of 40 by 41.
     n_filters = sum(layer.filters for layer in cache.layers)
-    averages = n_filters * 40 * 40 * 2 * c.kv_heads * c.head_dim
+    averages = n_filters * 40 * 41 * 2 * c.kv_heads * c.head_dim
     assert found == 40 * rest + 4 * 40 * key_value + n_attend * query_output + averages
 
     cache = model.new_cache(1, filter)

@@ -340,16 +340,24 @@ def function_lines(path, name):
     raise AssertionError(f"{path} has no function {name}")
 
 
+def without_comments(text):
+    """The lines of some code, without comments and what is left of lines that hold nothing else."""
+    lines = [re.sub(r"(^|\s+)# .*$", "", line) for line in text.splitlines()]
+    return [line for line in lines if line.strip()]
+
+
 def is_quoted_from(block, lines):
     """Whether the block is these lines, but for what a line of ... says is left out.
 
-    The parts between must follow each other, each without a gap, indented as there.
+    The parts between must follow each other, each without a gap, indented as there. Comments may
+    differ: a page has shapes of its own to tell.
     """
+    lines = without_comments("\n".join(lines))
     at = 0
-    for part in re.split(r"^\s*\.\.\.\n", block, flags=re.MULTILINE):
-        part = textwrap.dedent(part).rstrip("\n")
-        n = len(part.splitlines())
-        while textwrap.dedent("\n".join(lines[at : at + n])) != part:
+    for text in re.split(r"^\s*\.\.\.\n", block, flags=re.MULTILINE):
+        part = without_comments(text)
+        n = len(part)
+        while textwrap.dedent("\n".join(lines[at : at + n])) != textwrap.dedent("\n".join(part)):
             at += 1
             if at + n > len(lines):
                 return False
@@ -437,7 +445,7 @@ def test_the_example_of_a_filter_function():
     """
     assert "long_values" in PAGES["CONTRIBUTING.md"]
     _, _, example = token_filter.token_filter.__doc__.partition("def long_values")
-    known = {"torch": torch, "rank_scores": token_filter.rank_scores}
+    known = vars(token_filter).copy()
     exec("def long_values" + textwrap.dedent(" " * 8 + example).replace("\n    \n", "\n"), known)
     config = filter_config.preset("local", prune=0.5)
     model = small()
