@@ -446,7 +446,7 @@ def test_the_example_of_a_filter_function():
     assert "long_values" in PAGES["CONTRIBUTING.md"]
     _, _, example = token_filter.token_filter.__doc__.partition("def long_values")
     known = vars(token_filter).copy()
-    exec("def long_values" + textwrap.dedent(" " * 8 + example).replace("\n    \n", "\n"), known)
+    exec(textwrap.dedent(" " * 8 + "def long_values" + example), known)
     config = filter_config.preset("local", prune=0.5)
     model = small()
     tokens = torch.randint(0, 97, (2, 50))
@@ -479,6 +479,10 @@ def test_the_pairs_of_contributing_end_in_today_s_code():
     assert len(pairs) == 3
     for pair, source in zip(pairs, sources):
         assert is_quoted_from(code_of_today(pair), source), pair
+    # The last is about comments, which must be there as well.
+    assert {line.strip() for line in code_of_today(pairs[2]).splitlines()} <= {
+        line.strip() for line in kv_cache
+    }
 
 
 # --------------------------------------------------- tables of perplexity against results/
