@@ -1,240 +1,366 @@
-"""Token Filtering in NumPy, written from PORTING.md and the golden files alone: the proof that they
-suffice.
+"""Token Filtering in NumPy, written from PORTING.md and the golden files alone.
 
-For batches fed in any chunks, a token at a time within a layer: a chunk is so many decode steps.
-Settings are dicts, as in files.json. Neither PyTorch nor any other file of this repository is used.
+It proves that the two suffice: it uses neither PyTorch nor any other file of this repository.
 
-Shapes: B sequences, T new tokens, S slots, H heads, KVH key/value heads, D head size, L layers, W
-scores remembered.
+It takes a batch in chunks of any size. Within a layer it goes through a chunk one token at a time,
+so that a chunk is a number of decode steps. Settings are dictionaries, as in files.json.
+
+Shapes: B sequences, T new tokens, S slots of a layer's cache, H query heads, KVH key/value heads, D
+head size, C width of the residual stream, L layers, V vocabulary, W scores remembered.
 """
 
 import numpy as np
+
+# ------------------------------------------------------------------------------------- the filter
 
 
 class Filter:
     """What one layer's filter remembers of B sequences."""
 
     def __init__(self, B, kv_heads, head_dim, config, dtype):
+        # Running averages of keys [:, 0] and of values [:, 1].
         self.anchor = np.zeros((B, 2, kv_heads, head_dim), dtype)
-        self.history = np.full(
-            (B, config["history"]), np.nan, dtype
-        )  # a ring: the order does not matter
+        # The latest W scores, NaN where there is none. The score of position p is in column p mod
+        # W, since their order does not matter.
+        self.history = np.full((B, config["history"]), np.nan, dtype)
+        # How many tokens each row has had, so the position of its next one.
         self.count = np.zeros(B, int)
 
 
 def threshold(score, history, count, ratio):
-    """score, count, ratio (B,), history (B, W): how many scores are below, how many must be,
-    whether they are.
+    """Whether each row's score is high enough for its token to be redundant.
+
+    score (B,); history (B, W), NaN where there is no score; count (B,) int, how many tokens came
+    before; ratio (B,) or one number.
+    Returns three arrays (B,): how many remembered scores are below, how many must be, and whether
+    they are.
     """
     n = np.minimum(count, history.shape[1])
+    # A NaN is below nothing.
     below = (history < score[:, None]).sum(1)
+    # Without the 1e-9, rounding could lift a whole number to the next one.
     needed = np.ceil((1 - ratio) * n - 1e-9).astype(int)
-    return below, needed, (n > 0) & (ratio > 0) & ~np.isnan(score) & (below >= needed)
+    is_number = ~np.isnan(score)
+    above = (n > 0) & (ratio > 0) & is_number & (below >= needed)
+    return below, needed, above
 
 
-def filter_chunk(k, v, n_new, state, ratio, config):
-    """k, v (B, T, KVH, D), of which row b has n_new[b] real tokens: every stage by name, (B, T,
-    ...). Moves state.
+def weight_of_keys(variance, fusion):
+    """The weight of the keys' mean cosine in the score: variance (B, 2) -> (B,)."""
+    variance_k = variance[:, 0]
+    variance_v = variance[:, 1]
+    if fusion == "variance":
+        return (variance_v + 1e-6) / (variance_k + variance_v + 2e-6)
+    if fusion == "equal":
+        return np.full_like(variance_k, 0.5)
+    if fusion == "key":
+        return np.ones_like(variance_k)
+    if fusion == "value":
+        return np.zeros_like(variance_k)
+    raise ValueError(f"fusion {fusion!r} is not known here: use variance, equal, key or value")
+
+
+def filter_token(kv, is_real, state, ratio, config):
+    """Run the filter on one token of each row, and move its state on.
+
+    kv (B, 2, KVH, D): keys and values; is_real (B,) bool, False where a row has no token.
+    Returns every stage by the name that files.json gives it, (B, ...) each.
     """
+    # The first token of a sequence is its own anchor.
+    is_first = state.count == 0
+    anchor = np.where(is_first[:, None, None, None], kv, state.anchor)  # (B, 2, KVH, D)
+
+    # The cosine is 0 where a norm is 0.
+    dot = (kv * anchor).sum(-1)
+    norms = np.linalg.norm(kv, axis=-1) * np.linalg.norm(anchor, axis=-1)
+    divisor = np.where(norms == 0, 1, norms)
+    cosine = np.where(norms == 0, 0, dot / divisor)  # (B, 2, KVH)
+
+    mean = cosine.mean(-1)  # (B, 2)
+    variance = cosine.var(-1)  # (B, 2)
+    w_k = weight_of_keys(variance, config["fusion"])  # (B,)
+    score = w_k * mean[:, 0] + (1 - w_k) * mean[:, 1]  # (B,)
+
+    below, needed, above = threshold(score, state.history, state.count, ratio)
+    is_past_warmup = state.count >= max(config["warmup"], 1)
+    redundant = is_real & is_past_warmup & above
+
+    # Whatever was decided, the token enters the anchors, and its score the history.
+    gamma = config["gamma"]
+    next_anchor = gamma * anchor + (1 - gamma) * kv
+    column = state.count % config["history"]
+    state.anchor[is_real] = next_anchor[is_real]
+    state.history[is_real, column[is_real]] = score[is_real]
+    state.count += is_real
+    return {
+        "anchors": anchor,
+        "cosine": cosine,
+        "mean": mean,
+        "variance": variance,
+        "w_k": w_k,
+        "score": score,
+        "below": below,
+        "needed": needed,
+        "redundant": redundant,
+    }
+
+
+def filter_chunk(k, v, lengths, state, ratio, config):
+    """Run the filter on a chunk, and move its state on.
+
+    k, v (B, T, KVH, D), of which row b has lengths[b] real tokens, then padding.
+    Returns every stage by the name that files.json gives it, (B, T, ...) each.
+    """
+    # Half-precision keys and values are compared in float32: the anchors' dtype.
+    kv = np.stack((k, v), axis=2).astype(state.anchor.dtype)  # (B, T, 2, KVH, D)
     steps = []
     for t in range(k.shape[1]):
-        real = t < n_new
-        g = config["gamma"]
-        x = np.stack((k[:, t], v[:, t]), 1).astype(state.anchor.dtype)  # (B, 2, KVH, D)
-        anchor = np.where((state.count == 0)[:, None, None, None], x, state.anchor)
-        after = g * anchor + (1 - g) * x
-        norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(anchor, axis=-1)
-        cosine = np.where(
-            norms == 0, 0, (x * anchor).sum(-1) / np.where(norms == 0, 1, norms)
-        )  # (B, 2, KVH)
-        # (B, 2)
-        mean = cosine.mean(-1)
-        variance = cosine.var(-1)
-        w_k = (variance[:, 1] + 1e-6) / (variance.sum(1) + 2e-6)
-        w_k = (
-            w_k
-            if config["fusion"] == "variance"
-            else np.full_like(w_k, {"equal": 0.5, "key": 1, "value": 0}[config["fusion"]])
-        )
-        score = w_k * mean[:, 0] + (1 - w_k) * mean[:, 1]
-        below, needed, above = threshold(score, state.history, state.count, ratio)
-        redundant = real & above & (state.count >= max(config["warmup"], 1))
-        steps.append(
-            {
-                "anchors": anchor,
-                "cosine": cosine,
-                "mean": mean,
-                "variance": variance,
-                "w_k": w_k,
-                "score": score,
-                "below": below,
-                "needed": needed,
-                "redundant": redundant,
-            }
-        )
-        state.anchor[real] = after[real]
-        state.history[real, (state.count % config["history"])[real]] = score[real]
-        state.count += real
-    return {name: np.stack([step[name] for step in steps], 1) for name in steps[0]}
+        is_real = t < lengths
+        steps.append(filter_token(kv[:, t], is_real, state, ratio, config))
+    stages = {}
+    for name in steps[0]:
+        stages[name] = np.stack([step[name] for step in steps], axis=1)
+    return stages
+
+
+# ----------------------------------------------------------------------------- ratios and rotation
 
 
 def layer_ratios(schedule, p, L):
-    """(L,)"""
+    """Each layer's target ratio, (L,), with mean p: PORTING.md says which schedules there are."""
     if schedule == "uniform":
         return np.full(L, p)
     if schedule == "last":
         top = max(0.9, p)
-        return np.clip(p * L - top * np.arange(L), 0, top)[::-1]
+        left_for_layer = p * L - top * np.arange(L)  # counted from the last layer backwards
+        return np.clip(left_for_layer, 0, top)[::-1]
+
+    # "tail" is min(1, slope * l). What a layer would have above 1 goes to the others, so their
+    # slope grows, until no more layers come above 1.
     layer = np.arange(L)
-    full = np.zeros(L, bool)
-    a = 0.0
-    for _ in range(L):  # what is above 1 goes to the others
-        a = (p * L - full.sum()) / max(1, layer[~full].sum())
-        full |= a * layer >= 1 - 1e-12
-    tail = np.where(full, 1.0, a * layer)
+    is_full = np.zeros(L, bool)
+    slope = 0.0
+    for _ in range(L):
+        left = p * L - is_full.sum()
+        slope = left / max(1, layer[~is_full].sum())
+        is_full = is_full | (slope * layer >= 1 - 1e-12)
+    tail = np.where(is_full, 1.0, slope * layer)
+    # Layer 0 gets something only if all the others are full.
     tail[0] = max(0.0, p * L - (L - 1))
-    return tail[::-1] if schedule == "head" else tail
+    if schedule == "head":
+        return tail[::-1]
+    return tail
 
 
 def apply_rope(x, position, theta):
-    """RoPE: x (B, T, heads, D), position (B, T)."""
+    """RoPE: x (B, T, heads, D), rotated by its position (B, T)."""
     half = x.shape[-1] // 2
-    angle = position[:, :, None, None] * theta ** (-np.arange(half) / half)
+    frequency = theta ** (-np.arange(half) / half)  # (D/2,)
+    angle = position[:, :, None, None] * frequency  # (B, T, 1, D/2)
     cos = np.cos(angle).astype(x.dtype)
     sin = np.sin(angle).astype(x.dtype)
     a = x[..., :half]
     b = x[..., half:]
-    return np.concatenate((a * cos - b * sin, b * cos + a * sin), -1)
+    rotated_a = a * cos - b * sin
+    rotated_b = b * cos + a * sin
+    return np.concatenate((rotated_a, rotated_b), axis=-1)
+
+
+# -------------------------------------------------------------------------------------- the cache
 
 
 class LayerCache:
-    """A layer's keys and values: each row's slots are sinks, ring, far tokens, and what a token may
-    see is the first n.
+    """One layer's keys and values. A row's slots are, in this order:
+
+        sinks   the first n_sinks tokens: token t in slot t
+        ring    the latest ring_size tokens, kept or redundant: token t in slot
+                n_sinks + (t - n_sinks) mod ring_size
+        far     the tokens that left the ring and were kept, oldest first
+
+    Sinks and ring are the *near* slots. What a token may see is always the first n slots of its
+    row. A layer that does not filter has no near slots: all its tokens are far.
     """
 
     def __init__(self, B, shape, config, filters, dtype):
         self.mode = config["mode"]
-        self.sinks = max(config["warmup"], 1) if filters else 0
-        self.ring = config["recent"] + 1 if filters else 0
-        slots = (
-            self.sinks + self.ring + shape["max_positions"] + 1
-        )  # a real one grows as the far tokens do
-        self.kv = np.zeros((2, B, slots, shape["kv_heads"], shape["head_dim"]), dtype)
-        self.far = np.zeros(B, int)  # how many far tokens each row has
-        self.kept = np.zeros((B, self.sinks + self.ring), bool)  # who of them will be a far token
+        self.filters = filters
+        if filters:
+            self.n_sinks = max(config["warmup"], 1)
+            self.ring_size = config["recent"] + 1
+        else:
+            self.n_sinks = 0
+            self.ring_size = 0
+        self.n_near = self.n_sinks + self.ring_size
+        # Far slots for the longest text, and one for a copy that nobody sees: see append. A cache
+        # for real use would grow as the far tokens do.
+        n_slots = self.n_near + shape["max_positions"] + 1
+        self.kv = np.zeros((2, B, n_slots, shape["kv_heads"], shape["head_dim"]), dtype)
+        # How many far tokens each row has.
+        self.n_far = np.zeros(B, int)
+        # Which near slots hold kept tokens.
+        self.kept = np.zeros((B, self.n_near), bool)
         self.state = Filter(B, shape["kv_heads"], shape["head_dim"], config, dtype)
 
-    def put(self, b, kv, redundant, position):
-        """One token of each of the rows b, kv (2, rows, KVH, D), into its slot; returns how many
-        slots each of them may see.
+    def append(self, row, kv, redundant, position):
+        """Store one token of each of some rows, and say how many slots it may see.
+
+        row (rows,) int: which rows; kv (2, rows, KVH, D): their keys and values; redundant (rows,)
+        bool; position (rows,) int.
+        Returns (rows,) int: the token may see that many slots, the first ones of its row.
         """
-        front = self.sinks + self.ring
-        end = self.sinks + self.ring + self.far[b]
-        if self.ring:
-            slot = np.where(
-                position < self.sinks, position, self.sinks + (position - self.sinks) % self.ring
-            )
-            self.kv[:, b, end] = self.kv[
-                :, b, slot
-            ]  # the one that leaves: if it was not kept, far does not grow over it
-            self.far[b] += self.kept[b, slot]
-            self.kept[b, slot] = ~redundant
+        first_free = self.n_near + self.n_far[row]
+        if not self.filters:
+            self.kv[:, row, first_free] = kv
+            self.n_far[row] += 1
+            return self.n_far[row]
+
+        in_ring = self.n_sinks + (position - self.n_sinks) % self.ring_size
+        slot = np.where(position < self.n_sinks, position, in_ring)
+
+        # The token that was in the slot becomes a far token, if it was kept. If it was not, n_far
+        # stays as it is: nobody sees the copy, and the next one overwrites it.
+        self.kv[:, row, first_free] = self.kv[:, row, slot]
+        self.n_far[row] += self.kept[row, slot]
+        self.kv[:, row, slot] = kv
+        self.kept[row, slot] = ~redundant
+
+        near_filled = np.minimum(position + 1, self.n_near)
+        all_filled = near_filled + self.n_far[row]
+        if self.mode == "skip":
+            n_if_redundant = np.zeros_like(all_filled)
+        elif self.mode == "local":
+            n_if_redundant = near_filled
         else:
-            slot = end
-            self.far[b] += 1
-        self.kv[:, b, slot] = kv
-        near = np.minimum(position + 1, front)
-        far = self.far[b]
-        return np.where(
-            redundant, {"skip": 0, "local": near, "cache": near + far}[self.mode], near + far
-        )
+            n_if_redundant = all_filled
+        return np.where(redundant, n_if_redundant, all_filled)
 
 
-def attend(q, k, v, n):
-    """q (B, H, D) of one token a row over its row's first n[b] slots, k, v (B, S, KVH, D) -> (B, H,
-    D), 0 where n[b] is 0.
+def attend(q, k, v, n_visible):
+    """Attention of one token a row, over the first n_visible[b] slots of row b.
+
+    q (B, H, D); k, v (B, S, KVH, D); n_visible (B,) int -> (B, H, D), 0 where n_visible is 0.
     """
-    share = q.shape[1] // k.shape[2]
-    seen = np.arange(k.shape[1]) < n[:, None, None]
-    logit = np.einsum("bhd,bshd->bhs", q, k.repeat(share, 2)) / q.dtype.type(np.sqrt(q.shape[2]))
-    logit = np.where(seen, logit, -1e9)
-    weight = seen * np.exp(logit - logit.max(-1, keepdims=True))
-    weight /= np.maximum(weight.sum(-1, keepdims=True), 1e-30)
-    return np.einsum("bhs,bshd->bhd", weight, v.repeat(share, 2))
+    # Each key/value head serves this many query heads.
+    group = q.shape[1] // k.shape[2]
+    k = k.repeat(group, axis=2)  # (B, S, H, D)
+    v = v.repeat(group, axis=2)
+    visible = np.arange(k.shape[1]) < n_visible[:, None, None]  # (B, 1, S)
+    scale = q.dtype.type(np.sqrt(q.shape[2]))
+    logit = np.einsum("bhd,bshd->bhs", q, k) / scale
+    logit = np.where(visible, logit, -1e9)
+    weight = visible * np.exp(logit - logit.max(-1, keepdims=True))
+    # Where nothing is visible all weights are 0, and stay so.
+    total = np.maximum(weight.sum(-1, keepdims=True), 1e-30)
+    return np.einsum("bhs,bshd->bhd", weight / total, v)
+
+
+# -------------------------------------------------------------------------------------- the model
 
 
 class Model:
-    """weights by name, shape and config as in files.json; B sequences, all at their start."""
+    """The decoder and its cache: B sequences, all at their start.
+
+    weights: arrays by the names of model.safetensors; shape, config: as in files.json.
+    """
 
     def __init__(self, weights, shape, config, B, dtype):
-        self.w = {name: w.astype(dtype) for name, w in weights.items()}
+        self.weights = {name: w.astype(dtype) for name, w in weights.items()}
         self.shape = shape
         self.config = config
         self.dtype = dtype
         self.ratio = layer_ratios(config["schedule"], config["prune"], shape["n_layers"])
-        self.layers = [LayerCache(B, shape, config, filters, dtype) for filters in self.ratio > 0]
-        self.seen = np.zeros(B, int)
+        self.layers = []
+        for ratio in self.ratio:
+            self.layers.append(LayerCache(B, shape, config, ratio > 0, dtype))
+        # How many tokens each row has had.
+        self.lengths = np.zeros(B, int)
 
     def norm(self, x, name):
-        return (
-            self.w[name]
-            * x
-            / np.sqrt((x * x).mean(-1, keepdims=True) + self.dtype(self.shape["norm_eps"]))
-        )
+        """RMS norm over the last dimension."""
+        mean_square = (x * x).mean(-1, keepdims=True)
+        eps = self.dtype(self.shape["norm_eps"])
+        return self.weights[name + ".weight"] * x / np.sqrt(mean_square + eps)
 
-    def project(self, x, l, projection):
-        """W x, and b where there is a bias, of one of attention's four projections."""
-        name = f"blocks.{l}.attn.{projection}"
-        return x @ self.w[name + ".weight"].T + self.w.get(name + ".bias", self.dtype(0))
+    def linear(self, x, name):
+        """W x, and b where the projection has a bias."""
+        y = x @ self.weights[name + ".weight"].T
+        if name + ".bias" in self.weights:
+            y = y + self.weights[name + ".bias"]
+        return y
 
-    def feed(self, tokens, n_new):
-        """tokens (B, T), row b's first n_new[b] real: {"logits": (B, T, V)} and, by (B, T, L), what
-        else is expected.
+    def feed(self, tokens, lengths):
+        """Run the model on a chunk: tokens (B, T), of which row b has lengths[b] real ones.
+
+        Returns {"logits": (B, T, V)} and, by the names of files.json, what attention did in each
+        layer, (B, T, L) each. At padding these mean nothing.
         """
-        step = np.arange(tokens.shape[1])
-        real = step < n_new[:, None]
-        position = self.seen[:, None] + step
-        x = self.w["embed.weight"][tokens]
-        traces = list[dict]()
-        for l, cache in enumerate(self.layers):
-            added, trace = self.attention(x, l, cache, real, position, n_new)
-            traces = [*traces, trace]
+        column = np.arange(tokens.shape[1])
+        is_real = column < lengths[:, None]  # (B, T)
+        position = self.lengths[:, None] + column  # (B, T)
+        x = self.weights["embed.weight"][tokens]  # (B, T, C)
+        by_layer = []
+        for l in range(len(self.layers)):
+            added, found = self.attention(x, l, is_real, position, lengths)
             x = x + added
-            normed = self.norm(x, f"blocks.{l}.mlp_norm.weight")
-            gate, up = (
-                normed @ self.w[f"blocks.{l}.mlp.{part}.weight"].T for part in ("gate", "up")
-            )
-            x = x + (gate / (1 + np.exp(-gate)) * up) @ self.w[f"blocks.{l}.mlp.down.weight"].T
-        self.seen = self.seen + n_new
-        logits = self.norm(x, "norm.weight") @ self.w["head.weight"].T
-        return {"logits": logits} | {
-            name: np.stack([trace[name] for trace in traces], 2) for name in traces[0]
-        }
+            x = x + self.mlp(x, l)
+            by_layer.append(found)
+        self.lengths = self.lengths + lengths
 
-    def attention(self, x, l, cache, real, position, n_new):
-        """x (B, T, C), the residual stream -> what attention adds to it, and a dict of (B, T)."""
-        normed = self.norm(x, f"blocks.{l}.attn_norm.weight")
+        out = {"logits": self.linear(self.norm(x, "norm"), "head")}
+        for name in by_layer[0]:
+            out[name] = np.stack([found[name] for found in by_layer], axis=2)
+        return out
+
+    def mlp(self, x, l):
+        """What layer l's MLP adds to the residual stream x (B, T, C)."""
+        normed = self.norm(x, f"blocks.{l}.mlp_norm")
+        gate = self.linear(normed, f"blocks.{l}.mlp.gate")
+        up = self.linear(normed, f"blocks.{l}.mlp.up")
+        silu = gate / (1 + np.exp(-gate))
+        return self.linear(silu * up, f"blocks.{l}.mlp.down")
+
+    def attention(self, x, l, is_real, position, lengths):
+        """What layer l's attention adds to the residual stream x (B, T, C).
+
+        is_real (B, T) bool; position (B, T) int; lengths (B,) int, how many tokens of a row are
+        real.
+        Returns what it adds, and {"score", "redundant", "n"}, (B, T) each.
+        """
+        cache = self.layers[l]
+        B, T = is_real.shape
         D = self.shape["head_dim"]
-        q, k, v = (self.project(normed, l, part) for part in "qkv")
-        raw_k, q, v = (y.reshape(*y.shape[:2], -1, D) for y in (k, q, v))
-        k, q = (apply_rope(y, position, self.shape["rope_theta"]) for y in (raw_k, q))
+        normed = self.norm(x, f"blocks.{l}.attn_norm")
+        unrotated_q = self.linear(normed, f"blocks.{l}.attn.q").reshape(B, T, -1, D)
+        unrotated_k = self.linear(normed, f"blocks.{l}.attn.k").reshape(B, T, -1, D)
+        v = self.linear(normed, f"blocks.{l}.attn.v").reshape(B, T, -1, D)
+        theta = self.shape["rope_theta"]
+        q = apply_rope(unrotated_q, position, theta)
+        k = apply_rope(unrotated_k, position, theta)
 
-        # who is redundant
-        score = np.full(real.shape, np.nan)
-        redundant = np.zeros(real.shape, bool)
-        if cache.ring:
-            compared = k if self.config["keys"] == "rotated" else raw_k
-            found = filter_chunk(compared, v, n_new, cache.state, self.ratio[l], self.config)
-            score = found["score"]
-            redundant = found["redundant"]
+        # 1. Decide which tokens are redundant.
+        if cache.filters:
+            if self.config["keys"] == "rotated":
+                compared_k = k
+            else:
+                compared_k = unrotated_k
+            ratio = self.ratio[l]
+            stages = filter_chunk(compared_k, v, lengths, cache.state, ratio, self.config)
+            score = stages["score"]
+            redundant = stages["redundant"]
+        else:
+            score = np.full((B, T), np.nan)
+            redundant = np.zeros((B, T), bool)
 
-        # store and attend
-        n = np.zeros(real.shape, int)
-        y = np.zeros_like(q)
-        for t in range(real.shape[1]):
-            b = np.flatnonzero(real[:, t])
-            n[b, t] = cache.put(b, np.stack((k[b, t], v[b, t])), redundant[b, t], position[b, t])
-            y[:, t] = attend(q[:, t], cache.kv[0], cache.kv[1], n[:, t])
-        added = self.project(y.reshape(*real.shape, -1), l, "o")
-        added[n == 0] = 0  # who sees nothing gets nothing, o's bias neither
-        return added, {"score": score, "redundant": redundant, "n": n}
+        # 2. Store each token, then let it attend: it sees itself.
+        n_visible = np.zeros((B, T), int)
+        attended = np.zeros_like(q)  # (B, T, H, D)
+        for t in range(T):
+            row = np.flatnonzero(is_real[:, t])
+            kv = np.stack((k[row, t], v[row, t]))
+            n_visible[row, t] = cache.append(row, kv, redundant[row, t], position[row, t])
+            attended[:, t] = attend(q[:, t], cache.kv[0], cache.kv[1], n_visible[:, t])
+
+        # 3. A token that sees nothing gets nothing, not even o's bias.
+        added = self.linear(attended.reshape(B, T, -1), f"blocks.{l}.attn.o")
+        added[n_visible == 0] = 0
+        return added, {"score": score, "redundant": redundant, "n": n_visible}
