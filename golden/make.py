@@ -1,16 +1,15 @@
-"""Makes the golden files: inputs and expected outputs of every stage of the method, for those who
-port it.
+"""Makes the golden files: inputs and expected outputs of every stage of the method, for ports.
 
     python -m golden.make    (or `make golden`) rewrites golden/*.safetensors, golden/files.json
 
 Nothing here calls the code that the files are to check. What is expected of the filter comes from
-`filter_loop`, the plain loop in test_filter.py; what is expected of the model from `slow_model`
-below, which goes through one token, one head and one key at a time. All in float64, from inputs
-that are float32 (or float16) numbers, so that a port in float32 starts from the very same ones.
+`filter_loop`, the plain loop in loop.py. What is expected of the model comes from `slow_model`
+below, which goes through one token, one head and one key at a time. All of it is in float64. The
+inputs are float32 (or float16) numbers, so that a port in float32 starts from the very same ones.
 PORTING.md says how to use the files.
 
-Shapes: B sequences, T tokens, KVH key/value heads, D head size, L layers, V vocabulary, P values of
-prune.
+Shapes: B sequences, T tokens, H query heads, KVH key/value heads, D head size, C width of the
+residual stream, M width of the MLP, L layers, V vocabulary, P values of prune.
 """
 
 import json
@@ -27,10 +26,13 @@ from filter_config import PRESETS, FilterConfig, preset
 from golden.loop import cosine, drift, filter_loop, is_above, tail_by_bisection
 
 FOLDER = Path(__file__).parent
-MARGIN = 1e-4  # every score is further than this from the one that decides,
-APART = 1e-5  # and in the filter's files than this from every other, so that ranks agree as well
+# Every score is further than this from the one that decides about it.
+MARGIN = 1e-4
+# In the filter's files every score is further than this from every other, so that ranks agree too.
+APART = 1e-5
 
-TENSORS = {  # what the names mean, for files.json
+# What the names of tensors mean, for files.json.
+TENSORS = {
     "k": (
         "(B, T, KVH, D) input: keys as the cache holds them, after RoPE; 0 after a row's "
         "end; where there is raw_k, what must come out"
@@ -70,124 +72,167 @@ TENSORS = {  # what the names mean, for files.json
 
 
 def stages(k, v, lengths, ratio, config):
-    """All that the filter goes through, (B, T, ...) arrays by name: filter_loop, fed one token at a
-    time.
+    """All that the filter goes through: filter_loop, fed one token at a time.
+
+    k, v (B, T, KVH, D), of which row b has lengths[b] real tokens; ratio (B,); config: a
+    FilterConfig with fusion "variance".
+    Returns arrays (B, T, ...) by the names of TENSORS. At padding numbers are NaN, counts 0.
     """
     B, T, KVH, D = k.shape
-    shapes = {
-        "anchors": (2, KVH, D),
-        "cosine": (2, KVH),
-        "mean": (2,),
-        "variance": (2,),
-        "w_k": (),
-        "score": (),
-    }
-    out = {name: np.full((B, T, *shape), np.nan) for name, shape in shapes.items()}
-    out |= {
+    found = {
+        "anchors": np.full((B, T, 2, KVH, D), np.nan),
+        "cosine": np.full((B, T, 2, KVH), np.nan),
+        "mean": np.full((B, T, 2), np.nan),
+        "variance": np.full((B, T, 2), np.nan),
+        "w_k": np.full((B, T), np.nan),
+        "score": np.full((B, T), np.nan),
         "below": np.zeros((B, T), np.int32),
         "needed": np.zeros((B, T), np.int32),
         "redundant": np.zeros((B, T), bool),
     }
     for b in range(B):
-        state = None
+        state: Any = None
         for t in range(lengths[b]):
-            x = np.stack((k[b, t], v[b, t]))
-            anchor = np.stack((state[0].A_K, state[0].A_V)) if state else x
-            recent: list[float] = state[0].scores[-config.history :] if state else []
-            one = np.s_[b : b + 1, t : t + 1]
-            redundant, score, _, state = filter_loop(k[one], v[one], [1], [ratio[b]], config, state)
-            c = np.array(
-                [[cosine(x[side, h], anchor[side, h]) for h in range(KVH)] for side in range(2)]
-            )
-            var_k, var_v = ((c - c.mean(1, keepdims=True)) ** 2).mean(1)
-            w_k = (var_v + 1e-6) / (var_k + var_v + 2e-6)
-            s = score[0, 0]
-            assert (
-                abs(w_k * c[0].mean() + (1 - w_k) * c[1].mean() - s) < 1e-12
-            )  # these stages are the loop's own
-            values = anchor, c, c.mean(1), (var_k, var_v), w_k, s
-            for name, value in zip(shapes, values):
-                out[name][b, t] = value
-            out["below"][b, t] = sum(other < s for other in recent)
-            out["needed"][b, t] = math.ceil((1 - ratio[b]) * len(recent) - 1e-9)
-            out["redundant"][b, t] = redundant[0, 0]
-    return out
+            # What the filter remembers is looked at before filter_loop moves it on.
+            kv = np.stack((k[b, t], v[b, t]))  # (2, KVH, D)
+            if state is None:
+                anchors = kv
+                recent: list[float] = []
+            else:
+                anchors = np.stack((state[0].A_K, state[0].A_V))
+                recent = state[0].scores[-config.history :]
+            one_k = k[b : b + 1, t : t + 1]
+            one_v = v[b : b + 1, t : t + 1]
+            redundant, score, _, state = filter_loop(one_k, one_v, [1], [ratio[b]], config, state)
+
+            cosines = np.zeros((2, KVH))
+            for side in range(2):
+                for h in range(KVH):
+                    cosines[side, h] = cosine(kv[side, h], anchors[side, h])
+            mean = cosines.mean(1)
+            variance = ((cosines - cosines.mean(1, keepdims=True)) ** 2).mean(1)
+            w_k = (variance[1] + 1e-6) / (variance[0] + variance[1] + 2e-6)
+            # filter_loop does not show its stages. That these are its own, its score says.
+            fused = w_k * mean[0] + (1 - w_k) * mean[1]
+            assert abs(fused - score[0, 0]) < 1e-12, "these are not the stages of filter_loop"
+
+            found["anchors"][b, t] = anchors
+            found["cosine"][b, t] = cosines
+            found["mean"][b, t] = mean
+            found["variance"][b, t] = variance
+            found["w_k"][b, t] = w_k
+            found["score"][b, t] = score[0, 0]
+            found["below"][b, t] = sum(other < score[0, 0] for other in recent)
+            found["needed"][b, t] = math.ceil((1 - ratio[b]) * len(recent) - 1e-9)
+            found["redundant"][b, t] = redundant[0, 0]
+    return found
 
 
 def margins(score, ratio, config):
-    """How far each score (T,) of one sequence is from the one that decides, the needed-th smallest
-    of those remembered: positive where the token is redundant, inf where nothing is decided.
+    """How far each score of one sequence is from the one that decides about it: (T,) -> (T,).
+
+    That one is the needed-th smallest of those remembered. The margin is positive where the token
+    is redundant, and inf where nothing is decided.
     """
-    out = np.full(len(score), np.inf)
+    margin = np.full(len(score), np.inf)
     for t in range(max(config.warmup, 1), len(score)):
         recent = np.sort(score[max(0, t - config.history) : t])
         needed = math.ceil((1 - ratio) * len(recent) - 1e-9)
         if ratio > 0 and needed > 0 and not math.isnan(score[t]):
-            out[t] = score[t] - recent[needed - 1]
-    return out
+            margin[t] = score[t] - recent[needed - 1]
+    return margin
 
 
-def clear(score, lengths, ratio, config):
-    """Whether a port in float32 can match every decision and rank: score (B, T), ratio (B,)."""
-    for s, n, r in zip(score, lengths, ratio):
-        apart = np.diff(np.sort(s[:n])).min(initial=np.inf)
-        if apart < APART or np.abs(margins(s[:n], r, config)).min(initial=np.inf) <= MARGIN:
-            return False
-    return True
+def has_clear_margins(score, ratio, config):
+    """Whether float32 can match every decision of one sequence in one layer: score (T,)."""
+    return np.abs(margins(score, ratio, config)).min(initial=np.inf) > MARGIN
 
 
-def turned(x, position, theta):
-    """RoPE: the channel pair (i, i + D/2) of x (..., D) as a complex number, turned by position *
-    theta^(-2i/D).
+def has_clear_ranks(score):
+    """Whether float32 can match every rank in one sequence: score (T,)."""
+    return np.diff(np.sort(score)).min(initial=np.inf) >= APART
+
+
+def rotated(x, position, theta):
+    """RoPE: x (..., D), rotated by its position, which broadcasts to (..., D/2).
+
+    The channel pair (i, i + D/2) is a complex number, and position * theta^(-2i/D) its angle.
     """
     half = x.shape[-1] // 2
-    z = (x[..., :half] + 1j * x[..., half:]) * np.exp(
-        1j * position * theta ** (-np.arange(half) / half)
-    )
-    return np.concatenate((z.real, z.imag), -1)
+    pair = x[..., :half] + 1j * x[..., half:]
+    angle = position * theta ** (-np.arange(half) / half)
+    rotated_pair = pair * np.exp(1j * angle)
+    return np.concatenate((rotated_pair.real, rotated_pair.imag), -1)
 
 
 def schedule_ratios(schedule, p, L):
-    """The layers' ratios, (L,)."""
+    """Each layer's target ratio, (L,), with mean p."""
     if schedule == "uniform":
         return np.full(L, p)
     if schedule == "last":
         top = max(0.9, p)
-        return np.array([min(top, max(0, p * L - top * after)) for after in range(L)][::-1])
-    tail = (
-        tail_by_bisection(p, L)
-        if p <= (L - 1) / L
-        else np.array([p * L - (L - 1)] + [1.0] * (L - 1))
-    )
-    return tail[::-1].copy() if schedule == "head" else tail
+        ratios = np.zeros(L)
+        for n_after in range(L):
+            ratios[L - 1 - n_after] = min(top, max(0, p * L - top * n_after))
+        return ratios
+    if p <= (L - 1) / L:
+        tail = tail_by_bisection(p, L)
+    else:
+        tail = np.ones(L)
+        tail[0] = p * L - (L - 1)
+    if schedule == "head":
+        return tail[::-1].copy()
+    return tail
 
 
-THETA = (
-    65536.0  # so that theta^(-2i/8) are powers of two: the same frequencies in float32 and float64
-)
+# The frequencies theta^(-2i/8) are powers of two, so that they are the same in float32 and float64.
+THETA = 65536.0
+
+
+def same_inputs(k, v):
+    return k, v
+
+
+def heads_alike(k, v):
+    """Every head is close to the first."""
+    return k[:, :, :1] + 0.002 * k, v[:, :, :1] + 0.004 * v
+
+
+def some_zero_heads(k, v):
+    """Key head 1 is 0 in every third token, value head 2 in every fourth, the first among them."""
+    k = k.copy()
+    v = v.copy()
+    k[:, 2::3, 1] = 0
+    v[:, 0::4, 2] = 0
+    return k, v
+
+
+def large_inputs(k, v):
+    """The sums of squares of these overflow in float16."""
+    return 300 * k, 300 * v
+
+
+def nothing_more(found):
+    return True
+
+
+def above_at_end_of_warmup(found):
+    """Tokens 4 and 5 pass the threshold."""
+    return (found["below"] >= found["needed"])[0, 4:6].all()
 
 
 @dataclass
 class Case:
-    """One of the filter's files: k, v of this shape, of which calls[i][b] tokens of row b are fed
-    in call i.
-    """
+    """One of the filter's files."""
 
-    what: str
+    what: str  # what the file shows
     shape: tuple[int, int, int, int]  # B, T, KVH, D
-    ratio: list[float]
-    calls: list[list[int]]
+    ratio: list[float] | None  # of each row; None where the schedule gives them
+    calls: list[list[int]]  # calls[i][b] tokens of row b are fed in call i
     config: FilterConfig = field(default_factory=lambda: FilterConfig(warmup=4))
-    change: Callable = lambda k, v: (k, v)  # to the drifting k, v
-    dtype: type = np.float32
-    also: Callable = lambda out: True  # what else must hold of the stages
-
-
-def of_head(x, tokens, head):
-    """x (B, T, KVH, D) with zeros in one head of some tokens."""
-    x = x.copy()
-    x[:, tokens, head] = 0
-    return x
+    change: Callable = same_inputs  # makes the inputs k, v of the drifting ones
+    dtype: type = np.float32  # of the inputs
+    condition: Callable = nothing_more  # what else must hold of the stages
 
 
 CASES = {
@@ -215,7 +260,7 @@ CASES = {
         [0.5],
         [[5], [1], [6]],
         FilterConfig(warmup=5),
-        also=lambda out: (out["below"] >= out["needed"])[0, 4:6].all(),
+        condition=above_at_end_of_warmup,
     ),
     "history": Case(
         "Only the last 7 scores are remembered: they wrap within a chunk and from one to the next.",
@@ -232,14 +277,14 @@ CASES = {
         (1, 32, 3, 8),
         [0.5],
         [[32]],
-        change=lambda k, v: (k[:, :, :1] + 0.002 * k, v[:, :, :1] + 0.004 * v),
+        change=heads_alike,
     ),
     "zeros": Case(
         "Heads of norm 0, the first token's among them: their cosine is 0.",
         (1, 32, 3, 4),
         [0.5],
         [[1], [31]],
-        change=lambda k, v: (of_head(k, np.s_[2::3], 1), of_head(v, np.s_[0::4], 2)),
+        change=some_zero_heads,
     ),
     "half": Case(
         (
@@ -249,7 +294,7 @@ CASES = {
         (1, 32, 2, 8),
         [0.5],
         [[16], [16]],
-        change=lambda k, v: (300 * k, 300 * v),
+        change=large_inputs,
         dtype=np.float16,
     ),
     "rope": Case(
@@ -262,60 +307,81 @@ CASES = {
         [[9, 4], [0, 6], [22, 3], [1, 1]],
     ),
 }
-for _name in ("tail", "uniform", "head", "last"):
-    CASES[f"schedule-{_name}"] = Case(
-        f"Schedule {_name}: row b is layer b of four; the ratios follow from prune.",
+for _schedule in ("tail", "uniform", "head", "last"):
+    CASES[f"schedule-{_schedule}"] = Case(
+        f"Schedule {_schedule}: row b is layer b of four; the ratios follow from prune.",
         (4, 24, 2, 4),
-        [],
+        None,
         [[24] * 4],
-        FilterConfig(schedule=_name, prune=0.6, warmup=4),
+        FilterConfig(schedule=_schedule, prune=0.6, warmup=4),
     )
 
 
 def filter_file(case: Case, seed):
-    """A case's tensors made from a seed, or None if a decision in it would be too close for
-    float32.
-    """
-    B, T = case.shape[:2]
+    """A case's tensors made from a seed; None if a decision would be too close for float32."""
+    B, T, _, _ = case.shape
     lengths = np.sum(case.calls, 0)
-    config = case.config
-    k, v = case.change(*(x.numpy() for x in drift(*case.shape, seed)))
-    k, v = (
-        np.where((np.arange(T) < lengths[:, None])[:, :, None, None], x, 0).astype(case.dtype)
-        for x in (k, v)
-    )
-    ratio = np.array(case.ratio or schedule_ratios(config.schedule, config.prune, B))
-    inputs: dict[str, np.ndarray] = {"k": k, "v": v}
-    k = k.astype(np.float64)
-    v = v.astype(np.float64)
+    if case.ratio is None:
+        ratio = schedule_ratios(case.config.schedule, case.config.prune, B)
+    else:
+        ratio = np.array(case.ratio)
+
+    drifting_k, drifting_v = drift(*case.shape, seed)
+    changed_k, changed_v = case.change(drifting_k.numpy(), drifting_v.numpy())
+    is_real = np.arange(T) < lengths[:, None]  # (B, T)
+    holds_token = is_real[:, :, None, None]
+    input_k: np.ndarray = np.where(holds_token, changed_k, 0).astype(case.dtype)
+    input_v: np.ndarray = np.where(holds_token, changed_v, 0).astype(case.dtype)
+    k = input_k.astype(np.float64)
+    v = input_v.astype(np.float64)
+    inputs: dict[str, np.ndarray] = {}
     if case is CASES["rope"]:
-        k = turned(k, np.arange(T)[:, None, None], THETA)
-        inputs = {"raw_k": inputs["k"], "k": k, "v": inputs["v"]}
-    out = stages(k, v, lengths, ratio, config)
-    if clear(out["score"], lengths, ratio, config) and case.also(out):
-        return inputs | {"ratio": ratio} | out
-    return None
+        k = rotated(k, np.arange(T)[:, None, None], THETA)
+        inputs["raw_k"] = input_k
+        inputs["k"] = k
+    else:
+        inputs["k"] = input_k
+    inputs["v"] = input_v
+    inputs["ratio"] = ratio
+
+    found = stages(k, v, lengths, ratio, case.config)
+    for b in range(B):
+        score = found["score"][b, : lengths[b]]
+        if not has_clear_ranks(score) or not has_clear_margins(score, ratio[b], case.config):
+            return None
+    if not case.condition(found):
+        return None
+    return inputs | found
 
 
 def ties_file():
-    """The threshold alone, on scores full of ties and NaN, from an empty history."""
+    """The threshold alone: scores full of ties and NaN, from an empty history.
+
+    Returns the tensors and the FilterConfig.
+    """
+    config = FilterConfig(history=10, warmup=0)
     ratio = np.array([0, 0.1, 0.25, 1 / 3, 0.5, 0.7, 0.9, 0.999, 1])
-    W = 10
     T = 24
     score = np.random.default_rng(0).choice([-1, 0, 0.25, 0.5, 1, np.nan], (len(ratio), T))
-    out = {"below": np.zeros(score.shape, np.int32), "redundant": np.zeros(score.shape, bool)}
+    below = np.zeros(score.shape, np.int32)
+    redundant = np.zeros(score.shape, bool)
     for b, t in np.ndindex(score.shape):
-        recent = score[b, max(0, t - W) : t].tolist()
-        out["below"][b, t] = sum(other < score[b, t] for other in recent)
-        out["redundant"][b, t] = is_above(score[b, t], recent, ratio[b])
-    return {"score": score.astype(np.float32), "ratio": ratio} | out, FilterConfig(
-        history=W, warmup=0
-    )
+        recent = score[b, max(0, t - config.history) : t].tolist()
+        below[b, t] = sum(other < score[b, t] for other in recent)
+        redundant[b, t] = is_above(score[b, t], recent, ratio[b])
+    tensors = {
+        "score": score.astype(np.float32),
+        "ratio": ratio,
+        "below": below,
+        "redundant": redundant,
+    }
+    return tensors, config
 
 
 # -------------------------------------------------------------------------------------- the model
 
-SHAPE: dict[str, Any] = {  # as in files.json
+# As in files.json.
+SHAPE: dict[str, Any] = {
     "vocab_size": 32,
     "width": 32,
     "n_layers": 2,
@@ -328,96 +394,82 @@ SHAPE: dict[str, Any] = {  # as in files.json
     "max_positions": 64,
     "tied": False,
 }
+# How many tokens each row has, and how many of them are fed in each call.
 LENGTHS = [64, 40, 17]
 CALLS = [[20, 13, 9], [1, 1, 0], [11, 0, 7], [1, 1, 1], [31, 25, 0]]
-PRUNES = [
-    0.3,
-    0.6,
-]  # at 0.3 `tail` leaves layer 0 alone, at 0.6 all of layer 1 is redundant past the warm-up
-CONFIGS = {  # the presets, with windows so small that even these texts have far tokens
-    name: preset(name, warmup=6, recent=min(preset(name).recent, 8)) for name in PRESETS
-}
+# At 0.3 schedule "tail" leaves layer 0 alone. At 0.6 all of layer 1 is redundant past the warm-up.
+PRUNES = [0.3, 0.6]
+
+
+def small_presets():
+    """The presets by name, with so few near slots that even these texts have far tokens."""
+    configs = {}
+    for name in PRESETS:
+        recent = min(preset(name).recent, 8)
+        configs[name] = preset(name, warmup=6, recent=recent)
+    return configs
+
+
+CONFIGS = small_presets()
 
 
 def random_weights(rng):
-    """float32 weights by the names that model.py gives them; scaled up, so that attention is far
-    from uniform.
+    """float32 weights by the names that model.py gives them.
+
+    They are so large that attention is far from uniform.
     """
     V = SHAPE["vocab_size"]
     C = SHAPE["width"]
     M = SHAPE["mlp_width"]
-    D = SHAPE["head_dim"]
-    Q = SHAPE["heads"] * D
-    KV = SHAPE["kv_heads"] * D
-    matrices: dict[str, tuple[int, ...]] = {"embed": (V, C), "head": (V, C)}
-    for block in (f"blocks.{l}." for l in range(SHAPE["n_layers"])):
-        matrices |= {block + "attn.q": (Q, C), block + "attn.k": (KV, C), block + "attn.v": (KV, C)}
-        matrices |= {block + "attn.o": (C, Q)}
-        matrices |= {
-            block + "mlp.gate": (M, C),
-            block + "mlp.up": (M, C),
-            block + "mlp.down": (C, M),
-        }
-        matrices |= {block + "attn_norm": (C,), block + "mlp_norm": (C,)}
-    matrices["norm"] = (C,)
+    q_width = SHAPE["heads"] * SHAPE["head_dim"]
+    kv_width = SHAPE["kv_heads"] * SHAPE["head_dim"]
+    # The order matters, as the numbers are drawn in it.
+    shapes: dict[str, tuple[int, ...]] = {"embed": (V, C), "head": (V, C)}
+    for l in range(SHAPE["n_layers"]):
+        shapes[f"blocks.{l}.attn.q"] = (q_width, C)
+        shapes[f"blocks.{l}.attn.k"] = (kv_width, C)
+        shapes[f"blocks.{l}.attn.v"] = (kv_width, C)
+        shapes[f"blocks.{l}.attn.o"] = (C, q_width)
+        shapes[f"blocks.{l}.mlp.gate"] = (M, C)
+        shapes[f"blocks.{l}.mlp.up"] = (M, C)
+        shapes[f"blocks.{l}.mlp.down"] = (C, M)
+        shapes[f"blocks.{l}.attn_norm"] = (C,)
+        shapes[f"blocks.{l}.mlp_norm"] = (C,)
+    shapes["norm"] = (C,)
+
     weights = {}
-    for name, shape in matrices.items():
-        w = rng.standard_normal(shape)
-        w = (
-            1 + 0.1 * w
-            if len(shape) == 1
-            else w * (2.0 if name.endswith((".q", ".k")) else 1.0) / math.sqrt(shape[1])
-        )
-        weights[name + ".weight"] = w.astype(np.float32)
-    weights["embed.weight"] *= math.sqrt(SHAPE["width"])
+    for name, shape in shapes.items():
+        normal = rng.standard_normal(shape)
+        if len(shape) == 1:  # of a norm
+            weight = 1 + 0.1 * normal
+        elif name.endswith((".q", ".k")):
+            weight = normal * 2.0 / math.sqrt(shape[1])
+        else:
+            weight = normal / math.sqrt(shape[1])
+        weights[name + ".weight"] = weight.astype(np.float32)
+    weights["embed.weight"] *= math.sqrt(C)
     return weights
 
 
 def random_biases(rng):
     """float32 biases of every layer's q, k, v and o, as large as what they are added to."""
-    C = SHAPE["width"]
-    D = SHAPE["head_dim"]
+    kv_width = SHAPE["kv_heads"] * SHAPE["head_dim"]
     widths = {
-        "q": SHAPE["heads"] * D,
-        "k": SHAPE["kv_heads"] * D,
-        "v": SHAPE["kv_heads"] * D,
-        "o": C,
+        "q": SHAPE["heads"] * SHAPE["head_dim"],
+        "k": kv_width,
+        "v": kv_width,
+        "o": SHAPE["width"],
     }
     biases = {}
     for l in range(SHAPE["n_layers"]):
         for projection, width in widths.items():
-            biases[f"blocks.{l}.attn.{projection}.bias"] = rng.standard_normal(width).astype(
-                np.float32
-            )
+            bias = rng.standard_normal(width).astype(np.float32)
+            biases[f"blocks.{l}.attn.{projection}.bias"] = bias
     return biases
 
 
 def rms_norm(x, weight):
     return weight * x / math.sqrt((x * x).mean() + SHAPE["norm_eps"])
-
-
-def in_sight(t, redundant, config):
-    """The tokens that token t may see in a layer, where redundant[j] says what token j is found to
-    be.
-    """
-    if redundant[t] and config.mode == "skip":
-        return []
-    sinks = max(config.warmup, 1)
-    far = not redundant[t] or config.mode == "cache"
-    return [
-        j for j in range(t + 1) if j < sinks or t - j <= config.recent or (far and not redundant[j])
-    ]
-
-
-def attended(q, keys, values):
-    """What queries (H, D) find in the keys and values (n, KVH, D) that a token sees: (H * D,)."""
-    heads = []
-    shared = len(q) // keys.shape[1]
-    for h, query in enumerate(q):
-        logit = keys[:, h // shared] @ query / math.sqrt(len(query))
-        weight = np.exp(logit - logit.max())
-        heads.append(weight / weight.sum() @ values[:, h // shared])
-    return np.concatenate(heads)
 
 
 def project(w, projection, x):
@@ -426,152 +478,223 @@ def project(w, projection, x):
     return product + w.get(f"attn.{projection}.bias", 0)
 
 
-def slow_model(weights, tokens, config):
-    """One sequence through the model: logits (T, V) and, by (T, L), what else TENSORS names.
+def mlp(w, x):
+    """The MLP of one token: w holds a layer's weights by name."""
+    gate = w["mlp.gate.weight"] @ x
+    up = w["mlp.up.weight"] @ x
+    return w["mlp.down.weight"] @ (gate / (1 + np.exp(-gate)) * up)
 
-    A token that sees nothing gets nothing from attention, o's bias neither.
-    """
-    W = {name: w.astype(np.float64) for name, w in weights.items()}
-    L, H, KVH, D = (SHAPE[name] for name in ("n_layers", "heads", "kv_heads", "head_dim"))
-    ratio = schedule_ratios(config.schedule, config.prune, L)
-    T = len(tokens)
-    past: list[tuple] = [
-        ([], [], []) for _ in range(L)
-    ]  # of each layer: every token's k, its v, whether it is redundant
-    states = [None] * L
-    out = {
-        "n": np.zeros((T, L), np.int32),
-        "score": np.full((T, L), np.nan),
-        "redundant": np.zeros((T, L), bool),
-    }
-    out["logits"] = np.zeros((T, SHAPE["vocab_size"]))
 
-    for t, token in enumerate(tokens):
-        x = W["embed.weight"][token]
-        for l in range(L):
-            w = {
-                name[len(f"blocks.{l}.") :]: m
-                for name, m in W.items()
-                if name.startswith(f"blocks.{l}.")
-            }
-            normed = rms_norm(x, w["attn_norm.weight"])
-            raw_k = project(w, "k", normed).reshape(KVH, D)
-            k = turned(raw_k, t, THETA)
-            v = project(w, "v", normed).reshape(KVH, D)
-            q = turned(project(w, "q", normed).reshape(H, D), t, THETA)
+def attend(q, keys, values):
+    """What queries (H, D) find in the keys and values (n, KVH, D) that a token sees: (H * D,)."""
+    # Each key/value head serves this many query heads.
+    group = len(q) // keys.shape[1]
+    heads = []
+    for h, query in enumerate(q):
+        logit = keys[:, h // group] @ query / math.sqrt(len(query))
+        weight = np.exp(logit - logit.max())
+        heads.append(weight / weight.sum() @ values[:, h // group])
+    return np.concatenate(heads)
 
-            redundant = False
-            if ratio[l] > 0:
-                compared = k if config.keys == "rotated" else raw_k
-                found, score, _, states[l] = filter_loop(
-                    compared[None, None], v[None, None], [1], [ratio[l]], config, states[l]
-                )
-                redundant = found[0, 0]
-                out["score"][t, l] = score[0, 0]
-            for part, new in zip(past[l], (k, v, redundant)):
-                part.append(new)
-            seen = in_sight(t, past[l][2], config)
-            out["redundant"][t, l] = redundant
-            out["n"][t, l] = len(seen)
 
-            if seen:
-                x = x + project(
-                    w, "o", attended(q, *(np.array(part)[seen] for part in past[l][:2]))
-                )
-            normed = rms_norm(x, w["mlp_norm.weight"])
-            gate = w["mlp.gate.weight"] @ normed
-            x = x + w["mlp.down.weight"] @ (
-                gate / (1 + np.exp(-gate)) * (w["mlp.up.weight"] @ normed)
+def visible(t, redundant, config):
+    """The tokens that token t may see in a layer: redundant[j] says what token j is found to be."""
+    if redundant[t] and config.mode == "skip":
+        return []
+    n_sinks = max(config.warmup, 1)
+    sees_far = not redundant[t] or config.mode == "cache"
+    tokens = []
+    for j in range(t + 1):
+        is_sink = j < n_sinks
+        is_recent = t - j <= config.recent
+        is_kept = not redundant[j]
+        if is_sink or is_recent or (sees_far and is_kept):
+            tokens.append(j)
+    return tokens
+
+
+class SlowLayer:
+    """One layer, and all tokens that it has seen of one sequence: none is ever forgotten."""
+
+    def __init__(self, weights, l, ratio):
+        prefix = f"blocks.{l}."
+        self.w = {}
+        for name, weight in weights.items():
+            if name.startswith(prefix):
+                self.w[name.removeprefix(prefix)] = weight
+        self.ratio = ratio
+        # Of every token: its key and its value, (KVH, D), and whether it is redundant.
+        self.keys: list[np.ndarray] = []
+        self.values: list[np.ndarray] = []
+        self.redundant: list[bool] = []
+        self.filter_state = None
+
+    def step(self, x, config):
+        """One token's residual stream (C,) through the layer.
+
+        Returns the residual stream, the token's score, whether it is redundant, and how many
+        tokens it sees. A token that sees nothing gets nothing from attention, not even o's bias.
+        """
+        D = SHAPE["head_dim"]
+        t = len(self.keys)
+        normed = rms_norm(x, self.w["attn_norm.weight"])
+        unrotated_k = project(self.w, "k", normed).reshape(-1, D)
+        unrotated_q = project(self.w, "q", normed).reshape(-1, D)
+        v = project(self.w, "v", normed).reshape(-1, D)
+        k = rotated(unrotated_k, t, THETA)
+        q = rotated(unrotated_q, t, THETA)
+
+        score = np.nan
+        redundant = False
+        if self.ratio > 0:
+            if config.keys == "rotated":
+                compared_k = k
+            else:
+                compared_k = unrotated_k
+            batch_of_k = compared_k[None, None]
+            batch_of_v = v[None, None]
+            decisions, scores, _, self.filter_state = filter_loop(
+                batch_of_k, batch_of_v, [1], [self.ratio], config, self.filter_state
             )
-        out["logits"][t] = W["head.weight"] @ rms_norm(x, W["norm.weight"])
-    return out
+            score = scores[0, 0]
+            redundant = decisions[0, 0]
+
+        self.keys.append(k)
+        self.values.append(v)
+        self.redundant.append(redundant)
+        seen = visible(t, self.redundant, config)
+        if seen:
+            attended = attend(q, np.array(self.keys)[seen], np.array(self.values)[seen])
+            x = x + project(self.w, "o", attended)
+        x = x + mlp(self.w, rms_norm(x, self.w["mlp_norm.weight"]))
+        return x, score, redundant, len(seen)
 
 
-def batch(weights, tokens, config):
-    """slow_model on each row: its arrays by (B, T, ...), padded with NaN, 0 or False."""
-    rows = [slow_model(weights, row[:n], config) for row, n in zip(tokens, LENGTHS)]
-    out = {}
-    for name, first in rows[0].items():
-        out[name] = np.full(
-            tokens.shape + first.shape[1:], np.nan if first.dtype == np.float64 else 0, first.dtype
-        )
-        for b, row in enumerate(rows):
-            out[name][b, : LENGTHS[b]] = row[name]
-    return out
+def slow_model(weights, tokens, config):
+    """One sequence through the model: tokens (T,), from the start.
+
+    Returns arrays by the names of TENSORS: logits (T, V), and n, score, redundant (T, L).
+    """
+    L = SHAPE["n_layers"]
+    T = len(tokens)
+    exact = {name: weight.astype(np.float64) for name, weight in weights.items()}
+    ratio = schedule_ratios(config.schedule, config.prune, L)
+    layers = [SlowLayer(exact, l, ratio[l]) for l in range(L)]
+    n = np.zeros((T, L), np.int32)
+    score = np.full((T, L), np.nan)
+    redundant = np.zeros((T, L), bool)
+    logits = np.zeros((T, SHAPE["vocab_size"]))
+    for t, token in enumerate(tokens):
+        x = exact["embed.weight"][token]
+        for l, layer in enumerate(layers):
+            x, score[t, l], redundant[t, l], n[t, l] = layer.step(x, config)
+        logits[t] = exact["head.weight"] @ rms_norm(x, exact["norm.weight"])
+    return {"n": n, "score": score, "redundant": redundant, "logits": logits}
+
+
+def slow_batch(weights, tokens, config):
+    """slow_model on each row of tokens (B, T): arrays (B, T, ...), padded with NaN, 0 or False."""
+    B, T = tokens.shape
+    padded: dict[str, np.ndarray] = {}
+    for b in range(B):
+        n = LENGTHS[b]
+        for name, x in slow_model(weights, tokens[b, :n], config).items():
+            if name not in padded:
+                fill = np.nan if x.dtype == np.float64 else 0
+                padded[name] = np.full((B, T, *x.shape[1:]), fill, x.dtype)
+            padded[name][b, :n] = x
+    return padded
 
 
 def filtered(weights, tokens, config):
-    """batch() at each value of PRUNES, by (P, B, T, ...), and the ratios; None if a decision would
-    be too close for float32.
+    """The layers' ratios (P, L), and slow_batch at each value of PRUNES: arrays (P, B, T, ...).
+
+    None if a decision would be too close for float32.
     """
+    ratios = []
     results = []
-    ratios = [schedule_ratios(config.schedule, p, SHAPE["n_layers"]) for p in PRUNES]
-    for p, ratio in zip(PRUNES, ratios):
-        results.append(batch(weights, tokens, replace(config, prune=p)))
-        for b, l in np.ndindex(len(LENGTHS), SHAPE["n_layers"]):
-            if (
-                np.abs(margins(results[-1]["score"][b, : LENGTHS[b], l], ratio[l], config)).min()
-                <= MARGIN
-            ):
-                return None
-    return {"ratio": np.array(ratios)} | {
-        part: np.stack([result[part] for result in results]) for part in results[0]
-    }
+    for prune in PRUNES:
+        ratio = schedule_ratios(config.schedule, prune, SHAPE["n_layers"])
+        result = slow_batch(weights, tokens, replace(config, prune=prune))
+        for b, n in enumerate(LENGTHS):
+            for l in range(SHAPE["n_layers"]):
+                if not has_clear_margins(result["score"][b, :n, l], ratio[l], config):
+                    return None
+        ratios.append(ratio)
+        results.append(result)
+    tensors = {"ratio": np.array(ratios)}
+    for name in results[0]:
+        tensors[name] = np.stack([result[name] for result in results])
+    return tensors
+
+
+@dataclass
+class ModelFile:
+    """One of the model's files."""
+
+    what: str  # what the file shows
+    tensors: dict[str, np.ndarray]
+    config: FilterConfig
 
 
 def model_files(seed):
-    """{file: (tensors, what, config)} of the model made from a seed; None if a decision would be
-    too close for float32.
+    """The files {name: ModelFile} of the model made from a seed.
+
+    None if a decision would be too close for float32.
     """
     rng = np.random.default_rng(seed)
     weights = random_weights(rng)
-    tokens = rng.integers(0, SHAPE["vocab_size"], (len(LENGTHS), max(LENGTHS)), dtype=np.int32)
-    tokens[np.arange(max(LENGTHS)) >= np.array(LENGTHS)[:, None]] = 0
-    files = {}
+    B = len(LENGTHS)
+    T = max(LENGTHS)
+    tokens = rng.integers(0, SHAPE["vocab_size"], (B, T), dtype=np.int32)
+    for b, n in enumerate(LENGTHS):
+        tokens[b, n:] = 0
+
+    by_preset = {}
     for name, config in CONFIGS.items():
         tensors = filtered(weights, tokens, config)
         if tensors is None:
             return None
-        files[f"model-{name}"] = (
-            tensors,
-            f"The model filtered as preset {name} does; axis P is prune = {PRUNES}.",
-            config,
-        )
-    dense = batch(weights, tokens, FilterConfig(prune=0.0))["logits"]
+        what = f"The model filtered as preset {name} does; axis P is prune = {PRUNES}."
+        by_preset[f"model-{name}"] = ModelFile(what, tensors, config)
+
+    dense_config = FilterConfig(prune=0.0)
+    dense = slow_batch(weights, tokens, dense_config)["logits"]
     what = (
         "The two-layer model: weights, a batch of three texts, and its logits when "
         "nothing is filtered."
     )
-    return {
-        "model": ({**weights, "tokens": tokens, "dense": dense}, what, FilterConfig(prune=0.0))
-    } | files
+    tensors = {**weights, "tokens": tokens, "dense": dense}
+    return {"model": ModelFile(what, tensors, dense_config), **by_preset}
 
 
-def bias_file(model, seed):
-    """(tensors, what, config) of model.safetensors' own weights and tokens with biases made from a
-    seed; None as above.
+def bias_file(model_tensors, seed):
+    """The ModelFile of the same weights and tokens, with biases made from a seed.
 
-    Preset paper, as what a port can get wrong is whether a token that skips attention gets o's
-    bias.
+    model_tensors: those of model.safetensors. None if a decision would be too close for float32.
+    The preset is paper, as what a port can get wrong is whether a token that skips attention gets
+    o's bias.
     """
-    weights = dict(model)
+    weights = dict(model_tensors)
     tokens = weights.pop("tokens")
     del weights["dense"]
     biases = random_biases(np.random.default_rng(seed))
-    found = filtered(weights | biases, tokens, CONFIGS["paper"])
+    config = CONFIGS["paper"]
+    found = filtered(weights | biases, tokens, config)
     if found is None:
         return None
     what = "The same weights and texts with biases on q, k, v and o, filtered as preset paper does."
-    return biases | found, what, CONFIGS["paper"]
+    return ModelFile(what, biases | found, config)
 
 
 # ------------------------------------------------------------------------------------------- main
 
 
-def search(build, *given):
-    """What build(*given, seed) makes of the first seed it does not refuse, and that seed."""
+def first_clear(build, *given):
+    """What build(*given, seed) makes of the first seed for which it is not None, and that seed."""
     for seed in range(10000):
-        if (found := build(*given, seed)) is not None:
+        found = build(*given, seed)
+        if found is not None:
             return found, seed
     raise RuntimeError("no seed gives decisions that are clear enough")
 
@@ -581,40 +704,56 @@ def as_json(value, depth=3, indent="\n"):
     if depth == 0 or not isinstance(value, dict):
         return json.dumps(value)
     inner = indent + "  "
-    entries = [
-        f"{inner}{json.dumps(key)}: {as_json(entry, depth - 1, inner)}"
-        for key, entry in value.items()
-    ]
+    entries = []
+    for key, entry in value.items():
+        entries.append(f"{inner}{json.dumps(key)}: {as_json(entry, depth - 1, inner)}")
     return "{" + ",".join(entries) + indent + "}"
 
 
 def make(folder):
     """Write all files to a folder (a Path)."""
-    model: dict[str, Any] = {"shape": SHAPE, "lengths": LENGTHS, "calls": CALLS, "prune": PRUNES}
-    index: dict[str, Any] = {"tensors": TENSORS, "filter": {}, "model": model}
+    filter_index: dict[str, Any] = {}
     for name, case in CASES.items():
-        tensors, seed = search(filter_file, case)
+        tensors, seed = first_clear(filter_file, case)
         save_file(tensors, folder / f"{name}.safetensors")
-        about = {
+        filter_index[name] = {
             "what": case.what,
             "config": asdict(case.config),
             "calls": case.calls,
             "inputs_from_seed": seed,
         }
-        index["filter"][name] = about | ({"rope_theta": THETA} if name == "rope" else {})
+    filter_index["rope"]["rope_theta"] = THETA
+
     tensors, config = ties_file()
     save_file(tensors, folder / "ties.safetensors")
     what = (
         "The threshold alone: scores full of ties and NaN (an input here), from an empty history."
     )
-    index["ties"] = {"what": what, "config": asdict(config)}
-    files, model["weights_from_seed"] = search(model_files)
-    files["model-bias"], model["biases_from_seed"] = search(bias_file, files["model"][0])
-    model["files"] = {}
-    for name, (tensors, what, config) in files.items():
-        save_file(tensors, folder / f"{name}.safetensors")
-        model["files"][name] = {"what": what, "config": asdict(config)}
-    model["files"]["model-bias"]["shape"] = {"qkv_bias": True, "o_bias": True}
+    ties_index = {"what": what, "config": asdict(config)}
+
+    files, weights_seed = first_clear(model_files)
+    files["model-bias"], biases_seed = first_clear(bias_file, files["model"].tensors)
+    files_index: dict[str, Any] = {}
+    for name, file in files.items():
+        save_file(file.tensors, folder / f"{name}.safetensors")
+        files_index[name] = {"what": file.what, "config": asdict(file.config)}
+    files_index["model-bias"]["shape"] = {"qkv_bias": True, "o_bias": True}
+    model_index = {
+        "shape": SHAPE,
+        "lengths": LENGTHS,
+        "calls": CALLS,
+        "prune": PRUNES,
+        "weights_from_seed": weights_seed,
+        "biases_from_seed": biases_seed,
+        "files": files_index,
+    }
+
+    index = {
+        "tensors": TENSORS,
+        "filter": filter_index,
+        "model": model_index,
+        "ties": ties_index,
+    }
     (folder / "files.json").write_text(as_json(index) + "\n")
 
 
