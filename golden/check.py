@@ -1,8 +1,10 @@
-"""Whether an implementation passes the golden files, as PORTING.md asks: python -m golden.check, of
-port.py.
+"""Whether an implementation passes the golden files, as PORTING.md asks.
 
-check(yours, name), with the functions and classes of port.py by their names, does the same for a
-port of your own.
+    python -m golden.check            checks golden/port.py
+    check(yours, "gqa", "float32")    checks a port of your own
+
+`yours` is a module or an object with the functions and classes of port.py under their names. It may
+return fewer stages than port.py, but not fewer than REQUIRED.
 """
 
 import functools
@@ -19,6 +21,13 @@ SHAPE, LENGTHS, CALLS, PRUNES = (
 )
 FILES = [*INDEX["filter"], "ties", *INDEX["model"]["files"]]
 
+# What must be returned of the filter, of a dense model, and of a filtered one.
+REQUIRED = {
+    "filter": {"redundant", "score"},
+    "model": {"logits"},
+    "filtered model": {"logits", "redundant", "score"},
+}
+
 
 @functools.cache
 def golden(name):
@@ -26,38 +35,48 @@ def golden(name):
 
 
 def agree(got, want, dtype, what):
-    """As PORTING.md asks: counts and decisions exactly, numbers within a tolerance, where one is
-    expected.
-    """
-    if want.dtype.kind == "f":
-        atol = (1e-4 if dtype == "float32" else 1e-9) * max(1, np.nanmax(abs(want)))
-        got, want = (np.where(np.isnan(want), 0, x) for x in (got, want))
-        np.testing.assert_allclose(got, want, rtol=0, atol=atol, err_msg=what)
-    else:
+    """Counts and decisions exactly, numbers within a tolerance, where one is expected."""
+    if want.dtype.kind != "f":
         np.testing.assert_array_equal(got, want, err_msg=what)
+        return
+    atol = (1e-4 if dtype == "float32" else 1e-9) * max(1, np.nanmax(abs(want)))
+    is_expected = ~np.isnan(want)
+    got = np.where(is_expected, got, 0)
+    want = np.where(is_expected, want, 0)
+    np.testing.assert_allclose(got, want, rtol=0, atol=atol, err_msg=what)
+
+
+def returns(found, required, what):
+    """Fail, naming it, if something that must be returned is missing."""
+    missing = sorted(set(required) - set(found))
+    assert not missing, f"{what} does not return {', '.join(missing)}"
 
 
 def in_calls(calls, feed, *given):
-    """What feed(*chunks of given, n_new), each array (B, t, ...), returns in these calls, put
-    together to (B, T, ...).
+    """What feed(*chunks of given, lengths) returns in these calls, put together to (B, T, ...).
 
-    A chunk of x (B, T, ...) is padded with what follows.
+    feed returns arrays (B, t, ...) by name. A chunk of x (B, T, ...) is padded with the tokens that
+    follow, so that a port that looks at padding is found out.
     """
     T = given[0].shape[1]
-    done = np.zeros(len(calls[0]), int)
-    out = dict[str, np.ndarray]()
+    rows = np.arange(len(calls[0]))
+    done = np.zeros(len(rows), int)
+    whole = dict[str, np.ndarray]()
     found = []
-    for n_new in np.array(calls):
-        step = np.arange(n_new.max())
-        at = np.arange(len(n_new))[:, None], np.minimum(done[:, None] + step, T - 1)
-        real = step < n_new[:, None]
-        found.append(feed(*(x[at] for x in given), n_new))
+    for lengths in np.array(calls):
+        step = np.arange(lengths.max())
+        columns = np.minimum(done[:, None] + step, T - 1)  # (B, t)
+        real = step < lengths[:, None]
+        found.append(feed(*(x[rows[:, None], columns] for x in given), lengths))
         for name, x in found[-1].items():
             assert name != "redundant" or not x[~real].any(), "a pad is redundant"
-            whole = out.setdefault(name, np.zeros((len(n_new), T) + x.shape[2:], x.dtype))
-            whole[at[0].repeat(len(step), 1)[real], at[1][real]] = x[real]
-        done += n_new
-    return {name: out[name] for name in set.intersection(*map(set, found))}
+            if name not in whole:
+                whole[name] = np.zeros((len(rows), T, *x.shape[2:]), x.dtype)
+            row_of = rows[:, None].repeat(len(step), 1)
+            whole[name][row_of[real], columns[real]] = x[real]
+        done += lengths
+    in_every_call = set.intersection(*(set(each) for each in found))
+    return {name: whole[name] for name in in_every_call}
 
 
 def one_by_one(lengths):
@@ -76,12 +95,15 @@ def check_filter(implementation, name, dtype):
             dtype,
             "ratio",
         )
-    k, v = (data[side] if name == "half" else data[side].astype(dtype) for side in ("k", "v"))
+    k = data["k"]
+    v = data["v"]
+    if name != "half":
+        k = k.astype(dtype)
+        v = v.astype(dtype)
     if "raw_k" in data:
         raw_k = data["raw_k"].astype(dtype)
-        k = implementation.apply_rope(
-            raw_k, np.arange(raw_k.shape[1])[None].repeat(len(raw_k), 0), about["rope_theta"]
-        )
+        position = np.arange(raw_k.shape[1])[None].repeat(len(raw_k), 0)
+        k = implementation.apply_rope(raw_k, position, about["rope_theta"])
         agree(k, data["k"], dtype, "k")
     lengths = np.sum(about["calls"], 0).tolist()
     for calls in (about["calls"], [lengths], one_by_one(lengths)):
@@ -89,10 +111,12 @@ def check_filter(implementation, name, dtype):
         feed = functools.partial(
             implementation.filter_chunk, state=state, ratio=data["ratio"], config=config
         )
-        for stage, got in in_calls(calls, feed, k, v).items():
-            if not (
-                name == "alike" and stage == "w_k" and dtype == "float32"
-            ):  # float32's variances are too rough for it
+        found = in_calls(calls, feed, k, v)
+        returns(found, REQUIRED["filter"], "filter_chunk")
+        for stage, got in found.items():
+            # float32's variances are too rough for w_k where heads nearly agree.
+            is_too_rough = name == "alike" and stage == "w_k" and dtype == "float32"
+            if not is_too_rough:
                 agree(got, data[stage], dtype, stage)
 
 
@@ -120,38 +144,40 @@ def check_model(implementation, name, dtype):
     shape = SHAPE | about.get("shape", {})
     if name != "model":
         weights |= {part: x for part, x in golden(name).items() if part.endswith(".bias")}
-    for p, prune in enumerate(PRUNES) if name != "model" else [(0, 0.0)]:
-        if name == "model":
-            want = {"logits": dense}
-        else:
-            want = {part: x[p] for part, x in golden(name).items() if not part.endswith(".bias")}
-        if "n" in want:
-            agree(
-                implementation.layer_ratios(config["schedule"], prune, SHAPE["n_layers"]),
-                want["ratio"],
-                dtype,
-                "ratio",
-            )
-            want["read"] = want["n"].sum(-1)  # in all layers
-        for calls in (
-            CALLS,
-            one_by_one(LENGTHS),
-            one_by_one(LENGTHS[:1]),
-        ):  # the last: a row alone, which is decode to its end
-            rows = len(calls[0])
-            model = implementation.Model(
-                weights, shape, config | {"prune": prune}, rows, np.dtype(dtype).type
-            )
-            got = in_calls(calls, model.feed, tokens[:rows])
-            for part in want.keys() & got.keys():
-                agree(got[part], want[part][:rows], dtype, f"{part}, prune {prune}")
+    if name == "model":
+        check_logits(implementation, weights, shape, config, tokens, 0.0, {"logits": dense}, dtype)
+        return
+    expected = {part: x for part, x in golden(name).items() if not part.endswith(".bias")}
+    for p, prune in enumerate(PRUNES):
+        want = {part: x[p] for part, x in expected.items()}
+        ratios = implementation.layer_ratios(config["schedule"], prune, SHAPE["n_layers"])
+        agree(ratios, want["ratio"], dtype, "ratio")
+        want["read"] = want["n"].sum(-1)  # in all layers
+        check_logits(implementation, weights, shape, config, tokens, prune, want, dtype)
+
+
+def check_logits(implementation, weights, shape, config, tokens, prune, want, dtype):
+    """All that feed() returns, in calls of several tokens, token by token, and of a row alone."""
+    required = REQUIRED["model" if "n" not in want else "filtered model"]
+    for calls in (CALLS, one_by_one(LENGTHS), one_by_one(LENGTHS[:1])):
+        rows = len(calls[0])
+        model = implementation.Model(
+            weights, shape, config | {"prune": prune}, rows, np.dtype(dtype).type
+        )
+        found = in_calls(calls, model.feed, tokens[:rows])
+        returns(found, required, "feed")
+        for part in want.keys() & found.keys():
+            agree(found[part], want[part][:rows], dtype, f"{part}, prune {prune}")
 
 
 def check(implementation, name, dtype="float64"):
+    """Raises AssertionError, naming the stage, where the implementation does not pass the file."""
     if name == "ties":
         check_ties(implementation, dtype)
+    elif name in INDEX["filter"]:
+        check_filter(implementation, name, dtype)
     else:
-        (check_filter if name in INDEX["filter"] else check_model)(implementation, name, dtype)
+        check_model(implementation, name, dtype)
 
 
 if __name__ == "__main__":

@@ -123,6 +123,16 @@ def test_the_port_passes_every_file(name, dtype):
     check(port, name, dtype)
 
 
+@pytest.mark.parametrize("name, function", [("gqa", "filter_chunk"), ("model-local", "feed")])
+def test_a_port_that_returns_nothing_does_not_pass(name, function, monkeypatch):
+    if function == "feed":
+        monkeypatch.setattr(port.Model, "feed", lambda *given: {})
+    else:
+        monkeypatch.setattr(port, "filter_chunk", lambda *given, **more: {})
+    with pytest.raises((AssertionError, KeyError)):
+        check(port, name)
+
+
 def test_the_port_stands_alone():
     source = (make.FOLDER / "port.py").read_text()
     imports = [line for line in source.splitlines() if line.startswith(("import ", "from "))]

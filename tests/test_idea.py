@@ -367,7 +367,7 @@ def test_the_table_of_multiply_adds():
     def share_saved(parts):
         return (parts["query, output"] + parts["attention"]) / sum(parts.values())
 
-    saved = f"saves {share_saved(demo):.0%} of a layer's multiply-adds in the demo model there"
+    saved = f"saves {share_saved(demo):.0%} of a layer's multiply-adds in the demo model"
     assert f"{saved}, {share_saved(llama):.0%} in LLaMA-2-13B" in PROSE
 
 
@@ -563,7 +563,7 @@ def test_answer_5():
     half = layer_ratios(FilterConfig(prune=0.5), 30)
     assert half[-2] < half[-1] == 1
     n_closed = layer_ratios(FilterConfig(prune=0.7), 30).count(1.0)
-    assert f"at 0.7 the last {n_closed} have it" in PROSE
+    assert f"At 0.7 the last {n_closed} have it" in PROSE
 
 
 def test_answer_6():
