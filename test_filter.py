@@ -168,8 +168,8 @@ def feed(k, v, chunks, ratio, config, state=None, dtype=torch.float64, layer=0, 
         n_columns = max(*chunk, 1)
         columns = torch.tensor(done)[:, None] + torch.arange(n_columns)
         columns = columns.clamp(max=T - 1)
-        is_decode_step = set(chunk) == {1}
-        lengths = None if is_decode_step else torch.tensor(chunk)
+        has_padding = min(chunk) < n_columns
+        lengths = torch.tensor(chunk) if has_padding else None
         k_chunk = k[rows, columns]
         v_chunk = v[rows, columns]
         q_chunk = None if q is None else q[rows, columns]

@@ -148,6 +148,8 @@ def rank_scores(score, lengths, state: FilterState, ratio, config: FilterConfig)
     # The position of the first new token, (B, 1). This and `past` below are views of the state, so
     # all that is read from them comes before the state is written to.
     count = state.count[:, None]
+    if lengths is None and T > 1:
+        lengths = torch.full_like(state.count, T)
 
     if lengths is None:  # decode
         position = count
@@ -230,7 +232,7 @@ def token_filter(k, v, lengths, state: FilterState, ratio, config: FilterConfig,
     q        the same shape: the queries, averaged over the query heads that share a key head, and
              rotated or not as k is; used, and needed, with fusion "key-query" alone
     lengths  (B,) int64: the first lengths[b] tokens of row b are real, the rest is padding, of any
-             value; None: a decode step, one real token in every row (T = 1)
+             value; None: all are real, as in a decode step, where T = 1
     ratio    r_l, a float, or a float64 tensor () or (B, 1)
     Returns redundant (B, T) bool and score (B, T); padding is False and NaN. Raises ValueError for
     queries that are missing.
@@ -261,6 +263,8 @@ def token_filter(k, v, lengths, state: FilterState, ratio, config: FilterConfig,
             return rank_scores(score, lengths, state, ratio, config)
     """
     B, T = k.shape[:2]
+    if lengths is None and T > 1:
+        lengths = torch.full_like(state.count, T)
     sides = [k, v]
     if config.needs_queries:
         if q is None:

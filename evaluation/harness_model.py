@@ -373,7 +373,7 @@ class FilteredLM(TemplateLM):
         prompts: list[list[int]] = []
         answers: list[Answer] = []
         alike: dict[tuple, list[int]] = defaultdict(list)  # texts that are generated the same way
-        eos = self.tokenizer._template_tokens.get("eos_token")
+        eos = self.tokenizer.named_token("eos_token")
         for i, request in enumerate(requests):
             context, given = request.args
             options = self.generation_options(request.task_name, given)

@@ -85,9 +85,13 @@ class Tokenizer:
         self._template_tokens = named_tokens(config)
         self._templates = read_templates(folder, config)
 
+    def named_token(self, key: str) -> str | None:
+        """The token that the files name under a key such as "pad_token", or None."""
+        return self._template_tokens.get(key)
+
     def named_id(self, key: str) -> int | None:
-        """The id of the token that the files name under a key ("pad_token"), or None."""
-        return self._backend.vocab.get(self._template_tokens.get(key, ""))
+        """The id of that token, or None."""
+        return self._backend.vocab.get(self.named_token(key) or "")
 
     def _find_first(self, config: JsonObject, model: JsonObject) -> list[int]:
         """The ids in front of a text, as transformers 5.23 puts them there.

@@ -514,7 +514,9 @@ def without_eos(tokenizer):
     """A tokenizer none of whose tokens ends a text."""
     names = ("encode", "decode", "stream", "bos_id", "special_names")
     kept = {name: getattr(tokenizer, name) for name in names}
-    return SimpleNamespace(**kept, eos_ids=frozenset(), named_id=lambda key: None)
+    return SimpleNamespace(
+        **kept, eos_ids=frozenset(), named_id=lambda key: None, named_token=lambda key: None
+    )
 
 
 def test_the_cache_is_copied_only_when_a_row_leaves(tiny, monkeypatch):
