@@ -21,7 +21,7 @@ demo: checkpoints/$(MODEL)/config.json
 	$(BIN)/python generate.py checkpoints/$(MODEL) --chat --prompt "$(PROMPT)" --prune 0.3 --compare --no-echo --max-new-tokens 80
 
 test: .venv/dev $(DEMO)
-	@echo "all tests: about five minutes on two quiet cores"
+	@echo "all tests: about eight minutes on two quiet cores"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 check: .venv/dev
