@@ -252,7 +252,7 @@ def test_a_title_says_what_was_run(checkpoint, capsys, tmp_path, flags, title):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_text_within_the_warm_up_is_said_not_to_be_filtered(checkpoint, capsys, name):
-    flags = ["--prune", "0.5", "--preset", name, "--max-new-tokens", "4"]
+    flags = ["--prune", "0.5", "--preset", name, "--warmup", "16", "--max-new-tokens", "4"]
     main([str(checkpoint), "--prompt", "a", *flags])
     err = capsys.readouterr().err
     assert "the first 16 tokens of a text (the warm-up) are not filtered" in err
