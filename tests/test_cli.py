@@ -265,8 +265,8 @@ def test_what_comes_out_equal_is_there_once(capsys):
 def test_what_comes_out_equal_is_run_once(checkpoint, capsys, tmp_path):
     (tmp_path / "text").write_text(LONG * 3)
     flags = (
-        "--preset paper local cache --mode local --recent 32 --schedule uniform "
-        "--fusion variance --keys rotated --warmup 16 --prune 0.5 0.5 0.3 0 --window 64 --device cpu"
+        "--preset paper local cache --mode local --recent 32 --schedule uniform --warmup 16 "
+        "--fusion variance --keys rotated --prune 0.5 0.5 0.3 0 --window 64 --device cpu"
     )
     eval_ppl.main([str(checkpoint), "--text", str(tmp_path / "text"), *flags.split()])
     out, err = capsys.readouterr()
