@@ -500,3 +500,20 @@ def test_half_precision_runs_and_keeps_its_statistics_in_float32(dtype):
     state = cache.layers[1].state
     assert state.anchor.dtype == state.history.dtype == torch.float32
     assert cache.slot_bytes == 2 * 2 * 8 * 2  # K and V, 2 heads of 8 channels, 2 bytes each
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_a_cache_of_something_else_is_refused_naming_both(T):
+    model = small()
+    tokens = torch.zeros(2, T, dtype=torch.int64)
+    with pytest.raises(ValueError, match="2 rows, but the cache was made for 1"):
+        model(tokens, model.new_cache(1))
+    with pytest.raises(ValueError, match="made for another model: heads 4 for 6"):
+        model(tokens, small("mha").new_cache(2))
+    halved = Transformer(model.config).to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"in torch.bfloat16, but the model in torch.float64"):
+        model(tokens, halved.new_cache(2))
+    with torch.device("meta"):
+        elsewhere = Transformer(model.config).double()
+    with pytest.raises(ValueError, match="on meta, but the model on cpu"):
+        model(tokens, elsewhere.new_cache(2))
