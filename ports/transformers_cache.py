@@ -166,10 +166,11 @@ class TokenFilterLayer(CacheLayerMixin):
     # ------------------------------------------------------------------------------- the method
 
     @torch.no_grad()
-    def take(self, module, k, v, is_real):
+    def take(self, module, q, k, v, is_real):
         """Filter and store new tokens. No gradients flow through what is stored.
 
-        k, v (B, KVH, T, D), keys rotated; is_real (B, T) bool: which are no padding (None: all).
+        q (B, heads, T, D); k, v (B, KVH, T, D); queries and keys rotated; is_real (B, T) bool:
+        which are no padding (None: all).
         Returns the Tokens to look at and the mask (B, T, K) of those that each new one may see.
         """
         if not self.is_initialized:
@@ -185,7 +186,7 @@ class TokenFilterLayer(CacheLayerMixin):
         else:
             lengths = is_real.sum(1)
             positions = (count + is_real.cumsum(1) - 1).masked_fill(~is_real, EMPTY)
-        redundant = self.find_redundant(module, k, v, is_real)
+        redundant = self.find_redundant(module, q, k, v, is_real)
         self.redundant = redundant
         self.n_redundant += redundant.sum(1)
         self.count = self.count + lengths
@@ -202,35 +203,39 @@ class TokenFilterLayer(CacheLayerMixin):
         self.gets_nothing = ~mask.any(-1)
         return context, mask
 
-    def find_redundant(self, module, k, v, is_real):
+    def find_redundant(self, module, q, k, v, is_real):
         """Run the filter on new tokens, as in take() -> (B, T) bool, False at padding."""
-        B, _, T, _ = k.shape
+        B, KVH, T, _ = k.shape
         if self.ratio == 0:
             return torch.zeros(B, T, dtype=torch.bool, device=k.device)
 
-        keys = k
-        if self.filter.keys == "unrotated":
-            exact = k.to(self.state.anchor.dtype)
-            keys = unrotate(module, exact, self.position_embeddings)
-        keys = keys.transpose(1, 2)  # (B, T, KVH, D)
-        values = v.transpose(1, 2)
+        compared = [self.as_compared(module, k), v]
+        if self.filter.needs_queries:
+            mean_q = q.unflatten(1, (KVH, -1)).mean(2)  # over the heads that share a key head
+            compared.append(self.as_compared(module, mean_q))
+        compared = [x.transpose(1, 2) for x in compared]  # (B, T, KVH, D) each
         if is_real is None:
-            redundant, self.score = token_filter(
-                keys, values, None, self.state, self.ratio, self.filter
-            )
+            redundant, self.score = self.call_filter(compared, None)
             return redundant
 
         # The filter wants the real tokens of each row first.
         order = is_real.byte().argsort(dim=1, descending=True, stable=True)  # (B, T)
-        kv_order = order[..., None, None].expand_as(keys)
-        packed_keys = keys.gather(1, kv_order)
-        packed_values = values.gather(1, kv_order)
-        lengths = is_real.sum(1)
-        redundant, score = token_filter(
-            packed_keys, packed_values, lengths, self.state, self.ratio, self.filter
-        )
+        index = order[..., None, None].expand_as(compared[0])
+        packed = [x.gather(1, index) for x in compared]
+        redundant, score = self.call_filter(packed, lengths=is_real.sum(1))
         self.score = score.scatter(1, order, score)
         return redundant.scatter(1, order, redundant)
+
+    def as_compared(self, module, x):
+        """Rotated keys or queries (B, KVH, T, D), as they are or rotated back."""
+        if self.filter.keys == "rotated":
+            return x
+        return unrotate(module, x.to(self.state.anchor.dtype), self.position_embeddings)
+
+    def call_filter(self, compared, lengths):
+        """compared: keys, values and, where the filter needs them, queries, (B, T, KVH, D) each."""
+        k, v, *q = compared
+        return token_filter(k, v, lengths, self.state, self.ratio, self.filter, *q)
 
     def visible(self, query, redundant, tokens: Tokens):
         """Who may see whom: queries at positions (B, T), EMPTY at padding -> (B, T, K) bool."""
@@ -287,7 +292,8 @@ class TokenFilterLayer(CacheLayerMixin):
 
 
 def unrotate(module, k, position_embeddings):
-    """Keys as they were before RoPE, by the model's own function with the angles negated.
+    """Keys (or queries) as they were before RoPE, by the model's own function with the angles
+    negated.
 
     k (B, KVH, T, D); position_embeddings: the cos and sin that have turned them, or None.
     Raises NotImplementedError where the rotation cannot be undone.
@@ -333,7 +339,7 @@ def attention(module, query, key, value, attention_mask, **kwargs):
     if layer is None:
         return attend(module, query, key, value, attention_mask, **kwargs)
     is_real = real_tokens(attention_mask, len(key))
-    context, mask = layer.take(module, key, value, is_real)
+    context, mask = layer.take(module, query, key, value, is_real)
     keys, values = context.kv.unbind()
     y, weights = attend(module, query, keys, values, mask[:, None], **kwargs)  # y (B, T, heads, D)
     # A query that sees nothing may have become NaN.

@@ -45,10 +45,13 @@ FILTERS = {
     "local": preset("local", warmup=4, history=16, recent=6),
     "paper": preset("paper", warmup=4, history=16),
 }
-# Layers of ratio 1; and tokens that skip attention, but stay in sight of the next five.
+# Layers of ratio 1; tokens that skip attention, but stay in sight of the next five; and keys that are
+# compared with queries too, before RoPE and after it.
 MORE_FILTERS = {
     "ratio 1": preset("paper", prune=0.8, warmup=4, history=16),
     "skip, recent 5": preset("paper", recent=5, warmup=4, history=16),
+    "cache, queries": preset("cache", fusion="key-query", warmup=4, history=16, recent=6),
+    "local, queries": preset("local", fusion="key-query", warmup=4, history=16, recent=6),
 }
 
 
@@ -305,7 +308,9 @@ def test_decides_and_answers_as_our_model(pair, name):
 @pytest.mark.parametrize("pair", ["llama"], indirect=True)
 def test_decides_and_answers_as_our_model_with_other_filters(pair, name):
     theirs, ours = pair
-    prompts = random_prompts(90, 31, 7)
+    # The default seed begins a prompt with the same token twice. Both have the cosine 1 in the first
+    # layer, but for rounding, so their ranks would differ between two ways of computing it.
+    prompts = random_prompts(90, 31, 7, seed=2)
     assert_same_as_ours(theirs, ours, MORE_FILTERS[name], prompts, chunk=13, n_steps=10)
 
 
