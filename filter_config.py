@@ -125,7 +125,7 @@ PRESETS: dict[str, dict] = {
         "mode": "cache",
         "recent": 32,
         "schedule": "uniform",
-        "fusion": "key",
+        "fusion": "key-query",
         "keys": "unrotated",
     },
 }

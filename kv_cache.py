@@ -220,10 +220,9 @@ class LayerCache:
 
     def find_redundant(self, k, v, lengths, q=None):
         """Run the filter: k, v, q (B, T, KVH, D), lengths as in token_filter -> (B, T) bool."""
-        arguments = [k, v, lengths, self.state, self.ratio_tensor, self.filter]
-        if q is not None:
-            arguments.append(q)
-        redundant, score = self.filter_fn(*arguments)
+        redundant, score = self.filter_fn(
+            k, v, lengths, self.state, self.ratio_tensor, self.filter, q
+        )
         self.n_redundant += redundant.sum(1)
         self.redundant = redundant
         self.score = score

@@ -239,8 +239,7 @@ def token_filter(k, v, lengths, state: FilterState, ratio, config: FilterConfig,
 
     The contract of a filter function. Any function with this signature can take this one's place
     (`model.new_cache(B, config, filter_fn=...)`). It is called in layers whose ratio is above 0.
-    - It is handed q with fusion "key-query" alone, and is free to ignore it. A function that is not
-      meant for that fusion needs no such argument.
+    - It is handed q with fusion "key-query", which preset "cache" has, else None.
     - It decides on a token from that token and those before it in its row alone. So chunks and
       neighbours change nothing (but for rounding).
     - What it remembers between two calls is in state.anchor and state.history, to be used in any
@@ -256,7 +255,7 @@ def token_filter(k, v, lengths, state: FilterState, ratio, config: FilterConfig,
       score is for whoever looks; it may be NaN.
     rank_scores ranks a score among past ones, and does all of that with history and count:
 
-        def long_values(k, v, lengths, state, ratio, config):
+        def long_values(k, v, lengths, state, ratio, config, q=None):
             '''Tokens with long values are redundant.'''
             lengths_of_values = v.to(state.history.dtype).norm(dim=-1)  # (B, T, KVH)
             score, _ = mean_and_variance(lengths_of_values, state.sum_over_devices)  # (B, T)

@@ -57,7 +57,7 @@ def past_warmup(k, lengths, state, config):
     return is_real & (position >= config.n_sinks)
 
 
-def recent_only(k, v, lengths, state, ratio, config):
+def recent_only(k, v, lengths, state, ratio, config, q=None):
     """StreamingLLM (arXiv 2309.17453), to run with mode="cache": every token past the warm-up is
     redundant.
 
@@ -71,14 +71,14 @@ def recent_only(k, v, lengths, state, ratio, config):
 def without_attention_from(first_layer):
     """Depth pruning: from this layer on no token past the first attends, whatever the text."""
 
-    def filter_fn(k, v, lengths, state, ratio, config):
+    def filter_fn(k, v, lengths, state, ratio, config, q=None):
         redundant = past_warmup(k, lengths, state, config) & (state.layer >= first_layer)
         return redundant, torch.full(redundant.shape, math.nan, device=k.device)
 
     return filter_fn
 
 
-def key_distance(k, v, lengths, state, ratio, config):
+def key_distance(k, v, lengths, state, ratio, config, q=None):
     """KeyDiff (arXiv 2504.15364): drop the tokens whose keys look most like the mean of all keys,
     each scaled to length 1.
 
@@ -95,7 +95,7 @@ def key_distance(k, v, lengths, state, ratio, config):
     return rank_scores(score, lengths, state, ratio, config)
 
 
-def by_chance(k, v, lengths, state, ratio, config, seed=0):
+def by_chance(k, v, lengths, state, ratio, config, q=None, seed=0):
     """Random tokens: a token's score is a hash of seed, layer, position and its values' signs.
 
     The signs have texts draw differently, whatever rows they are in, and a text the same however it
@@ -118,7 +118,7 @@ def by_chance(k, v, lengths, state, ratio, config, seed=0):
 STEP = 0.1  # of the adjusted threshold, in units of the scores' spread
 
 
-def adjusted_threshold(k, v, lengths, state, ratio, config):
+def adjusted_threshold(k, v, lengths, state, ratio, config, q=None):
     """token_filter's scores against a threshold as the paper words it, "adjusted continuously so
     that the achieved ratio tracks the target", with O(1) memory.
 
@@ -131,7 +131,7 @@ def adjusted_threshold(k, v, lengths, state, ratio, config):
     """
     # Before token_filter moves it on.
     position = state.count[:, None] + torch.arange(k.shape[1], device=k.device)
-    _, score = token_filter(k, v, lengths, state, torch.zeros_like(ratio), config)
+    _, score = token_filter(k, v, lengths, state, torch.zeros_like(ratio), config, q)
     if not hasattr(state, "tracked"):
         first = score[:, 0]
         state.tracked = torch.stack((first, first, torch.zeros_like(first)), dim=1)
@@ -175,7 +175,7 @@ def oracle(model: Transformer, rows: list[list[int]], filter: FilterConfig):
     for row, ids in enumerate(rows):
         worth[:, row, : len(ids)] = future_attention(model, ids, filter.recent)
 
-    def filter_fn(k, v, lengths, state, ratio, config):
+    def filter_fn(k, v, lengths, state, ratio, config, q=None):
         position = state.count[:, None] + torch.arange(k.shape[1], device=device)
         known = position.clamp(max=worth.shape[2] - 1)  # padding may lie beyond
         score = -worth[state.layer].gather(1, known)
@@ -243,6 +243,7 @@ def baselines(p, n_layers, window, seeds=(0,)) -> Iterator[Setting]:
         config = preset("cache", prune=p, warmup=SINKS, recent=n_recent - 1)
         yield Setting(f"StreamingLLM, as much {label}", config, recent_only)
 
+    yield Setting("cache, keys alone", preset("cache", prune=p, fusion="key"))
     cache = preset("cache", prune=p)
     yield Setting("KeyDiff, online", cache, key_distance)
     yield Setting("cache, adjusted threshold", cache, adjusted_threshold)

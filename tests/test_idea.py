@@ -209,7 +209,7 @@ def test_the_slots_drawn_are_those_of_a_cache(mode, recent):
     redundant[:, :3] = False
     keys = []
 
-    def filter_fn(k, v, lengths, state, ratio, config):
+    def filter_fn(k, v, lengths, state, ratio, config, q=None):
         state.count += 1
         if state.layer == 1:
             keys.append(k[0, 0])
@@ -241,7 +241,7 @@ def trace(n_tokens, is_redundant):
     """
     config = FilterConfig(prune=0.5, mode="local", recent=2, schedule="uniform", warmup=2)
 
-    def filter_fn(k, v, lengths, state, ratio, config):
+    def filter_fn(k, v, lengths, state, ratio, config, q=None):
         redundant = torch.tensor([[is_redundant(int(state.count))]])
         state.count += 1
         return redundant, torch.zeros(1, 1)

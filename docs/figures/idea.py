@@ -110,7 +110,7 @@ def run_example(prune=0.5, **changes):
     tokens = tokenizer.encode(TEXT)
     keys_and_values = {}
 
-    def filter_fn(k, v, lengths, state, ratio, config):
+    def filter_fn(k, v, lengths, state, ratio, config, q=None):
         """The method's own, with a look at what the model gives it."""
         keys_and_values[int(state.layer)] = (k[0].numpy(), v[0].numpy())
         return token_filter(k, v, lengths, state, ratio, config)
