@@ -79,7 +79,7 @@ class FilterConfig:
         if self.needs_queries and self.mode == "skip":
             raise ValueError(
                 f"fusion={self.fusion!r} needs mode local or cache: in mode skip redundant tokens "
-                "have no queries"
+                "have no queries; choose another fusion"
             )
 
     @property

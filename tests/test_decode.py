@@ -20,14 +20,11 @@ from runtime.cuda_graph import compile_decode
 from test_filter import small
 
 NAMES = [None, *PRESETS]  # None: dense
-FILTERS = [*NAMES, "key-query"]
 BLOCK = 32  # steps between two looks at how long the rows have become
 
 
 def filter_of(name, **overrides):
-    """name: a preset's, "key-query" for preset "cache" with that fusion, None for dense."""
-    if name == "key-query":
-        return preset("cache", prune=0.5, fusion="key-query", **overrides)
+    """name: a preset's, None for dense."""
     return name and preset(name, prune=0.5, **overrides)
 
 
@@ -55,7 +52,7 @@ def on_meta(window=None, n_layers=4):
 
 
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_block_of_steps_waits_for_nothing(name, window):
     model = on_meta(window)
     cache = model.new_cache(3, filter_of(name))
@@ -68,7 +65,7 @@ def test_a_block_of_steps_waits_for_nothing(name, window):
 
 
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_prefill_waits_twice_a_layer_that_filters_at_most_and_room_is_made_with_one_wait(
     name, window, monkeypatch
 ):
@@ -122,7 +119,7 @@ def compiles():
         return False
 
 
-@pytest.mark.parametrize("name, window", [*((name, None) for name in FILTERS), ("cache", 9)])
+@pytest.mark.parametrize("name, window", [*((name, None) for name in NAMES), ("cache", 9)])
 def test_compiled_steps_equal_plain_ones_and_compile_once(name, window):
     """With fullgraph=True in runtime/cuda_graph.py, so whatever breaks the graph raises."""
     if not compiles():
@@ -175,7 +172,7 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_operations_of_a_layer(name, device, monkeypatch):
     def count(n_layers):
         model = on_meta(None, n_layers)
@@ -191,7 +188,7 @@ def test_operations_of_a_layer(name, device, monkeypatch):
 
     if name is None:
         most = 48
-    elif name == "key-query":
+    elif name == "cache":
         most = 136
     else:
         most = 112

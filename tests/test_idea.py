@@ -355,6 +355,8 @@ def slot_bytes(KVH, D, e):
 def filter_bytes(KVH, D, e, filter):
     """Of what a layer's filter remembers of a sequence."""
     of_a_number = 8 if e == 8 else 4
+    if filter.needs_queries:
+        return of_a_number * (3 * KVH * D + 3 * filter.history) + 8
     return of_a_number * (2 * KVH * D + filter.history) + 8
 
 
@@ -374,6 +376,7 @@ def test_the_table_of_multiply_adds():
 def test_the_table_of_bytes():
     assert numbers("a slot") == [slot_bytes(3, 64, 4)]
     assert numbers("the filter, per sequence") == [filter_bytes(3, 64, 4, preset("paper"))]
+    assert numbers("the same under") == [filter_bytes(3, 64, 4, preset("cache"))]
 
 
 class Counter:
@@ -425,7 +428,8 @@ def test_multiply_adds_are_what_the_model_does(name, prune, recent, monkeypatch)
         assert n_attend < 140
     # The running averages of a chunk are a product too, of a matrix of 40 by 41.
     n_filters = sum(layer.filters for layer in cache.layers)
-    averages = n_filters * 40 * 41 * 2 * c.kv_heads * c.head_dim
+    n_sides = 3 if filter.needs_queries else 2
+    averages = n_filters * 40 * 41 * n_sides * c.kv_heads * c.head_dim
     assert found == 40 * rest + 4 * 40 * key_value + n_attend * query_output + averages
 
     cache = model.new_cache(1, filter)

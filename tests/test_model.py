@@ -16,7 +16,6 @@ from test_filter import decode_loop, small, visible
 
 LENGTHS = [90, 40, 63]  # of the three rows of most tests
 NAMES = [None, *PRESETS]  # None: dense
-FILTERS = [*NAMES, "key-query"]
 WINDOWS = [
     None,
     8,
@@ -26,9 +25,7 @@ WINDOWS = [
 
 
 def filter_of(name, prune=0.5, **overrides):
-    """name: a preset's, "key-query" for preset "cache" with that fusion, None for dense."""
-    if name == "key-query":
-        return preset("cache", prune=prune, fusion="key-query", **overrides)
+    """name: a preset's, None for dense."""
     return name and preset(name, prune=prune, **overrides)
 
 
@@ -120,7 +117,7 @@ def test_chunks_and_neighbours_change_nothing(shape, window, name, prune):
         {"mode": "cache"},
         {"mode": "local", "recent": 3},
         {"mode": "local", "recent": 3, "fusion": "key-query"},
-        {"mode": "cache", "fusion": "key-query", "keys": "unrotated"},
+        {"mode": "cache", "fusion": "key", "keys": "unrotated"},
     ],
 )
 def test_chunks_and_neighbours_change_nothing_with_other_settings(changes):
@@ -134,7 +131,7 @@ def test_chunks_and_neighbours_change_nothing_with_other_settings(changes):
         same(whole, feed(model, filter, [length], rows=[row]), row, 0, length)
 
 
-@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_padding_and_empty_chunks_change_nothing(name):
     model = small()
     filter = filter_of(name)
@@ -180,7 +177,7 @@ def test_nothing_is_nothing(name):
     assert model(none[:, :1], cache, last=True).shape == (0, 97) and cache.usage().shape == (0, 5)
 
 
-@pytest.mark.parametrize("name", FILTERS[1:])
+@pytest.mark.parametrize("name", NAMES[1:])
 def test_the_future_changes_nothing(name):
     tokens = texts()[:1]
     changed = torch.cat((tokens[:, :60], (tokens[:, 60:] + 1) % 97), 1)
@@ -287,7 +284,7 @@ def test_off_means_no_filter_work_and_no_filter_state(name):
 
 
 @pytest.mark.parametrize("sizes", [[90], [20, 38, 32]], ids=len)
-@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_skipped_tokens_run_no_projection_and_no_attention(name, sizes, monkeypatch):
     """In prefill."""
     model = small()
@@ -381,7 +378,7 @@ def test_hardly_more_is_allocated_than_is_in_use(name, prompt, new):
     assert sum(replaced[1:]) <= (0 if name is None else 2)
 
 
-@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("sizes", [[60], [20, *[1] * 40]], ids=len)
 def test_nbytes_is_what_the_tensors_take(name, sizes):
     _, _, cache = feed(small(), filter_of(name), sizes)

@@ -435,8 +435,8 @@ def test_the_table_of_presets_is_the_code_s():
     for name, mode, _, recent, schedule, score in rows:
         config = filter_config.preset(name)
         assert (mode, int(recent), schedule) == (config.mode, config.recent, config.schedule)
-        by_keys_before_rotation = (config.fusion, config.keys) == ("key", "unrotated")
-        assert ("keys alone" in score and "before rotation" in score) == by_keys_before_rotation
+        by_queries_before_rotation = (config.fusion, config.keys) == ("key-query", "unrotated")
+        assert ("queries" in score and "before rotation" in score) == by_queries_before_rotation
 
 
 def test_the_example_of_a_filter_function():

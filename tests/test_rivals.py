@@ -181,14 +181,15 @@ def test_baselines_have_the_budget_they_are_named_for(p):
     window = torch.randint(0, 97, (400,)).tolist()
     settings = list(baselines(p, 4, 400))
     scores = [last_score(model, [window], setting, chunk=10) for setting in settings]
-    last_layers, held, read, keydiff, adjusted, knowing, *chance = [s.shares for s in scores]
+    shares = [score.shares for score in scores]
+    last_layers, held, read, keys_alone, keydiff, adjusted, knowing, *chance = shares
     # All but the first token.
     assert last_layers["skipped"] == pytest.approx(round(p * 4) / 4 * (1 - 1 / 400))
     assert held["KV held"] == pytest.approx(1 - p, abs=0.003)
     assert read["KV read"] == pytest.approx(1 - p, abs=0.003)
     assert adjusted["skipped"] == pytest.approx(p, abs=0.06)
-    for shares in (keydiff, *chance):
-        assert shares["skipped"] == pytest.approx(p, abs=0.05)
+    for each in (keys_alone, keydiff, *chance):
+        assert each["skipped"] == pytest.approx(p, abs=0.05)
     # Where attention is as good as uniform, each token gets less than those before it.
     assert p < knowing["skipped"] < p + 0.2
 
@@ -246,7 +247,7 @@ def test_chance_is_uniform_and_goes_by_seed_layer_position_and_text():
         torch.manual_seed(text)
         k, v = torch.randn(2, 1, 4000, 2, 16)
         state = FilterState(1, 2, 16, config, layer, torch.float64, "cpu")
-        _, score = by_chance(k, v, torch.tensor([4000]), state, 0.5, config, seed)
+        _, score = by_chance(k, v, torch.tensor([4000]), state, 0.5, config, seed=seed)
         return score[0]
 
     base = scores()
