@@ -18,6 +18,7 @@ import torch
 from filter_config import FilterConfig, layer_ratios
 from kv_cache import KVCache
 from loading.tokenizer import Tokenizer
+from token_filter import mean_and_variance
 
 # Backgrounds for up to 20%, 40%, ... of the layers, out of a terminal's 256 colours.
 SHADES = (230, 222, 214, 208, 202)
@@ -45,7 +46,10 @@ class Decisions:
         score      (L, T) float64, NaN where a layer gave none
         cosine     of each layer a list of parts (T', 2, KVH) float64: the similarity of keys and of
                    values, by head. The parts make up the T tokens. No parts: it does not score.
-        w_k        of each layer a list of parts (T',) float64: the weight of the keys' side
+                   With fusion "key-query" (T', 3, KVH), the last of keys to queries.
+        mean       of each layer a list of parts (T', 2 or 3) float64: the mean of cosine over heads
+        w_k        of each layer a list of parts (T',) float64: the weight of the keys' side. No
+                   parts with fusion "key-query".
 
     T counts the tokens that were fed: all of the prompt and the answer but the last one sampled.
     """
@@ -54,9 +58,11 @@ class Decisions:
         self.redundant = [torch.zeros(n_layers, 0, dtype=torch.bool) for _ in range(n_rows)]
         self.score = [torch.zeros(n_layers, 0, dtype=torch.float64) for _ in range(n_rows)]
         self.cosine: list[list[list[torch.Tensor]]] = []
+        self.mean: list[list[list[torch.Tensor]]] = []
         self.w_k: list[list[list[torch.Tensor]]] = []
         for _ in range(n_rows):
             self.cosine.append([[] for _ in range(n_layers)])
+            self.mean.append([[] for _ in range(n_layers)])
             self.w_k.append([[] for _ in range(n_layers)])
 
     def watch(self, rows, cache: KVCache):
@@ -67,13 +73,24 @@ class Decisions:
         by_layer = cache.decisions()
         redundant = torch.stack([layer.redundant for layer in by_layer]).cpu()  # (L, B, T')
         score = torch.stack([layer.score.double() for layer in by_layer]).cpu()
+        # The means as the filter has them, to the last bit, since it ranks them. So they are of the
+        # cosines in the filter's own precision.
+        means = []  # of each layer (B, T', 2 or 3) or None
+        for layer in by_layer:
+            mean = None
+            if layer.cosine is not None:
+                mean, _ = mean_and_variance(layer.cosine, None)
+            means.append(mean)
         for i, row in enumerate(rows):
             n_new = int(cache.lengths[i]) - self.redundant[row].shape[1]  # without padding
             self.redundant[row] = torch.cat((self.redundant[row], redundant[:, i, :n_new]), dim=1)
             self.score[row] = torch.cat((self.score[row], score[:, i, :n_new]), dim=1)
             for l, layer in enumerate(by_layer):
-                if layer.cosine is not None and layer.w_k is not None:
+                mean = means[l]
+                if layer.cosine is not None and mean is not None:
                     self.cosine[row][l].append(layer.cosine[i, :n_new].double().cpu())
+                    self.mean[row][l].append(mean[i, :n_new].double().cpu())
+                if layer.w_k is not None:
                     self.w_k[row][l].append(layer.w_k[i, :n_new].double().cpu())
 
 
@@ -302,19 +319,42 @@ def draw_skip_map(path, title, pieces: list[str], n_prompt: int, redundant, scor
 # -------------------------------------------------------------------------------- as a page
 
 
-def layer_data(decisions: Decisions, l) -> dict:
+def places(values, history):
+    """How many of the latest `history` values before each one are below it; equal ones count half.
+
+    values (T, N); returns (T, N).
+    """
+    none = torch.full((history, values.shape[1]), math.nan, dtype=values.dtype)
+    before = torch.cat((none, values[:-1])).unfold(0, history, 1)  # (T, N, history)
+    value = values[..., None]
+    below = (before < value).sum(-1)
+    equal = (before == value).sum(-1)
+    return below + equal / 2
+
+
+def layer_data(decisions: Decisions, l, filter: FilterConfig) -> dict:
     """The entries of page_data() that are lists over layers, for layer l."""
     digits = [str(int(flag)) for flag in decisions.redundant[0][l]]
     data: dict = {"redundant": "".join(digits)}
-    if not decisions.w_k[0][l]:
-        return data | {"score": None, "weight": None, "cosine_k": None, "cosine_v": None}
-    # Scores are exact, since the page ranks them. Of the others four digits are enough to read.
+    for name in ("score", "cosine_k", "cosine_v", "weight", "cosine_q", "place_k", "place_q"):
+        data[name] = None
+    if not decisions.cosine[0][l]:
+        return data
+
+    # Scores and places are exact, since the page ranks scores, and equal ones must stay equal. Of
+    # the others four digits are enough to read.
     data["score"] = decisions.score[0][l].tolist()
-    weight = torch.cat(decisions.w_k[0][l]).numpy().round(4)  # (T,)
-    data["weight"] = weight.tolist()
-    cosine = torch.cat(decisions.cosine[0][l]).numpy().round(4)  # (T, 2, KVH)
+    cosine = torch.cat(decisions.cosine[0][l]).numpy().round(4)  # (T, 2 or 3, KVH)
     data["cosine_k"] = cosine[:, 0].tolist()
-    data["cosine_v"] = cosine[:, 1].tolist()
+    if filter.needs_queries:
+        data["cosine_q"] = cosine[:, 2].tolist()
+        place = places(torch.cat(decisions.mean[0][l]), filter.history)  # (T, 3)
+        data["place_k"] = place[:, 0].tolist()
+        data["place_q"] = place[:, 2].tolist()
+    else:
+        data["cosine_v"] = cosine[:, 1].tolist()
+        weight = torch.cat(decisions.w_k[0][l]).numpy().round(4)  # (T,)
+        data["weight"] = weight.tolist()
     return data
 
 
@@ -329,10 +369,15 @@ def page_data(
         mode, recent, warmup, history    as in FilterConfig
         ratios               r_l of each layer
         redundant            of each layer a string of 0 and 1, a digit for each token fed
-        score, weight        of each layer a list over tokens, s_t and w_k
-        cosine_k, cosine_v   of each layer a list over tokens of lists over heads, c_k and c_v
+        score                of each layer a list over tokens, s_t
+        cosine_k             of each layer a list over tokens of lists over heads, c_k
+        cosine_v, weight     the same of c_v, and a list over tokens, w_k
+        cosine_q             with fusion "key-query", in place of these two: as cosine_k, c_q
+        place_k, place_q     with that fusion too, of each layer a list over tokens: how many of the
+                             latest `history` means of c_k or c_q before the token are below its
+                             own; equal ones count half
 
-    In a layer that scores none the last four are null.
+    Those from `score` on are null in a layer that scores none, and where the fusion has none.
     """
     redundant = decisions.redundant[0]
     L, T = redundant.shape
@@ -352,7 +397,7 @@ def page_data(
         "history": filter.history,
         "ratios": layer_ratios(filter, L),
     }
-    layers = [layer_data(decisions, l) for l in range(L)]
+    layers = [layer_data(decisions, l, filter) for l in range(L)]
     for name in layers[0]:
         data[name] = [layer[name] for layer in layers]
     return data

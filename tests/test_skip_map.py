@@ -18,10 +18,12 @@ from cli.skip_map import (
     Decisions,
     draw_skip_map,
     paint,
+    places,
     token_pieces,
     write_skip_map,
 )
 from filter_config import preset
+from golden.loop import place
 from load_weights import load
 from test_filter import small
 from test_model import texts
@@ -58,10 +60,11 @@ def test_what_layers_decide():
         assert torch.equal(layer.score[is_real], cache.layers[number].score[is_real])
 
 
-def test_decisions_of_several_chunks_and_rows_are_put_together():
+@pytest.mark.parametrize("name, n_sides", [("local", 2), ("cache", 3)])
+def test_decisions_of_several_chunks_and_rows_are_put_together(name, n_sides):
     """Chunks, padding and a row that leaves change nothing: a row's are those of a run alone."""
     model = small()
-    filter = preset("local", prune=0.5)
+    filter = preset(name, prune=0.5)
     lengths = [50, 31]
     together = Decisions(2, 4)
     cache = model.new_cache(2, filter)
@@ -83,10 +86,26 @@ def test_decisions_of_several_chunks_and_rows_are_put_together():
         torch.testing.assert_close(together.score[row], alone.score[0], rtol=0, atol=1e-9)
         for l in range(4):
             cosine = torch.cat(together.cosine[row][l])
-            w_k = torch.cat(together.w_k[row][l])
-            assert cosine.shape == (n, 2, 2)
+            mean = torch.cat(together.mean[row][l])
+            assert cosine.shape == (n, n_sides, 2)
             torch.testing.assert_close(cosine, alone.cosine[0][l][0], rtol=0, atol=1e-9)
+            torch.testing.assert_close(mean, cosine.mean(-1), rtol=0, atol=1e-9)
+            if name == "cache":
+                assert together.w_k[row][l] == []
+                continue
+            w_k = torch.cat(together.w_k[row][l])
             torch.testing.assert_close(w_k, alone.w_k[0][l][0], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("history", [1, 7, 64, 100])
+def test_places_among_the_latest_values(history):
+    values = torch.randint(0, 10, (80, 2)).double()  # many are equal
+    counted = places(values, history)
+    for side in range(2):
+        column = values[:, side].tolist()
+        for t, value in enumerate(column):
+            recent = column[max(0, t - history) : t]
+            assert counted[t, side] == place(value, recent)
 
 
 # ------------------------------------------------------------------------------ the terminal
@@ -188,6 +207,27 @@ def test_draw_skip_map(tmp_path, drawn):
         "kept, no score",
         "redundant, no score",
     ]
+
+
+def test_scores_made_of_ranks_are_drawn_as_others(tmp_path, drawn):
+    """All tokens of a run under `cache` have one, and the higher, the darker."""
+    model = small()
+    filter = preset("cache", prune=0.5)
+    cache = model.new_cache(1, filter)
+    model(texts()[:1, :50], cache)
+    decisions = Decisions(1, 4)
+    decisions.watch([0], cache)
+    write_skip_map(tmp_path / "map.png", "title", ["x"] * 50, 40, decisions, filter)
+
+    (panel,) = map_panels(drawn[0])
+    image = torch.as_tensor(panel.get_images()[0].get_array())  # (L, T, RGBA)
+    assert torch.equal(image[..., 0] > image[..., 2], decisions.redundant[0])
+    for where in (decisions.redundant[0], ~decisions.redundant[0]):
+        order = decisions.score[0][where].argsort()
+        brightness = image[where][order, :3].sum(-1)
+        assert (brightness.diff() <= 1e-6).all()
+        assert len(brightness.unique()) > 10
+    assert drawn[0].legends == []
 
 
 def test_nothing_is_said_of_tokens_without_a_score_where_all_have_one(tmp_path, drawn):

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ import torch
 import generate
 from cli.skip_map import Decisions, write_skip_page
 from filter_config import PRESETS, layer_ratios, preset
+from golden import loop
 from load_weights import load
 from test_filter import small
 from test_model import texts
-from token_filter import exceeds_quantile
+from token_filter import exceeds_quantile, token_filter
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
@@ -67,15 +69,24 @@ def data_of(path):
     return json.loads(parts_of(path).scripts[0])
 
 
-def write(path, name="paper", prune=0.5, T=90, pieces=None):
+def write(
+    path,
+    name="paper",
+    prune=0.5,
+    T=90,
+    pieces=None,
+    filter_fn=token_filter,
+    dtype=torch.float64,
+    **overrides,
+):
     """A page of T tokens through the small model of 4 layers, fed in two chunks and one by one.
 
     Returns its decisions, its filter and its data.
     """
-    model = small()
-    filter = preset(name, prune=prune)
+    model = small().to(dtype)
+    filter = preset(name, prune=prune, **overrides)
     decisions = Decisions(1, 4)
-    cache = model.new_cache(1, filter)
+    cache = model.new_cache(1, filter, filter_fn)
     for part in texts()[:1, :T].split([40, 20, *[1] * (T - 60)], dim=1):
         model(part, cache)
         decisions.watch([0], cache)
@@ -85,24 +96,63 @@ def write(path, name="paper", prune=0.5, T=90, pieces=None):
     return decisions, filter, data_of(path)
 
 
-def write_random(path, pieces, n_prompt, L=6, redundant=None):
-    """A page of any text under `cache`, with drawn scores, and decisions unless given: (L, T).
+def write_random(path, pieces, n_prompt, L=6, redundant=None, name="cache"):
+    """A page of any text, with drawn scores, and decisions unless given: (L, T).
 
     Returns its address.
     """
     T = len(pieces)
+    filter = preset(name, prune=0.5)
     if redundant is None:
         redundant = torch.rand(L, T) < 0.5
     decisions = Decisions(1, L)
     decisions.redundant = [redundant]
     decisions.score = [torch.rand(L, T).double()]
-    decisions.cosine = [[[torch.rand(T, 2, 2).double()] for _ in range(L)]]
+    n_sides = 3 if filter.needs_queries else 2
+    decisions.cosine = [[[torch.rand(T, n_sides, 2).double()] for _ in range(L)]]
+    decisions.mean = [[[torch.rand(T, n_sides).double()] for _ in range(L)]]
     decisions.w_k = [[[torch.rand(T).double()] for _ in range(L)]]
-    write_skip_page(path, "title", pieces, n_prompt, decisions, preset("cache", prune=0.5))
+    write_skip_page(path, "title", pieces, n_prompt, decisions, filter)
     return f"file://{path}"
 
 
+def loop_numbers(path):
+    """Writes a page under `cache` and goes through its keys and queries with golden/loop.py.
+
+    Returns the page's data and of each layer a list over tokens of what the loop has: c_k, c_q (of
+    each head), mean_k, mean_q, place_k, place_q, score and redundant.
+    """
+    seen = [[] for _ in range(4)]  # of each layer the keys and queries of each token, (2, KVH, D)
+
+    def watched(k, v, lengths, state, ratio, config, q=None):
+        seen[int(state.layer)] += torch.stack((k[0], q[0]), dim=1)
+        return token_filter(k, v, lengths, state, ratio, config, q)
+
+    _, filter, data = write(path, "cache", filter_fn=watched)
+    layers = []
+    for tokens, ratio in zip(seen, data["ratios"]):
+        past = SimpleNamespace(A_K=None, A_Q=None, c_k=[], c_q=[], scores=[])
+        numbers = []
+        for k, q in torch.stack(tokens).numpy():
+            A_K = k if past.A_K is None else past.A_K  # as it is before the token
+            A_Q = q if past.A_Q is None else past.A_Q
+            redundant, score = loop.filter_token_by_queries(k, q, past, ratio, filter)
+            number = SimpleNamespace(redundant=redundant, score=score)
+            number.c_k = [loop.cosine(k[h], A_K[h]) for h in range(len(k))]
+            number.c_q = [loop.cosine(k[h], A_Q[h]) for h in range(len(k))]
+            number.mean_k = past.c_k[-1]
+            number.mean_q = past.c_q[-1]
+            number.place_k = loop.place(past.c_k[-1], past.c_k[:-1][-filter.history :])
+            number.place_q = loop.place(past.c_q[-1], past.c_q[:-1][-filter.history :])
+            numbers.append(number)
+        layers.append(numbers)
+    return data, layers
+
+
 # ---------------------------------------------------------------------------------- the data
+
+OF_VALUES = ("weight", "cosine_v")
+OF_QUERIES = ("cosine_q", "place_k", "place_q")
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -116,18 +166,23 @@ def test_the_data_are_the_run_s(tmp_path, name):
         flags = [int(digit) for digit in data["redundant"][l]]
         assert flags == decisions.redundant[0][l].tolist()
         if ratio == 0:
-            for key in ("score", "weight", "cosine_k", "cosine_v"):
+            for key in ("score", "cosine_k", *OF_VALUES, *OF_QUERIES):
                 assert data[key][l] is None
             continue
 
         # The figures of one token go together.
         assert data["score"][l] == decisions.score[0][l].tolist()  # to the last bit
-        score = torch.tensor(data["score"][l]).double()
-        weight = torch.tensor(data["weight"][l]).double()
-        mean_k = torch.tensor(data["cosine_k"][l]).double().mean(1)
-        mean_v = torch.tensor(data["cosine_v"][l]).double().mean(1)
-        fused = weight * mean_k + (1 - weight) * mean_v
-        torch.testing.assert_close(fused, score, rtol=0, atol=2e-4)
+        score = torch.tensor(data["score"][l], dtype=torch.float64)
+        if name == "cache":
+            assert all(data[key][l] is None for key in OF_VALUES)
+            assert score_of_places(data, l).tolist() == data["score"][l]
+        else:
+            assert all(data[key][l] is None for key in OF_QUERIES)
+            weight = torch.tensor(data["weight"][l]).double()
+            mean_k = torch.tensor(data["cosine_k"][l]).double().mean(1)
+            mean_v = torch.tensor(data["cosine_v"][l]).double().mean(1)
+            fused = weight * mean_k + (1 - weight) * mean_v
+            torch.testing.assert_close(fused, score, rtol=0, atol=2e-4)
 
         # The scores say what was decided.
         for t in range(90):
@@ -135,6 +190,33 @@ def test_the_data_are_the_run_s(tmp_path, name):
             n = torch.tensor([[len(past)]])
             exceeds = exceeds_quantile(score[None, t : t + 1], past[None, None], n, ratio)
             assert flags[t] == (t >= 16 and exceeds.item())
+
+
+def score_of_places(data, l, dtype=torch.float64):
+    """The score that a layer's places make, by the definition: (T,)."""
+    place_k = torch.tensor(data["place_k"][l], dtype=dtype)
+    place_q = torch.tensor(data["place_q"][l], dtype=dtype)
+    n_past = torch.arange(len(place_k)).clamp(min=1, max=data["history"])
+    return (place_k - place_q / 2) / n_past
+
+
+def test_ranks_in_a_float32_model_are_those_that_made_its_scores(tmp_path):
+    _, _, data = write(tmp_path / "page.html", "cache", dtype=torch.float32)
+    for l in range(4):
+        score = score_of_places(data, l, torch.float32)
+        assert score.tolist() == data["score"][l]
+
+
+def test_cosines_places_and_scores_with_queries_are_the_loop_s(tmp_path):
+    data, layers = loop_numbers(tmp_path / "page.html")
+    for l, numbers in enumerate(layers):
+        assert "".join(str(int(number.redundant)) for number in numbers) == data["redundant"][l]
+        for t, number in enumerate(numbers):
+            assert data["cosine_k"][l][t] == pytest.approx(number.c_k, abs=6e-5)
+            assert data["cosine_q"][l][t] == pytest.approx(number.c_q, abs=6e-5)
+            assert data["place_k"][l][t] == number.place_k
+            assert data["place_q"][l][t] == number.place_q
+            assert data["score"][l][t] == number.score
 
 
 def test_nothing_of_a_text_becomes_markup(tmp_path):
@@ -269,6 +351,68 @@ def test_the_page_decides_as_the_run_did(browser, tmp_path, name):
     assert messages(browser) == []
 
 
+def test_of_equal_scores_none_exceeds_another(browser, tmp_path):
+    """Among 8 scores made of ranks many are equal: the page must neither part nor join them."""
+    _, _, data = write(tmp_path / "page.html", "cache", history=8)
+    browser.get(f"file://{tmp_path / 'page.html'}")
+    n_ties = 0
+    for l, ratio in enumerate(data["ratios"]):
+        score = data["score"][l]
+        for t in range(16, 90):
+            threshold = sorted(score[t - 8 : t], reverse=True)[int(8 * ratio)]
+            n_ties += score[t] == threshold
+        choose(browser, l, 50)
+        slide(browser, 0)
+        assert "1" not in decided(browser)[l]
+        slide(browser, ratio)
+        assert decided(browser)[l] == data["redundant"][l]
+    assert n_ties > 10
+    assert messages(browser) == []
+
+
+SHOWN = """
+    const texts = (selector) => [...document.querySelectorAll(selector)].map(e => e.textContent);
+    const rows = [...$("fusion").rows].map(row => [...row.cells].map(each => each.textContent));
+    return [texts("#cosines span"), texts("#cosines b"), rows];"""
+
+
+def test_numbers_with_queries_are_the_loop_s(browser, tmp_path):
+    _, layers = loop_numbers(tmp_path / "page.html")
+    browser.get(f"file://{tmp_path / 'page.html'}")
+    for l, numbers in enumerate(layers):
+        for t in (0, 1, 20, 63, 64, 89):
+            number = numbers[t]
+            choose(browser, l, t)
+            names, cosines, rows = browser.execute_script(SHOWN)
+            assert names == ["key, head 0", "key, head 1", "query, head 0", "query, head 1"]
+            shown = [float(text) for text in cosines]
+            assert shown == pytest.approx([*number.c_k, *number.c_q], abs=6e-4)
+
+            n = min(t, 64)
+            rank_k = number.place_k / max(n, 1)
+            rank_q = number.place_q / max(n, 1)
+            assert [row[0] for row in rows] == ["", "mean", "lower before it", "rank", "score"]
+            assert rows[0][1:] == ["key", "query"]
+            means = [float(text) for text in rows[1][1:]]
+            assert means == pytest.approx([number.mean_k, number.mean_q], abs=6e-4)
+            assert rows[2][1:] == [f"{number.place_k:g} of {n}", f"{number.place_q:g} of {n}"]
+            ranks = [float(text) for text in rows[3][1:]]
+            assert ranks == pytest.approx([rank_k, rank_q], abs=6e-4)
+            assert float(rows[4][1]) == pytest.approx(rank_k - rank_q / 2, abs=6e-4)
+            assert "half the query's" in text_of(browser, "explained")
+    assert messages(browser) == []
+
+
+def test_numbers_with_values_have_a_weight_and_no_ranks(browser, tmp_path):
+    browser.get(write_random(tmp_path / "page.html", [" a"] * 60, 40, name="local"))
+    choose(browser, 3, 50)
+    names, _, rows = browser.execute_script(SHOWN)
+    assert names == ["key, head 0", "key, head 1", "value, head 0", "value, head 1"]
+    assert [row[0] for row in rows] == ["", "mean", "variance", "weight", "score"]
+    assert rows[0][1:] == ["key", "value"]
+    assert text_of(browser, "explained") == ""
+
+
 def test_mouse_and_keys_choose_a_token(browser, tmp_path):
     _, _, data = write(tmp_path / "page.html")
     browser.get(f"file://{tmp_path / 'page.html'}")
@@ -321,16 +465,18 @@ COLOURS = """
       return [...new Set(nodes.map(node => getComputedStyle(node)[property]))];
     }
     return [
-      coloursOf(".bar .key", "backgroundColor"), coloursOf(".bar .value", "backgroundColor"),
+      coloursOf(".bar .key", "backgroundColor"), coloursOf(arguments[0], "backgroundColor"),
       coloursOf("circle.kept", "fill"), coloursOf("circle.redundant", "fill"),
       coloursOf("circle.warm", "fill"),
     ];"""
 
 
-def test_a_colour_has_one_meaning(browser, tmp_path):
-    browser.get(write_random(tmp_path / "page.html", [f" {i}" for i in range(60)], 40))
+@pytest.mark.parametrize("name, other", [("local", ".bar .value"), ("cache", ".bar .query")])
+def test_a_colour_has_one_meaning(browser, tmp_path, name, other):
+    pieces = [f" {i}" for i in range(60)]
+    browser.get(write_random(tmp_path / "page.html", pieces, 40, name=name))
     choose(browser, 3, 50)
-    colours = browser.execute_script(COLOURS)
+    colours = browser.execute_script(COLOURS, other)
     assert [len(each) for each in colours] == [1] * 5
     assert len({each[0] for each in colours}) == 5
 
