@@ -45,8 +45,8 @@ FILTERS = {
     "local": preset("local", warmup=4, history=16, recent=6),
     "paper": preset("paper", warmup=4, history=16),
 }
-# Layers of ratio 1; tokens that skip attention, but stay in sight of the next five; and keys that are
-# compared with queries too, before RoPE and after it.
+# Layers of ratio 1; tokens that skip attention, but stay in sight of the next five; and keys that
+# are compared with queries too, before RoPE and after it.
 MORE_FILTERS = {
     "ratio 1": preset("paper", prune=0.8, warmup=4, history=16),
     "skip, recent 5": preset("paper", recent=5, warmup=4, history=16),
@@ -308,8 +308,8 @@ def test_decides_and_answers_as_our_model(pair, name):
 @pytest.mark.parametrize("pair", ["llama"], indirect=True)
 def test_decides_and_answers_as_our_model_with_other_filters(pair, name):
     theirs, ours = pair
-    # The default seed begins a prompt with the same token twice. Both have the cosine 1 in the first
-    # layer, but for rounding, so their ranks would differ between two ways of computing it.
+    # The default seed begins a prompt with the same token twice. Both have the cosine 1 in the
+    # first layer, but for rounding, so two ways of computing it would rank them differently.
     prompts = random_prompts(90, 31, 7, seed=2)
     assert_same_as_ours(theirs, ours, MORE_FILTERS[name], prompts, chunk=13, n_steps=10)
 
