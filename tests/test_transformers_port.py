@@ -45,12 +45,12 @@ FILTERS = {
     "local": preset("local", warmup=4, history=16, recent=6),
     "paper": preset("paper", warmup=4, history=16),
 }
-# Layers of ratio 1; tokens that skip attention, but stay in sight of the next five; and keys that
-# are compared with queries too, before RoPE and after it.
+# Layers of ratio 1; tokens that skip attention, but stay in sight of the next five; keys before RoPE
+# without queries; and keys after RoPE with them.
 MORE_FILTERS = {
     "ratio 1": preset("paper", prune=0.8, warmup=4, history=16),
     "skip, recent 5": preset("paper", recent=5, warmup=4, history=16),
-    "cache, queries": preset("cache", fusion="key-query", warmup=4, history=16, recent=6),
+    "cache, keys alone": preset("cache", fusion="key", warmup=4, history=16, recent=6),
     "local, queries": preset("local", fusion="key-query", warmup=4, history=16, recent=6),
 }
 
@@ -101,7 +101,11 @@ def tiny(family, **changes):
     return model
 
 
-def random_prompts(*lengths, seed=1):
+def random_prompts(*lengths, seed=2):
+    """Prompts that do not begin with the same token twice, as those of seed 1 do. In the first
+    layer both have a cosine of 1, but for rounding, so preset "cache" would rank them differently
+    where the rotation is undone and where it was never done.
+    """
     rng = torch.Generator().manual_seed(seed)
     return [torch.randint(3, 97, (n,), generator=rng) for n in lengths]
 
@@ -308,9 +312,7 @@ def test_decides_and_answers_as_our_model(pair, name):
 @pytest.mark.parametrize("pair", ["llama"], indirect=True)
 def test_decides_and_answers_as_our_model_with_other_filters(pair, name):
     theirs, ours = pair
-    # The default seed begins a prompt with the same token twice. Both have the cosine 1 in the
-    # first layer, but for rounding, so two ways of computing it would rank them differently.
-    prompts = random_prompts(90, 31, 7, seed=2)
+    prompts = random_prompts(90, 31, 7)
     assert_same_as_ours(theirs, ours, MORE_FILTERS[name], prompts, chunk=13, n_steps=10)
 
 
