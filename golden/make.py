@@ -55,12 +55,12 @@ TENSORS = {
         "(B, T, 3, KVH), of keys with the anchor of queries too [:, :, 2]"
     ),
     "mean": (
-        "(B, T, 2) of the cosines over the heads; with fusion key-query of [:, :, 0] and "
-        "[:, :, 2], the two that the score is made of, and in the model (P, B, T, L, 2)"
+        "(B, T, 2) of the cosines over the heads, of keys and of values; with fusion key-query of "
+        "keys with the anchor of keys and with that of queries, in the model (P, B, T, L, 2)"
     ),
     "place": (
-        "(B, T, 2) how many of the last W means are strictly below each of the two, and half of "
-        "those that are equal to it"
+        "(B, T, 2) for each of these two means: how many of the last W are strictly below it, and "
+        "half of how many are equal to it"
     ),
     "variance": "(B, T, 2) of the cosines over the heads, population variance",
     "w_k": "(B, T) the weight of the keys' mean",
@@ -121,10 +121,16 @@ def stages(k, v, q, lengths, ratio, config):
             recent = scores[-config.history :]
             below = sum(other < score[0, 0] for other in recent)
             needed = math.ceil((1 - ratio[b]) * len(recent) - 1e-9)
-            token = {"anchors": anchors, "cosine": cosines, **parts, "score": score[0, 0]}
-            token |= {"below": np.int32(below), "needed": np.int32(needed)}
-            token["redundant"] = redundant[0, 0]
-            for name, value in token.items():
+            of_token = {
+                "anchors": anchors,
+                "cosine": cosines,
+                **parts,
+                "score": score[0, 0],
+                "below": np.int32(below),
+                "needed": np.int32(needed),
+                "redundant": redundant[0, 0],
+            }
+            for name, value in of_token.items():
                 if name not in found:
                     found[name] = padding((B, T, *value.shape), value.dtype)
                 found[name][b, t] = value
@@ -193,7 +199,9 @@ def margins(score, ratio, config):
 def has_clear_ranks(x):
     """Whether float32 can match every rank among the numbers of one sequence: x (T,).
 
-    They may be equal only if they are 0, as the cosine of a zero norm is 0 exactly.
+    They may be equal only if they are 0, as the cosine of a zero norm is 0 exactly. Other equal
+    cosines are not equal after rounding: those of a text that begins with the same token twice are
+    about 1.
     """
     is_zero = x == 0
     if is_zero.any():
@@ -201,18 +209,19 @@ def has_clear_ranks(x):
     return np.diff(np.sort(x)).min(initial=np.inf) >= APART
 
 
-def has_clear_decisions(score, mean, ratio, config):
+def has_clear_decisions(found, at, ratio, config):
     """Whether float32 can match every decision of one sequence in one layer.
 
-    score (T,); mean (T, 2): of the cosines, looked at with fusion "key-query" alone.
+    found: arrays by the names of TENSORS; found["score"][at] (T,) are the scores of that sequence.
     """
     if config.needs_queries:
         # The scores need no margin. They are made of places, which are whole numbers and halves, so
-        # equal scores are equal exactly, and others differ by 1 / (4 W^2) at the least. Only the
-        # means can be rounded to another order. Any two of them have to be apart, since each
-        # place counts all that are below.
+        # equal scores are equal exactly, and others differ by 1 / (4 W^2) at the least. What can be
+        # rounded to another order are the means. Any two of them have to be apart, since a place
+        # counts all that are below.
+        mean = found["mean"][at]  # (T, 2)
         return has_clear_ranks(mean[:, 0]) and has_clear_ranks(mean[:, 1])
-    return np.abs(margins(score, ratio, config)).min(initial=np.inf) > MARGIN
+    return np.abs(margins(found["score"][at], ratio, config)).min(initial=np.inf) > MARGIN
 
 
 def rotated(x, position, theta):
@@ -433,17 +442,17 @@ def filter_file(case: Case, seed):
     inputs["ratio"] = ratio
     q = k  # any array: only fusion "key-query" looks at it
     if case.config.needs_queries:
-        drifting_q, _ = drift(*case.shape, seed + 1)
+        drifting_q, _ = drift(*case.shape, seed + 1)  # another way than the keys
         inputs["q"] = np.where(holds_token, drifting_q.numpy(), 0).astype(case.dtype)
         q = inputs["q"].astype(np.float64)
 
     found = stages(k, v, q, lengths, ratio, case.config)
     for b in range(B):
-        score = found["score"][b, : lengths[b]]
-        mean = found["mean"][b, : lengths[b]]
-        if not has_clear_decisions(score, mean, ratio[b], case.config):
+        at = (b, slice(lengths[b]))
+        if not has_clear_decisions(found, at, ratio[b], case.config):
             return None
-        if not case.config.needs_queries and not has_clear_ranks(score):
+        # So that `below` agrees too. Scores that are made of ranks may be equal.
+        if not case.config.needs_queries and not has_clear_ranks(found["score"][at]):
             return None
     if not case.condition(found):
         return None
@@ -726,9 +735,8 @@ def filtered(weights, tokens, config):
         result = slow_batch(weights, tokens, replace(config, prune=prune))
         for b, n in enumerate(LENGTHS):
             for l in range(SHAPE["n_layers"]):
-                score = result["score"][b, :n, l]
-                mean = result["mean"][b, :n, l] if config.needs_queries else None
-                if ratio[l] > 0 and not has_clear_decisions(score, mean, ratio[l], config):
+                at = (b, slice(n), l)
+                if ratio[l] > 0 and not has_clear_decisions(result, at, ratio[l], config):
                     return None
         ratios.append(ratio)
         results.append(result)

@@ -137,6 +137,28 @@ def test_a_port_that_returns_nothing_does_not_pass(name, function, monkeypatch):
         check(port, name)
 
 
+def test_only_files_with_queries_ask_for_them(monkeypatch):
+    with_queries = port.filter_chunk
+
+    def filter_chunk(k, v, lengths, state, ratio, config):
+        return with_queries(k, v, lengths, state, ratio, config)
+
+    monkeypatch.setattr(port, "filter_chunk", filter_chunk)
+    for name in INDEX["filter"]:
+        if name != "queries":
+            check(port, name)
+    with pytest.raises(TypeError):
+        check(port, "queries")
+
+
+def test_the_port_names_queries_that_are_missing():
+    config = INDEX["filter"]["queries"]["config"]
+    k = golden("queries")["k"]
+    state = port.Filter(len(k), *k.shape[2:], config, np.float64)
+    with pytest.raises(ValueError, match=r"key-query.* give q"):
+        port.filter_chunk(k, k, np.array([1, 1, 1]), state, 0.5, config)
+
+
 def test_the_port_stands_alone():
     source = (make.FOLDER / "port.py").read_text()
     imports = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
