@@ -52,8 +52,9 @@ def returns(found, required, what):
     assert not missing, f"{what} does not return {', '.join(missing)}"
 
 
-def in_calls(calls, feed, *given):
-    """What feed(*chunks of given, lengths) returns in these calls, put together to (B, T, ...).
+def in_calls(calls, feed, *given, **named):
+    """What feed(*chunks of given, lengths, **chunks of named) returns in these calls, put together
+    to (B, T, ...).
 
     feed returns arrays (B, t, ...) by name. A chunk of x (B, T, ...) is padded with the tokens that
     follow, so that a port that looks at padding is found out.
@@ -67,7 +68,9 @@ def in_calls(calls, feed, *given):
         step = np.arange(lengths.max())
         columns = np.minimum(done[:, None] + step, T - 1)  # (B, t)
         real = step < lengths[:, None]
-        found.append(feed(*(x[rows[:, None], columns] for x in given), lengths))
+        chunks = [x[rows[:, None], columns] for x in given]
+        named_chunks = {name: x[rows[:, None], columns] for name, x in named.items()}
+        found.append(feed(*chunks, lengths, **named_chunks))
         for name, x in found[-1].items():
             assert name != "redundant" or not x[~real].any(), "a pad is redundant"
             if name not in whole:
@@ -105,13 +108,15 @@ def check_filter(implementation, name, dtype):
         position = np.arange(raw_k.shape[1])[None].repeat(len(raw_k), 0)
         k = implementation.apply_rope(raw_k, position, about["rope_theta"])
         agree(k, data["k"], dtype, "k")
+    # A port that knows no queries is not handed any by the files that have none.
+    queries = {"q": data["q"].astype(dtype)} if "q" in data else {}
     lengths = np.sum(about["calls"], 0).tolist()
     for calls in (about["calls"], [lengths], one_by_one(lengths)):
         state = implementation.Filter(len(k), *k.shape[2:], config, np.dtype(dtype).type)
         feed = functools.partial(
             implementation.filter_chunk, state=state, ratio=data["ratio"], config=config
         )
-        found = in_calls(calls, feed, k, v)
+        found = in_calls(calls, feed, k, v, **queries)
         returns(found, REQUIRED["filter"], "filter_chunk")
         for stage, got in found.items():
             # float32's variances are too rough for w_k where heads nearly agree.

@@ -23,12 +23,13 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from filter_config import PRESETS, FilterConfig, preset
-from golden.loop import cosine, drift, filter_loop, is_above, tail_by_bisection
+from golden.loop import cosine, drift, filter_loop, is_above, place, tail_by_bisection
 
 FOLDER = Path(__file__).parent
 # Every score is further than this from the one that decides about it.
 MARGIN = 1e-4
 # In the filter's files every score is further than this from every other, so that ranks agree too.
+# With fusion "key-query" that is asked of the mean cosines, whose ranks make the score.
 APART = 1e-5
 
 # What the names of tensors mean, for files.json.
@@ -38,15 +39,30 @@ TENSORS = {
         "end; where there is raw_k, what must come out"
     ),
     "v": "(B, T, KVH, D) input: values",
+    "q": (
+        "(B, T, KVH, D) input: queries, rotated or not as k is, their mean over the query heads "
+        "that share a key head"
+    ),
     "raw_k": "(B, T, KVH, D) input: keys before RoPE",
     "ratio": "(B,) or, in the model, (P, L): the target ratio",
     "anchors": (
         "(B, T, 2, KVH, D) running averages of keys [:, :, 0] and values [:, :, 1] "
-        "as they are before each token"
+        "as they are before each token; with fusion key-query (B, T, 3, KVH, D), "
+        "of queries too [:, :, 2]"
     ),
-    "cosine": "(B, T, 2, KVH) of keys and of values with their anchors",
-    "mean": "(B, T, 2) of the cosines over the heads",
-    "variance": "(B, T, 2) the same, population variance",
+    "cosine": (
+        "(B, T, 2, KVH) of keys and of values with their anchors; with fusion key-query "
+        "(B, T, 3, KVH), of keys with the anchor of queries too [:, :, 2]"
+    ),
+    "mean": (
+        "(B, T, 2) of the cosines over the heads, of keys and of values; with fusion key-query of "
+        "keys with the anchor of keys and with that of queries, in the model (P, B, T, L, 2)"
+    ),
+    "place": (
+        "(B, T, 2) for each of these two means: how many of the last W are strictly below it, and "
+        "half of how many are equal to it"
+    ),
+    "variance": "(B, T, 2) of the cosines over the heads, population variance",
     "w_k": "(B, T) the weight of the keys' mean",
     "score": (
         "(B, T) or (P, B, T, L); NaN at padding and in layers of ratio 0; in "
@@ -71,61 +87,98 @@ TENSORS = {
 # -------------------------------------------------------------------------------------- the filter
 
 
-def stages(k, v, lengths, ratio, config):
+def stages(k, v, q, lengths, ratio, config):
     """All that the filter goes through: filter_loop, fed one token at a time.
 
-    k, v (B, T, KVH, D), of which row b has lengths[b] real tokens; ratio (B,); config: a
-    FilterConfig with fusion "variance".
+    k, v, q (B, T, KVH, D), of which row b has lengths[b] real tokens; q is looked at with fusion
+    "key-query" alone; ratio (B,); config: a FilterConfig with that fusion, "variance" or "key".
     Returns arrays (B, T, ...) by the names of TENSORS. At padding numbers are NaN, counts 0.
     """
-    B, T, KVH, D = k.shape
-    found = {
-        "anchors": np.full((B, T, 2, KVH, D), np.nan),
-        "cosine": np.full((B, T, 2, KVH), np.nan),
-        "mean": np.full((B, T, 2), np.nan),
-        "variance": np.full((B, T, 2), np.nan),
-        "w_k": np.full((B, T), np.nan),
-        "score": np.full((B, T), np.nan),
-        "below": np.zeros((B, T), np.int32),
-        "needed": np.zeros((B, T), np.int32),
-        "redundant": np.zeros((B, T), bool),
-    }
+    sides = [k, v]
+    if config.needs_queries:
+        sides.append(q)
+    B, T = k.shape[:2]
+    found: dict[str, np.ndarray] = {}
     for b in range(B):
         state: Any = None
+        anchors = np.stack([side[b, 0] for side in sides])  # the first token is its own anchor
+        means: list[np.ndarray] = []
+        scores: list[float] = []
         for t in range(lengths[b]):
-            # What the filter remembers is looked at before filter_loop moves it on.
-            kv = np.stack((k[b, t], v[b, t]))  # (2, KVH, D)
-            if state is None:
-                anchors = kv
-                recent: list[float] = []
+            x = np.stack([side[b, t] for side in sides])  # (2 or 3, KVH, D)
+            cosines = cosines_of(x, anchors)
+            if config.needs_queries:
+                parts, fused = fused_by_rank(cosines, means[-config.history :])
             else:
-                anchors = np.stack((state[0].A_K, state[0].A_V))
-                recent = state[0].scores[-config.history :]
-            one_k = k[b : b + 1, t : t + 1]
-            one_v = v[b : b + 1, t : t + 1]
-            redundant, score, _, state = filter_loop(one_k, one_v, [1], [ratio[b]], config, state)
-
-            cosines = np.zeros((2, KVH))
-            for side in range(2):
-                for h in range(KVH):
-                    cosines[side, h] = cosine(kv[side, h], anchors[side, h])
-            mean = cosines.mean(1)
-            variance = ((cosines - cosines.mean(1, keepdims=True)) ** 2).mean(1)
-            w_k = (variance[1] + 1e-6) / (variance[0] + variance[1] + 2e-6)
+                parts, fused = fused_by_weight(cosines, config.fusion)
+            one_k, one_v, one_q = (side[b : b + 1, t : t + 1] for side in (k, v, q))
+            redundant, score, _, state = filter_loop(
+                one_k, one_v, [1], [ratio[b]], config, state, one_q
+            )
             # filter_loop does not show its stages. That these are its own, its score says.
-            fused = w_k * mean[0] + (1 - w_k) * mean[1]
             assert abs(fused - score[0, 0]) < 1e-12, "these are not the stages of filter_loop"
 
-            found["anchors"][b, t] = anchors
-            found["cosine"][b, t] = cosines
-            found["mean"][b, t] = mean
-            found["variance"][b, t] = variance
-            found["w_k"][b, t] = w_k
-            found["score"][b, t] = score[0, 0]
-            found["below"][b, t] = sum(other < score[0, 0] for other in recent)
-            found["needed"][b, t] = math.ceil((1 - ratio[b]) * len(recent) - 1e-9)
-            found["redundant"][b, t] = redundant[0, 0]
+            recent = scores[-config.history :]
+            below = sum(other < score[0, 0] for other in recent)
+            needed = math.ceil((1 - ratio[b]) * len(recent) - 1e-9)
+            of_token = {
+                "anchors": anchors,
+                "cosine": cosines,
+                **parts,
+                "score": score[0, 0],
+                "below": np.int32(below),
+                "needed": np.int32(needed),
+                "redundant": redundant[0, 0],
+            }
+            for name, value in of_token.items():
+                if name not in found:
+                    found[name] = padding((B, T, *value.shape), value.dtype)
+                found[name][b, t] = value
+
+            means.append(parts["mean"])
+            scores.append(score[0, 0])
+            anchors = config.gamma * anchors + (1 - config.gamma) * x
     return found
+
+
+def cosines_of(x, anchors):
+    """One token's cosines with its anchors: x, anchors (2 or 3, KVH, D) -> (2 or 3, KVH).
+
+    Of keys, of values, and of keys with the anchor of queries, where there is one.
+    """
+    compared = x.copy()
+    if len(x) == 3:
+        compared[2] = x[0]
+    cosines = np.zeros(x.shape[:2])
+    for side, h in np.ndindex(cosines.shape):
+        cosines[side, h] = cosine(compared[side, h], anchors[side, h])
+    return cosines
+
+
+def fused_by_weight(cosines, fusion):
+    """The parts of one token's score by the names of TENSORS, and the score: cosines (2, KVH)."""
+    mean = cosines.mean(1)
+    variance = ((cosines - cosines.mean(1, keepdims=True)) ** 2).mean(1)
+    if fusion == "key":
+        w_k = np.float64(1)
+    else:
+        w_k = (variance[1] + 1e-6) / (variance[0] + variance[1] + 2e-6)
+    score = w_k * mean[0] + (1 - w_k) * mean[1]
+    return {"mean": mean, "variance": variance, "w_k": w_k}, score
+
+
+def fused_by_rank(cosines, recent):
+    """The same with fusion "key-query": cosines (3, KVH); recent: the means (2,) before them."""
+    mean_k, _, mean_q = cosines.mean(1)
+    place_k = place(mean_k, [means[0] for means in recent])
+    place_q = place(mean_q, [means[1] for means in recent])
+    score = (place_k - 0.5 * place_q) / max(len(recent), 1)
+    return {"mean": np.array([mean_k, mean_q]), "place": np.array([place_k, place_q])}, score
+
+
+def padding(shape, dtype):
+    """An array of what stands at padding: NaN, 0 or False."""
+    return np.full(shape, np.nan if dtype == np.float64 else 0, dtype)
 
 
 def margins(score, ratio, config):
@@ -143,14 +196,32 @@ def margins(score, ratio, config):
     return margin
 
 
-def has_clear_margins(score, ratio, config):
-    """Whether float32 can match every decision of one sequence in one layer: score (T,)."""
-    return np.abs(margins(score, ratio, config)).min(initial=np.inf) > MARGIN
+def has_clear_ranks(x):
+    """Whether float32 can match every rank among the numbers of one sequence: x (T,).
+
+    They may be equal only if they are 0, as the cosine of a zero norm is 0 exactly. Other equal
+    cosines are not equal after rounding: those of a text that begins with the same token twice are
+    about 1.
+    """
+    is_zero = x == 0
+    if is_zero.any():
+        x = np.append(x[~is_zero], 0.0)
+    return np.diff(np.sort(x)).min(initial=np.inf) >= APART
 
 
-def has_clear_ranks(score):
-    """Whether float32 can match every rank in one sequence: score (T,)."""
-    return np.diff(np.sort(score)).min(initial=np.inf) >= APART
+def has_clear_decisions(found, at, ratio, config):
+    """Whether float32 can match every decision of one sequence in one layer.
+
+    found: arrays by the names of TENSORS; found["score"][at] (T,) are the scores of that sequence.
+    """
+    if config.needs_queries:
+        # The scores need no margin. They are made of places, which are whole numbers and halves, so
+        # equal scores are equal exactly, and others differ by 1 / (4 W^2) at the least. What can be
+        # rounded to another order are the means. Any two of them have to be apart, since a place
+        # counts all that are below.
+        mean = found["mean"][at]  # (T, 2)
+        return has_clear_ranks(mean[:, 0]) and has_clear_ranks(mean[:, 1])
+    return np.abs(margins(found["score"][at], ratio, config)).min(initial=np.inf) > MARGIN
 
 
 def rotated(x, position, theta):
@@ -214,6 +285,13 @@ def large_inputs(k, v):
 
 def nothing_more(found):
     return True
+
+
+def some_zero_keys(k, v):
+    """Every fifth key is 0 in all heads, so that there are mean cosines that are equal: 0."""
+    k = k.copy()
+    k[:, 4::5] = 0
+    return k, v
 
 
 def above_at_end_of_warmup(found):
@@ -297,6 +375,25 @@ CASES = {
         change=large_inputs,
         dtype=np.float16,
     ),
+    "fusion-key": Case(
+        "Fusion key: the score is the mean cosine of the keys, whatever the values are.",
+        (1, 24, 2, 8),
+        [0.5],
+        [[24]],
+        FilterConfig(warmup=4, fusion="key"),
+    ),
+    "queries": Case(
+        (
+            "Fusion key-query: keys are compared with the average query too, and the score is made "
+            "of two ranks. Rows get different numbers of tokens in each call; only the last 12 "
+            "means and scores are remembered; every fifth key is 0, so that some means are equal."
+        ),
+        (3, 48, 2, 4),
+        [0.5, 0.3, 0.7],
+        [[20, 1, 9], [1, 1, 1], [20, 0, 3], [1, 1, 0], [6, 23, 0]],
+        FilterConfig(warmup=4, history=12, mode="cache", fusion="key-query"),
+        change=some_zero_keys,
+    ),
     "rope": Case(
         (
             "Keys before and after RoPE. Rows stand at different positions in a call; rotated "
@@ -343,11 +440,19 @@ def filter_file(case: Case, seed):
         inputs["k"] = input_k
     inputs["v"] = input_v
     inputs["ratio"] = ratio
+    q = k  # any array: only fusion "key-query" looks at it
+    if case.config.needs_queries:
+        drifting_q, _ = drift(*case.shape, seed + 1)  # another way than the keys
+        inputs["q"] = np.where(holds_token, drifting_q.numpy(), 0).astype(case.dtype)
+        q = inputs["q"].astype(np.float64)
 
-    found = stages(k, v, lengths, ratio, case.config)
+    found = stages(k, v, q, lengths, ratio, case.config)
     for b in range(B):
-        score = found["score"][b, : lengths[b]]
-        if not has_clear_ranks(score) or not has_clear_margins(score, ratio[b], case.config):
+        at = (b, slice(lengths[b]))
+        if not has_clear_decisions(found, at, ratio[b], case.config):
+            return None
+        # So that `below` agrees too. Scores that are made of ranks may be equal.
+        if not case.config.needs_queries and not has_clear_ranks(found["score"][at]):
             return None
     if not case.condition(found):
         return None
@@ -527,7 +632,7 @@ class SlowLayer:
         self.keys: list[np.ndarray] = []
         self.values: list[np.ndarray] = []
         self.redundant: list[bool] = []
-        self.filter_state = None
+        self.filter_state: Any = None
 
     def step(self, x, config):
         """One token's residual stream (C,) through the layer.
@@ -549,12 +654,17 @@ class SlowLayer:
         if self.ratio > 0:
             if config.keys == "rotated":
                 compared_k = k
+                compared_q = q
             else:
                 compared_k = unrotated_k
+                compared_q = unrotated_q
+            # The mean over the query heads that share a key head.
+            compared_q = compared_q.reshape(len(k), -1, D).mean(1)  # (KVH, D)
             batch_of_k = compared_k[None, None]
             batch_of_v = v[None, None]
+            batch_of_q = compared_q[None, None]
             decisions, scores, _, self.filter_state = filter_loop(
-                batch_of_k, batch_of_v, [1], [self.ratio], config, self.filter_state
+                batch_of_k, batch_of_v, [1], [self.ratio], config, self.filter_state, batch_of_q
             )
             score = scores[0, 0]
             redundant = decisions[0, 0]
@@ -573,7 +683,8 @@ class SlowLayer:
 def slow_model(weights, tokens, config):
     """One sequence through the model: tokens (T,), from the start.
 
-    Returns arrays by the names of TENSORS: logits (T, V), and n, score, redundant (T, L).
+    Returns arrays by the names of TENSORS: logits (T, V), and n, score, redundant (T, L); with
+    fusion "key-query" also mean (T, L, 2).
     """
     L = SHAPE["n_layers"]
     T = len(tokens)
@@ -589,7 +700,14 @@ def slow_model(weights, tokens, config):
         for l, layer in enumerate(layers):
             x, score[t, l], redundant[t, l], n[t, l] = layer.step(x, config)
         logits[t] = exact["head.weight"] @ rms_norm(x, exact["norm.weight"])
-    return {"n": n, "score": score, "redundant": redundant, "logits": logits}
+    found = {"n": n, "score": score, "redundant": redundant, "logits": logits}
+    if config.needs_queries:
+        found["mean"] = np.full((T, L, 2), np.nan)
+        for l, layer in enumerate(layers):
+            if layer.filter_state is not None:
+                found["mean"][:, l, 0] = layer.filter_state[0].c_k
+                found["mean"][:, l, 1] = layer.filter_state[0].c_q
+    return found
 
 
 def slow_batch(weights, tokens, config):
@@ -600,8 +718,7 @@ def slow_batch(weights, tokens, config):
         n = LENGTHS[b]
         for name, x in slow_model(weights, tokens[b, :n], config).items():
             if name not in padded:
-                fill = np.nan if x.dtype == np.float64 else 0
-                padded[name] = np.full((B, T, *x.shape[1:]), fill, x.dtype)
+                padded[name] = padding((B, T, *x.shape[1:]), x.dtype)
             padded[name][b, :n] = x
     return padded
 
@@ -618,7 +735,8 @@ def filtered(weights, tokens, config):
         result = slow_batch(weights, tokens, replace(config, prune=prune))
         for b, n in enumerate(LENGTHS):
             for l in range(SHAPE["n_layers"]):
-                if not has_clear_margins(result["score"][b, :n, l], ratio[l], config):
+                at = (b, slice(n), l)
+                if ratio[l] > 0 and not has_clear_decisions(result, at, ratio[l], config):
                     return None
         ratios.append(ratio)
         results.append(result)

@@ -18,11 +18,16 @@ class Filter:
     """What one layer's filter remembers of B sequences."""
 
     def __init__(self, B, kv_heads, head_dim, config, dtype):
-        # Running averages of keys [:, 0] and of values [:, 1].
-        self.anchor = np.zeros((B, 2, kv_heads, head_dim), dtype)
+        # Running averages of keys [:, 0], of values [:, 1], and with fusion "key-query" of queries
+        # [:, 2].
+        n_sides = 3 if config["fusion"] == "key-query" else 2
+        self.anchor = np.zeros((B, n_sides, kv_heads, head_dim), dtype)
         # The latest W scores, NaN where there is none. The score of position p is in column p mod
         # W, since their order does not matter.
         self.history = np.full((B, config["history"]), np.nan, dtype)
+        # The same for the two means that the scores of fusion "key-query" are made of, (B, 2, W):
+        # of the keys' cosines with average keys [:, 0], and with average queries [:, 1].
+        self.mean_history = np.full((B, 2, config["history"]), np.nan, dtype)
         # How many tokens each row has had, so the position of its next one.
         self.count = np.zeros(B, int)
 
@@ -57,47 +62,84 @@ def weight_of_keys(variance, fusion):
         return np.ones_like(variance_k)
     if fusion == "value":
         return np.zeros_like(variance_k)
-    raise ValueError(f"fusion {fusion!r} is not known here: use variance, equal, key or value")
+    raise ValueError(
+        f"fusion {fusion!r} is not known here: use variance, equal, key, value or key-query"
+    )
 
 
-def filter_token(kv, is_real, state, ratio, config):
+def fuse_by_weight(cosine, fusion):
+    """The score of all fusions but "key-query": cosine (B, 2, KVH) -> (B,), and its stages."""
+    mean = cosine.mean(-1)  # (B, 2)
+    variance = cosine.var(-1)  # (B, 2)
+    w_k = weight_of_keys(variance, fusion)  # (B,)
+    score = w_k * mean[:, 0] + (1 - w_k) * mean[:, 1]  # (B,)
+    return score, {"mean": mean, "variance": variance, "w_k": w_k}
+
+
+def fuse_by_rank(cosine, state):
+    """The score of fusion "key-query": cosine (B, 3, KVH) -> (B,), and its stages.
+
+    A key that is like the average key has a high score; less so if it is like the average query.
+    """
+    mean_k = cosine[:, 0].mean(-1)
+    mean_q = cosine[:, 2].mean(-1)
+    mean = np.stack((mean_k, mean_q), axis=1)  # (B, 2)
+
+    # Where each mean stands among those remembered. Equal ones count half. NaN has no place.
+    below = (state.mean_history < mean[:, :, None]).sum(-1)
+    equal = (state.mean_history == mean[:, :, None]).sum(-1)
+    place = np.where(np.isnan(mean), np.nan, below + 0.5 * equal)  # (B, 2)
+
+    # Divided once, after the subtraction of exact numbers, so that equal scores are equal exactly.
+    # They are rounded as those of the history are, for the same reason.
+    n = np.minimum(state.count, state.mean_history.shape[2])
+    score = (place[:, 0] - 0.5 * place[:, 1]) / np.maximum(n, 1)  # (B,)
+    return score.astype(mean.dtype), {"mean": mean, "place": place}
+
+
+def filter_token(x, is_real, state, ratio, config):
     """Run the filter on one token of each row, and move its state on.
 
-    kv (B, 2, KVH, D): keys and values; is_real (B,) bool, False where a row has no token.
+    x (B, 2, KVH, D): keys and values, or with fusion "key-query" (B, 3, KVH, D): keys, values and
+    queries; is_real (B,) bool, False where a row has no token.
     Returns every stage by the name that files.json gives it, (B, ...) each.
     """
     # The first token of a sequence is its own anchor.
     is_first = state.count == 0
-    anchor = np.where(is_first[:, None, None, None], kv, state.anchor)  # (B, 2, KVH, D)
+    anchor = np.where(is_first[:, None, None, None], x, state.anchor)  # (B, 2 or 3, KVH, D)
+
+    # It is the key that is compared with the average query.
+    compared = x.copy()
+    if config["fusion"] == "key-query":
+        compared[:, 2] = x[:, 0]
 
     # The cosine is 0 where a norm is 0.
-    dot = (kv * anchor).sum(-1)
-    norms = np.linalg.norm(kv, axis=-1) * np.linalg.norm(anchor, axis=-1)
+    dot = (compared * anchor).sum(-1)
+    norms = np.linalg.norm(compared, axis=-1) * np.linalg.norm(anchor, axis=-1)
     divisor = np.where(norms == 0, 1, norms)
-    cosine = np.where(norms == 0, 0, dot / divisor)  # (B, 2, KVH)
+    cosine = np.where(norms == 0, 0, dot / divisor)  # (B, 2 or 3, KVH)
 
-    mean = cosine.mean(-1)  # (B, 2)
-    variance = cosine.var(-1)  # (B, 2)
-    w_k = weight_of_keys(variance, config["fusion"])  # (B,)
-    score = w_k * mean[:, 0] + (1 - w_k) * mean[:, 1]  # (B,)
+    if config["fusion"] == "key-query":
+        score, parts = fuse_by_rank(cosine, state)
+    else:
+        score, parts = fuse_by_weight(cosine, config["fusion"])
 
     below, needed, above = threshold(score, state.history, state.count, ratio)
     is_past_warmup = state.count >= max(config["warmup"], 1)
     redundant = is_real & is_past_warmup & above
 
-    # Whatever was decided, the token enters the anchors, and its score the history.
+    # Whatever was decided, the token enters the anchors, and its score and means the histories.
     gamma = config["gamma"]
-    next_anchor = gamma * anchor + (1 - gamma) * kv
+    next_anchor = gamma * anchor + (1 - gamma) * x
     column = state.count % config["history"]
     state.anchor[is_real] = next_anchor[is_real]
     state.history[is_real, column[is_real]] = score[is_real]
+    state.mean_history[is_real, :, column[is_real]] = parts["mean"][is_real]
     state.count += is_real
     return {
         "anchors": anchor,
         "cosine": cosine,
-        "mean": mean,
-        "variance": variance,
-        "w_k": w_k,
+        **parts,
         "score": score,
         "below": below,
         "needed": needed,
@@ -105,18 +147,24 @@ def filter_token(kv, is_real, state, ratio, config):
     }
 
 
-def filter_chunk(k, v, lengths, state, ratio, config):
+def filter_chunk(k, v, lengths, state, ratio, config, q=None):
     """Run the filter on a chunk, and move its state on.
 
-    k, v (B, T, KVH, D), of which row b has lengths[b] real tokens, then padding.
+    k, v (B, T, KVH, D), of which row b has lengths[b] real tokens, then padding; q the same shape,
+    used with fusion "key-query" alone: queries, their mean over the heads that share a key head.
     Returns every stage by the name that files.json gives it, (B, T, ...) each.
     """
-    # Half-precision keys and values are compared in float32: the anchors' dtype.
-    kv = np.stack((k, v), axis=2).astype(state.anchor.dtype)  # (B, T, 2, KVH, D)
+    sides = [k, v]
+    if config["fusion"] == "key-query":
+        if q is None:
+            raise ValueError("fusion 'key-query' needs the queries: give q")
+        sides.append(q)
+    # What comes in half precision is compared in float32: the anchors' dtype.
+    x = np.stack(sides, axis=2).astype(state.anchor.dtype)  # (B, T, 2 or 3, KVH, D)
     steps = []
     for t in range(k.shape[1]):
         is_real = t < lengths
-        steps.append(filter_token(kv[:, t], is_real, state, ratio, config))
+        steps.append(filter_token(x[:, t], is_real, state, ratio, config))
     stages = {}
     for name in steps[0]:
         stages[name] = np.stack([step[name] for step in steps], axis=1)
@@ -292,7 +340,7 @@ class Model:
         """Run the model on a chunk: tokens (B, T), of which row b has lengths[b] real ones.
 
         Returns {"logits": (B, T, V)} and, by the names of files.json, what attention did in each
-        layer, (B, T, L) each. At padding these mean nothing.
+        layer, (B, T, L, ...) each. At padding these mean nothing.
         """
         column = np.arange(tokens.shape[1])
         is_real = column < lengths[:, None]  # (B, T)
@@ -324,7 +372,7 @@ class Model:
 
         is_real (B, T) bool; position (B, T) int; lengths (B,) int, how many tokens of a row are
         real.
-        Returns what it adds, and {"score", "redundant", "n"}, (B, T) each.
+        Returns what it adds, and {"mean", "score", "redundant", "n"}, (B, T, ...) each.
         """
         cache = self.layers[l]
         B, T = is_real.shape
@@ -341,13 +389,20 @@ class Model:
         if cache.filters:
             if self.config["keys"] == "rotated":
                 compared_k = k
+                compared_q = q
             else:
                 compared_k = unrotated_k
+                compared_q = unrotated_q
+            # Query heads 0 .. group - 1 share key head 0, the next ones key head 1, and so on.
+            by_group = compared_q.reshape(B, T, self.shape["kv_heads"], -1, D)
+            mean_q = by_group.mean(3)  # (B, T, KVH, D)
             ratio = self.ratio[l]
-            stages = filter_chunk(compared_k, v, lengths, cache.state, ratio, self.config)
+            stages = filter_chunk(compared_k, v, lengths, cache.state, ratio, self.config, mean_q)
+            mean = stages["mean"]
             score = stages["score"]
             redundant = stages["redundant"]
         else:
+            mean = np.full((B, T, 2), np.nan)
             score = np.full((B, T), np.nan)
             redundant = np.zeros((B, T), bool)
 
@@ -363,4 +418,4 @@ class Model:
         # 3. A token that sees nothing gets nothing, not even o's bias.
         added = self.linear(attended.reshape(B, T, -1), f"blocks.{l}.attn.o")
         added[n_visible == 0] = 0
-        return added, {"score": score, "redundant": redundant, "n": n_visible}
+        return added, {"mean": mean, "score": score, "redundant": redundant, "n": n_visible}

@@ -39,13 +39,13 @@ class Reference:
         )
 
     @staticmethod
-    def filter_chunk(k, v, n_new, state, ratio, config):
+    def filter_chunk(k, v, n_new, state, ratio, config, q=None):
         decode = k.shape[1] == 1 and n_new.all()
-        (k, v, n_new) = (torch.tensor(x) for x in (k, v, n_new))
+        inputs = [torch.tensor(x) for x in (k, v, q) if x is not None]
+        k, v, *queries = inputs
         ratio = torch.tensor(ratio)[:, None]
         config = FilterConfig(**config)
-        n_new = None if decode else n_new
-        heads = k.shape[2]
+        n_new = None if decode else torch.tensor(n_new)
         out = {}
 
         def mean(side, some):
@@ -56,17 +56,21 @@ class Reference:
                 k[:, :, some], v[:, :, some], n_new, part, ratio, replace(config, fusion=side)
             )[1]
 
-        sides = "key", "value"
-        out["mean"] = torch.stack([mean(side, slice(None)) for side in sides], 2)
-        cosine = [
-            torch.stack([mean(side, slice(h, h + 1)) for h in range(heads)], 2) for side in sides
-        ]
-        out["cosine"] = torch.stack(cosine, 2)
+        if q is None:
+            heads = range(k.shape[2])
+            sides = "key", "value"
+            out["mean"] = torch.stack([mean(side, slice(None)) for side in sides], 2)
+            cosine = [
+                torch.stack([mean(side, slice(h, h + 1)) for h in heads], 2) for side in sides
+            ]
+            out["cosine"] = torch.stack(cosine, 2)
         if k.shape[1] == 1:
-            x = torch.stack((k, v), 2).to(state.anchor.dtype)
+            x = torch.stack(inputs, 2).to(state.anchor.dtype)
             first = (state.count == 0).view(-1, 1, 1, 1, 1)
             out["anchors"] = torch.where(first, x, state.anchor[:, None])
-        out["redundant"], out["score"] = token_filter(k, v, n_new, state, ratio, config)
+        out["redundant"], out["score"] = token_filter(k, v, n_new, state, ratio, config, *queries)
+        if q is not None:  # a score made of ranks does not show the cosines
+            out["cosine"] = state.latest_cosine
         return {name: x.numpy() for name, x in out.items()}
 
     @staticmethod
@@ -133,6 +137,28 @@ def test_a_port_that_returns_nothing_does_not_pass(name, function, monkeypatch):
         check(port, name)
 
 
+def test_only_files_with_queries_ask_for_them(monkeypatch):
+    with_queries = port.filter_chunk
+
+    def filter_chunk(k, v, lengths, state, ratio, config):
+        return with_queries(k, v, lengths, state, ratio, config)
+
+    monkeypatch.setattr(port, "filter_chunk", filter_chunk)
+    for name in INDEX["filter"]:
+        if name != "queries":
+            check(port, name)
+    with pytest.raises(TypeError):
+        check(port, "queries")
+
+
+def test_the_port_names_queries_that_are_missing():
+    config = INDEX["filter"]["queries"]["config"]
+    k = golden("queries")["k"]
+    state = port.Filter(len(k), *k.shape[2:], config, np.float64)
+    with pytest.raises(ValueError, match=r"key-query.* give q"):
+        port.filter_chunk(k, k, np.array([1, 1, 1]), state, 0.5, config)
+
+
 def test_the_port_stands_alone():
     source = (make.FOLDER / "port.py").read_text()
     imports = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
@@ -144,14 +170,15 @@ def test_the_port_stands_alone():
 PORT = (make.FOLDER / "port.py").read_text()
 PRESET_FILES = [name for name in FILES if name.startswith("model-")]
 FILTERED = [name for name in FILES if name not in ("ties", "model")]
+QUERY_FILES = ["queries", "model-cache"]
 # Each is a change to the port: a piece of its text, what it becomes, files that must fail for it.
 CHANGES = {
     "anchor updated before scoring": (
         "    # The cosine is 0 where a norm is 0.\n",
-        '    g = config["gamma"]\n    anchor = g * anchor + (1 - g) * kv\n',
+        '    g = config["gamma"]\n    anchor = g * anchor + (1 - g) * x\n',
         FILTERED,
     ),
-    "not strictly above": ("(history < score", "(history <= score", ["ties"]),
+    "not strictly above": ("(history < score", "(history <= score", ["ties", *QUERY_FILES]),
     "sample variance": ("cosine.var(-1)", "cosine.var(-1, ddof=1)", ["gqa", "alike"]),
     "weights swapped": (
         "return (variance_v + 1e-6)",
@@ -174,7 +201,88 @@ CHANGES = {
         ["model-paper", "model-local"],
     ),
     "rotated keys compared": ("compared_k = unrotated_k\n", "compared_k = k\n", ["model-cache"]),
-    "always fused": ('if fusion == "variance"', "if True", ["model-cache"]),
+    "always fused": ('if fusion == "variance"', "if True", ["fusion-key"]),
+    # Queries.
+    "rotated queries compared": ("compared_q = unrotated_q\n", "compared_q = q\n", ["model-cache"]),
+    "one query of a group": ("by_group.mean(3)", "by_group[:, :, :, 0]", ["model-cache"]),
+    "wrong groups": (
+        'compared_q.reshape(B, T, self.shape["kv_heads"], -1, D)',
+        'compared_q.reshape(B, T, -1, self.shape["kv_heads"], D).swapaxes(2, 3)',
+        ["model-cache"],
+    ),
+    "average query updated before scoring": (
+        "    # The cosine is 0 where a norm is 0.\n",
+        '    g = config["gamma"]\n    anchor[:, 2:] = g * anchor[:, 2:] + (1 - g) * x[:, 2:]\n',
+        QUERY_FILES,
+    ),
+    "average query starts at 0": (
+        "    # The cosine is 0 where a norm is 0.\n",
+        "    anchor[is_first, 2:] = 0\n",
+        QUERY_FILES,
+    ),
+    "query compared with the average query": ("compared[:, 2] = x[:, 0]", "pass", QUERY_FILES),
+    "query compared with the average key": (
+        "    # The cosine is 0 where a norm is 0.\n",
+        "    if compared.shape[1] == 3:\n"
+        "        compared[:, 2] = x[:, 2]\n"
+        "        anchor = anchor[:, [0, 1, 0]]\n",
+        QUERY_FILES,
+    ),
+    "cosine of keys not ranked": (
+        "(place[:, 0] - 0.5 * place[:, 1]) / np.maximum(n, 1)",
+        "mean_k - 0.5 * place[:, 1] / np.maximum(n, 1)",
+        QUERY_FILES,
+    ),
+    "equal means count as below": ("below + 0.5 * equal", "below + equal", ["queries"]),
+    "equal means do not count": ("below + 0.5 * equal", "below", ["queries"]),
+    "both ranks weigh the same": ("- 0.5 * place[:, 1]", "- place[:, 1]", QUERY_FILES),
+    "what queries look for goes": ("- 0.5 * place[:, 1]", "+ 0.5 * place[:, 1]", QUERY_FILES),
+    "divided before the subtraction": (
+        "(place[:, 0] - 0.5 * place[:, 1]) / np.maximum(n, 1)",
+        "place[:, 0] / np.maximum(n, 1) - 0.5 * (place[:, 1] / np.maximum(n, 1))",
+        ["queries"],
+    ),
+    "score of another precision than the history's": (
+        "score.astype(mean.dtype)",
+        "score.astype(np.float64)",
+        ["queries"],
+    ),
+    "divided by the whole history": (
+        "/ np.maximum(n, 1)",
+        "/ state.mean_history.shape[2]",
+        QUERY_FILES,
+    ),
+    "divided by all tokens": ("/ np.maximum(n, 1)", "/ np.maximum(state.count, 1)", ["queries"]),
+    "means in the history before they are ranked": (
+        "    # Where each mean stands",
+        "    column = state.count % state.mean_history.shape[2]\n"
+        "    state.mean_history[np.arange(len(mean)), :, column] = mean\n"
+        "    # Where each mean stands",
+        QUERY_FILES,
+    ),
+    "history of means one short": (
+        "    # Where each mean stands",
+        "    oldest = state.count % state.mean_history.shape[2]\n"
+        "    state.mean_history[np.arange(len(mean)), :, oldest] = np.nan\n"
+        "    # Where each mean stands",
+        ["queries"],
+    ),
+    "redundant not in the history of means": (
+        'state.mean_history[is_real, :, column[is_real]] = parts["mean"][is_real]',
+        "some = is_real & ~redundant\n"
+        '    state.mean_history[some, :, column[some]] = parts["mean"][some]',
+        QUERY_FILES,
+    ),
+    "pads enter the history of means": (
+        'state.mean_history[is_real, :, column[is_real]] = parts["mean"][is_real]',
+        'state.mean_history[np.arange(len(x)), :, column] = parts["mean"]',
+        QUERY_FILES,
+    ),
+    "score of ranks not ranked itself": (
+        "    is_past_warmup = ",
+        '    if "place" in parts:\n        above = score > 0.5 - ratio\n    is_past_warmup = ',
+        QUERY_FILES,
+    ),
     "unrotated keys": (
         "return np.concatenate((rotated_a, rotated_b)",
         "return np.concatenate((a, b)",
@@ -223,11 +331,15 @@ CHANGES = {
         "        k = apply_rope(unrotated_k, slot, theta)\n",
         PRESET_FILES,
     ),
-    "pads enter the anchors": ("[is_real] = next_anchor[is_real]", "[:] = next_anchor", ["ragged"]),
+    "pads enter the anchors": (
+        "[is_real] = next_anchor[is_real]",
+        "[:] = next_anchor",
+        ["ragged", "queries", *PRESET_FILES],
+    ),
     "pads enter the history": (
         "    state.history[is_real,",
         "    is_real = is_real | True\n    state.history[is_real,",
-        ["ragged", *PRESET_FILES],
+        ["ragged", "queries", *PRESET_FILES],
     ),
     "a pad is redundant": (
         "redundant = is_real & is_past_warmup",
@@ -329,6 +441,8 @@ CHANGES = {
     ),
     "cosine of a zero norm": ("np.where(norms == 0, 0,", "np.where(norms == 0, 1,", ["zeros"]),
 }
+# These do no harm in float64.
+ONLY_IN_FLOAT32 = ["score of another precision than the history's"]
 
 
 @functools.cache
@@ -345,9 +459,10 @@ def changed(change):
 def fails(change, name):
     # Outside of try: a change whose text the port does not have must not pass for a failure.
     port_with_change = changed(change)
+    dtype = "float32" if change in ONLY_IN_FLOAT32 else "float64"
     try:
         with np.errstate(all="ignore"):
-            check(port_with_change, name)
+            check(port_with_change, name, dtype)
     except AssertionError:
         return True
     return False
@@ -369,40 +484,63 @@ def test_every_file_catches_something(name):
 # --------------------------------------------------------------------------- the files themselves
 
 
+def decided_rows(name):
+    """Of each sequence in a layer that filters: {tensor: (T, ...)} and the ratio."""
+    data = golden(name)
+    parts = [part for part in ("score", "redundant", "mean") if part in data]
+    if name in INDEX["filter"]:
+        lengths = np.sum(INDEX["filter"][name]["calls"], 0)
+        for b, n in enumerate(lengths):
+            yield {part: data[part][b, :n] for part in parts}, data["ratio"][b]
+        return
+    for p, b, l in np.ndindex(len(PRUNES), len(LENGTHS), SHAPE["n_layers"]):
+        ratio = data["ratio"][p, l]
+        if ratio > 0:
+            yield {part: data[part][p, b, : LENGTHS[b], l] for part in parts}, ratio
+
+
+def config_of(name):
+    about = INDEX["filter"][name] if name in INDEX["filter"] else INDEX["model"]["files"][name]
+    return FilterConfig(**about["config"])
+
+
 @pytest.mark.parametrize("name", FILTERED)
 def test_no_decision_is_close(name):
-    """Every score is further than 1e-4 from the one that decides, and on the side of it that the
-    decision says.
+    """Every score is further than 1e-4 from the one that decides, or equal to it if it is made of
+    ranks, and on the side of it that the decision says.
     """
-    data = golden(name)
-    if name in INDEX["filter"]:
-        config = FilterConfig(**INDEX["filter"][name]["config"])
-        lengths = np.sum(INDEX["filter"][name]["calls"], 0)
-        rows = [
-            (data["score"][b], data["redundant"][b], data["ratio"][b], n)
-            for b, n in enumerate(lengths)
-        ]
-    else:
-        config = FilterConfig(**INDEX["model"]["files"][name]["config"])
-        L = SHAPE["n_layers"]
-        cases = np.ndindex(len(PRUNES), len(LENGTHS), L)
-        rows = [
-            (
-                data["score"][p, b, :, l],
-                data["redundant"][p, b, :, l],
-                data["ratio"][p, l],
-                LENGTHS[b],
-            )
-            for p, b, l in cases
-        ]
+    config = config_of(name)
     decided = 0
-    for score, redundant, ratio, n in rows:
-        margin = make.margins(score[:n], ratio, config)
+    for row, ratio in decided_rows(name):
+        margin = make.margins(row["score"], ratio, config)
+        is_equal = (margin == 0) & config.needs_queries
+        assert ((np.abs(margin) > 1e-4) | is_equal).all()
         some = np.isfinite(margin)
-        assert (np.abs(margin) > 1e-4).all()
-        np.testing.assert_array_equal(redundant[:n][some], margin[some] > 0)
+        np.testing.assert_array_equal(row["redundant"][some], margin[some] > 0)
         decided += some.sum()
     assert decided > 5
+
+
+@pytest.mark.parametrize("name", QUERY_FILES)
+def test_no_rank_is_close(name):
+    """Mean cosines that are ranked are at least 1e-5 apart, but for those that are 0 exactly."""
+    n_rows = 0
+    for row, _ in decided_rows(name):
+        for mean in row["mean"].T:
+            values, counts = np.unique(mean, return_counts=True)
+            assert np.diff(values).min(initial=np.inf) >= 1e-5
+            assert (counts[values != 0] == 1).all()
+            n_rows += 1
+    assert n_rows >= 6
+
+
+def test_some_ranks_and_scores_are_equal():
+    """Else the files would not tell how equal means count, nor that a tie keeps its token."""
+    for name in QUERY_FILES:
+        config = config_of(name)
+        rows = list(decided_rows(name))
+        assert any((make.margins(row["score"], ratio, config) == 0).any() for row, ratio in rows)
+    assert all((row["mean"] == 0).sum() > 1 for row, _ in decided_rows("queries"))
 
 
 def test_the_files_are_what_make_golden_makes(tmp_path):
