@@ -66,7 +66,9 @@ def filter_token_by_queries(k, q, past, ratio, config):
 
 
 def place(x, recent):
-    """How many of the recent values are below x; those that are equal count half."""
+    """How many of the recent values are below x; those that are equal count half. NaN has none."""
+    if math.isnan(x):
+        return math.nan
     below = sum(1 for other in recent if other < x)
     equal = sum(1 for other in recent if other == x)
     return below + 0.5 * equal
