@@ -36,7 +36,7 @@ figures: .venv/dev $(DEMO)
 	$(BIN)/python generate.py --chat --prompt "$(PROMPT)" --prune 0.5 --preset cache --max-new-tokens 60 --device cpu \
 	    --skip-map checkpoints/skip-map.html
 	$(BIN)/python -m docs.figures.sizes --draw docs/figures
-	! command -v chromium || chromium --headless=new --no-sandbox --disable-gpu --hide-scrollbars --window-size=1100,1340 \
+	! command -v chromium || chromium --headless=new --no-sandbox --disable-gpu --hide-scrollbars --window-size=1100,1570 \
 	    --screenshot=docs/figures/skip-page.png "file://$(CURDIR)/checkpoints/skip-map.html"
 ifdef TEXT
 	$(BIN)/python -m evaluation.passkey --lengths 512 1024 2048 --prune 0.1 0.2 0.5 --plot docs/figures/passkey.png
