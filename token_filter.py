@@ -2,7 +2,8 @@
 2512.07090).
 
 A token is redundant in a layer when its key and value look like running averages (anchors) of the
-tokens just before it, more than for most tokens before it. `token_filter`, at the end of this
+tokens just before it, more than for most tokens before it. Preset "cache" goes by another score: its
+key looks like the average key, and not like the average query. `token_filter`, at the end of this
 file, is the whole method.
 
 Shapes: B sequences, T new tokens, KVH key/value heads, D head size, W scores remembered.
@@ -242,13 +243,13 @@ def token_filter(k, v, lengths, state: FilterState, ratio, config: FilterConfig,
     - It is handed q with fusion "key-query", which preset "cache" has, else None.
     - It decides on a token from that token and those before it in its row alone. So chunks and
       neighbours change nothing (but for rounding).
-    - What it remembers between two calls is in state.anchor and state.history, to be used in any
-      way, and in state.count, the number of tokens so far. Other tensors are lost on select(), and
-      are not moved on by a recorded step.
+    - What it remembers between two calls is in state.anchor, state.history and
+      state.cosine_history, to be used in any way, and in state.count, the number of tokens so far.
+      Other tensors are lost on select(), and are not moved on by a recorded step.
     - It writes into these tensors in place (copy_, scatter_, +=), as a recorded decode step knows
       their addresses.
     - It adds each row's number of new tokens to state.count.
-    - On several devices k and v hold some of the heads. Means over all heads are taken by
+    - On several devices k, v and q hold some of the heads. Means over all heads are taken by
       mean_and_variance(x, state.sum_over_devices), so that all devices decide alike.
     - It reads nothing back from the device (no .item(), no `if` on a tensor).
     - It returns redundant = False for padding and for a row's first config.n_sinks tokens. The
@@ -295,7 +296,8 @@ def token_filter(k, v, lengths, state: FilterState, ratio, config: FilterConfig,
     cosine = ((compared * anchor).sum(-1) / norms).masked_fill(norms == 0, 0)  # (B, T, 2 or 3, KVH)
     state.latest_cosine = cosine
 
-    # 3. Fusion: the side whose heads agree more gets more weight.
+    # 3. Fusion: one score of all cosines. With fusion "variance" the side whose heads agree more
+    # gets more weight; with "key-query" ranks are subtracted.
     mean, variance = mean_and_variance(cosine, state.sum_over_devices)  # (B, T, 2 or 3) each
     if config.needs_queries:
         mean_k, _, mean_q = mean.unbind(-1)  # of c_k, of c_v (which has no part in it), of c_q

@@ -258,7 +258,7 @@ def test_drawn_decisions_are_at_the_ratio_whatever_the_filter_finds():
     config = preset("cache")
     k = torch.zeros(2, 500, 2, 8)
     state = FilterState(2, 2, 8, config, 3, torch.float32, "cpu")
-    whole, _ = timing.drawn_at_ratio(k, k, torch.tensor([500, 300]), state, 0.3, config)
+    whole, _ = timing.drawn_at_ratio(k, k, torch.tensor([500, 300]), state, 0.3, config, k)
     assert not whole[:, :16].any()  # the warm-up
     assert not whole[1, 300:].any()  # padding
     assert whole[0, 16:].double().mean() == pytest.approx(0.3, abs=0.06)
@@ -267,7 +267,7 @@ def test_drawn_decisions_are_at_the_ratio_whatever_the_filter_finds():
     pieces = []
     for part in k[:, :300].split([250, *[1] * 50], dim=1):
         lengths = None if part.shape[1] == 1 else torch.tensor([250, 250])
-        redundant, _ = timing.drawn_at_ratio(part, part, lengths, state, 0.3, config)
+        redundant, _ = timing.drawn_at_ratio(part, part, lengths, state, 0.3, config, part)
         pieces.append(redundant)
     assert torch.equal(torch.cat(pieces, dim=1), whole[:, :300])
     assert not torch.equal(whole[0, :300], whole[1, :300])
