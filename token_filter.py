@@ -2,9 +2,9 @@
 2512.07090).
 
 A token is redundant in a layer when its key and value look like running averages (anchors) of the
-tokens just before it, more than for most tokens before it. Preset "cache" goes by another score: its
-key looks like the average key, and not like the average query. `token_filter`, at the end of this
-file, is the whole method.
+tokens just before it, more than for most tokens before it. Preset "cache" goes by another score:
+the key looks like the average key, and not like the average query. `token_filter`, at the end of
+this file, is the whole method.
 
 Shapes: B sequences, T new tokens, KVH key/value heads, D head size, W scores remembered.
 """

@@ -45,8 +45,8 @@ FILTERS = {
     "local": preset("local", warmup=4, history=16, recent=6),
     "paper": preset("paper", warmup=4, history=16),
 }
-# Layers of ratio 1; tokens that skip attention, but stay in sight of the next five; keys before RoPE
-# without queries; and keys after it, with them.
+# Layers of ratio 1; tokens that skip attention, but stay in sight of the next five; keys before
+# RoPE, without queries; and keys after it, with them.
 MORE_FILTERS = {
     "ratio 1": preset("paper", prune=0.8, warmup=4, history=16),
     "skip, recent 5": preset("paper", recent=5, warmup=4, history=16),
