@@ -3,6 +3,7 @@
 In a browser it decides again what the run decided.
 """
 
+import copy
 import json
 import re
 import shutil
@@ -83,7 +84,9 @@ def write(
 
     Returns its decisions, its filter and its data.
     """
-    model = small().to(dtype)
+    model = small()
+    if dtype != torch.float64:
+        model = copy.deepcopy(model).to(dtype)  # other tests share the small model
     filter = preset(name, prune=prune, **overrides)
     decisions = Decisions(1, 4)
     cache = model.new_cache(1, filter, filter_fn)

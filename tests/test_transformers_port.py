@@ -536,7 +536,8 @@ def test_usage_counts_and_bytes(llama):
     assert 0.4 * usage.pairs < usage.redundant < 0.6 * usage.pairs
     assert usage.redundant <= usage.pairs - usage.held + 4 * 7
     of_slots = 2 * 2 * 16 * 8 + 8 + 1  # K and V of two heads, the position, and whether it is kept
-    of_state = 4 * (2 * 2 * 16 * 8 + 16 * 8 + 8)
+    # Of each layer three averages of two heads, three histories of 16 numbers, and a count.
+    of_state = 4 * (3 * 2 * 16 * 8 + 3 * 16 * 8 + 8)
     longest = sum(layer.stored.positions.shape[1] for layer in cache.layers)
     assert usage.nbytes == longest * of_slots + of_state
 
